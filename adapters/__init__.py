@@ -1,0 +1,91 @@
+"""Holdfast: adapt pretrained transformers models, and keep the promise.
+
+If a run finishes, what was saved is what was trained, on the backbone you named, and merged means the same
+outputs. The public names load on first use, so that `import adapters` imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdaptersError": "errors",
+    "BackboneError": "errors",
+    "DataError": "errors",
+    "FolderError": "errors",
+    "MissingPackageError": "errors",
+    "NumbersError": "errors",
+    "RequestError": "errors",
+    "SpentError": "errors",
+    "Adapted": "contracts",
+    "Strategy": "contracts",
+    "Task": "contracts",
+    "STRATEGIES": "adapt",
+    "TASKS": "tasks",
+    "adapt": "adapt",
+    "disabled": "adapt",
+    "Trainer": "trainer",
+    "evaluate": "predict",
+    "predict": "predict",
+    "save": "storage",
+    "load": "storage",
+    "merge": "merge",
+    "merge_on_disk": "merge",
+    "MergeReport": "merge",
+    "Recipe": "recipe",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from adapters.adapt import STRATEGIES as STRATEGIES
+    from adapters.adapt import adapt as adapt
+    from adapters.adapt import disabled as disabled
+    from adapters.contracts import Adapted as Adapted
+    from adapters.contracts import Strategy as Strategy
+    from adapters.contracts import Task as Task
+    from adapters.errors import AdaptersError as AdaptersError
+    from adapters.errors import BackboneError as BackboneError
+    from adapters.errors import DataError as DataError
+    from adapters.errors import FolderError as FolderError
+    from adapters.errors import MissingPackageError as MissingPackageError
+    from adapters.errors import NumbersError as NumbersError
+    from adapters.errors import RequestError as RequestError
+    from adapters.errors import SpentError as SpentError
+    from adapters.merge import MergeReport as MergeReport
+    from adapters.merge import merge as merge
+    from adapters.merge import merge_on_disk as merge_on_disk
+    from adapters.predict import evaluate as evaluate
+    from adapters.predict import predict as predict
+    from adapters.recipe import Recipe as Recipe
+    from adapters.storage import load as load
+    from adapters.storage import save as save
+    from adapters.tasks import TASKS as TASKS
+    from adapters.trainer import Trainer as Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adapters' has no attribute {name!r}")
+    value = getattr(import_module(f"adapters.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`adapters.adapt` is the function, though the room it lives in has the same name (so have merge, predict)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _HOMES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,540 @@
+"""`adapt()`: a strategy applied to a model, and `STRATEGIES`, the one list of them.
+
+Everything is tried on a copy without memory first (resolve, apply), so that a wrong request leaves the live model
+as it was. This is the only place that sets `requires_grad`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
+from adapters.errors import BackboneError, RequestError, message, nearest
+from adapters.strategies.bitfit import BitFit
+from adapters.strategies.freeze import Freeze
+from adapters.strategies.full import Full
+from adapters.strategies.lora import Lora
+from adapters.strategies.peft import Peft
+from adapters.strategies.probe import Probe
+from adapters.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from adapters.fingerprint import Fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One name that `adapt` knows: a strategy class, and how its frozen rest is stored unless said otherwise."""
+
+    strategy: type[Any]
+    quantization: str | None = None
+
+
+# A strategy of one's own is one dataclass and one row here: STRATEGIES["mine"] = Row(Mine), or the class itself.
+STRATEGIES: dict[str, Row | type[Any]] = {
+    "full": Row(Full),
+    "freeze": Row(Freeze),
+    "probe": Row(Probe),
+    "bitfit": Row(BitFit),
+    "lora": Row(Lora),
+    "qlora": Row(Lora, quantization="nf4"),
+    "peft": Row(Peft),
+}
+
+
+def row_of(name: str) -> Row:
+    """The row of a strategy's name.
+
+    Raises:
+        RequestError: an unknown name.
+    """
+    if name not in STRATEGIES:
+        raise RequestError(message(f"unknown strategy {name!r}", where="strategy", remedy=nearest(name, STRATEGIES)))
+    row = STRATEGIES[name]
+    return row if isinstance(row, Row) else Row(row)
+
+
+def task_class(name: str) -> type[Any]:
+    """The class of a task's name.
+
+    Raises:
+        RequestError: an unknown name.
+    """
+    if name not in TASKS:
+        raise RequestError(message(f"unknown task {name!r}", where="task", remedy=nearest(name, TASKS)))
+    return TASKS[name]
+
+
+def from_peft(config: Any) -> Strategy:
+    """The strategy of a peft config object: LoRA where its own options say all, else peft's method as it is."""
+    import peft
+
+    if config.is_prompt_learning:
+        raise RequestError(
+            message(
+                "prompt methods live in peft's wrapper, not in the model's layers",
+                where=type(config).__name__,
+                remedy="Take a method that adapts layers: LoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig ...",
+            )
+        )
+    changed: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        default = entry.default if entry.default is not dataclasses.MISSING else None
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        if value != default and entry.name not in ("peft_type", "task_type", "inference_mode", "auto_mapping",
+                                                   "base_model_name_or_path", "revision", "peft_version"):
+            changed[entry.name] = sorted(value) if isinstance(value, set) else value
+    if changed.pop("modules_to_save", None):
+        logger.info("modules_to_save is left out: the head and every new module train and are saved anyway")
+    if isinstance(config, peft.LoraConfig):
+        changed.pop("fan_in_fan_out", None)  # read off the graph
+        if set(changed) <= field_names(Lora) - {"modules"}:
+            return Lora(**{"lora_alpha": config.lora_alpha, **changed})
+    return Peft(config={"peft_type": str(getattr(config.peft_type, "value", config.peft_type)), **changed})
+
+
+def _strategy_and_task(
+    strategy: str | Strategy | Any, task: str | Task | None, options: Mapping[str, Any], quantization: str | None
+) -> tuple[Any, dict[str, Any], str | None, Any, dict[str, Any]]:
+    """Strategy class or object and its options, quantization, task class or object and its options."""
+    for wrong, right in ALIASES.items():
+        if wrong in options and right == "quantization":
+            raise RequestError(message(f"unknown option {wrong!r}", where="adapt", remedy="Say quantization='nf4'."))
+    if isinstance(strategy, str):
+        row = row_of(strategy)
+        chosen: Any = row.strategy
+        quantization = quantization or row.quantization
+    elif hasattr(strategy, "peft_type"):
+        chosen = from_peft(strategy)
+    elif hasattr(strategy, "apply") and hasattr(strategy, "edits"):
+        chosen = strategy
+    else:
+        raise RequestError(
+            message("not a strategy", where="strategy", expected="a name, a strategy object or a peft config",
+                    found=type(strategy).__name__)
+        )
+    goal: Any = task_class(task) if isinstance(task, str) else task
+    kinds = []
+    if isinstance(chosen, type):
+        kinds.append((f"strategy {strategy!r}", chosen))
+    if isinstance(goal, type):
+        kinds.append((f"task {task!r}", goal))
+    if not kinds and options:
+        raise RequestError(
+            message("options beside objects that hold their own", where="adapt", found=", ".join(options))
+        )
+    shares = divide_options(options, kinds)
+    own = shares.pop(0) if isinstance(chosen, type) else {}
+    goals = shares.pop(0) if isinstance(goal, type) else {}
+    return chosen, own, quantization, goal, goals
+
+
+def adapt(
+    model: str | Path | PreTrainedModel,
+    strategy: str | Strategy | Any = "lora",
+    *,
+    task: str | Task | None = None,
+    labels: Any = None,
+    quantization: str | None = None,
+    load: Mapping[str, Any] | None = None,
+    processor: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> Adapted:
+    """Apply a strategy to a model; the model stays the very object and class that it was.
+
+    Args:
+        model: a model id, a folder, or a live transformers model.
+        strategy: a name in `STRATEGIES`, a strategy object, or any peft config.
+        task: a name in `TASKS` or a task object; None reads it off a live model's class.
+        labels: the label names; None takes a live model's own.
+        quantization: "nf4" or "fp4" packs the frozen matmuls to 4 bits.
+        load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
+        processor: the tokenizer or image processor; None loads the backbone's own.
+        seed: of every new tensor: a new head, the adapters.
+        **options: fields of the strategy and of the task, by name.
+
+    Returns:
+        The record of what was done; `.model` is the model.
+
+    Raises:
+        RequestError: anything in the request that cannot be; nothing has been changed then.
+
+    Source: LoRA, Hu et al. 2021; QLoRA, Dettmers et al. 2023; BitFit, Ben Zaken et al. 2022.
+    """
+    live = not isinstance(model, str | Path)
+    if task is None:
+        task = _task_of(model) if live else "text-classification"
+    if labels is not None:
+        options["labels"] = labels
+    chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
+    if isinstance(chosen, type):
+        chosen = make(chosen, own, f"strategy {strategy!r}")
+    if isinstance(goal, type):
+        goal = make(goal, goals, f"task {goal.name!r}")
+    return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed)
+
+
+def _task_of(model: Any) -> str:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError(
+            message("not a model", where="model", expected="a model id, a folder or a transformers model",
+                    found=type(model).__name__)
+        )
+    import transformers.models.auto.modeling_auto as auto
+
+    name = type(model).__name__
+    for task in TASKS.values():
+        mapping = getattr(auto, _MAPPINGS.get(task.auto_class, ""), {})
+        if name in mapping.values():
+            return str(task.name)
+    raise RequestError(
+        message(
+            f"no task is known for {name}",
+            where="task",
+            expected=f"a model with the head of one of: {', '.join(TASKS)}",
+            remedy="Give the model's id or folder with task=..., or load it by the task's AutoModel class.",
+        )
+    )
+
+
+_MAPPINGS = {"AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
+
+
+def assemble(
+    model: str | Path | PreTrainedModel,
+    strategy: Strategy,
+    task: Task,
+    quantization: str | None,
+    load: dict[str, Any],
+    processor: Any,
+    seed: int,
+    *,
+    accept: Callable[[Strategy, Fingerprint], None] | None = None,
+    full: bool = True,
+) -> Adapted:
+    """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
+
+    Args:
+        accept: called with the resolved strategy and the backbone's fingerprint before anything changes; raises
+            where they are not the right ones.
+        full: hash every byte of the backbone, else samples alone.
+    """
+    import torch
+
+    from adapters.anatomy import backbone_state, linear_maps, own_name, saved_names, skeleton
+    from adapters.quantize import Storage, pack, packed_modules
+
+    storage = Storage(quantization)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net, new, processor = _loaded(model, task, load, processor)
+        _refuse_adapted(net)
+        folder = local_folder(net.name_or_path, load)
+        task = task.complete(net)
+        head = frozenset(task.head(net)) | frozenset(new)
+
+        # Tried without memory first: every check speaks before the first module changes.
+        ghost = skeleton(net)
+        strategy = strategy.resolve(ghost, head)
+        trial = {own_name(name) for name in strategy.apply(ghost)}
+        maps = [m for path, m in linear_maps(net).items() if f"{path}.weight" not in trial | head]
+        own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
+        if own & (trial | head):
+            _refuse_half(net)
+
+        state = backbone_state(net, head)
+        if packed_modules(net) and quantization is None:
+            storage = Storage(_kind_found(net))
+        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full)
+        if accept is not None:
+            accept(strategy, fingerprint)
+        names, _ = saved_names(net, {**state, **backbone_state(net, ())})
+        _configure(net, task, processor)
+        pack(net, maps, storage)
+        trained = strategy.apply(net) | head_names(net, head)
+    record = Record(
+        backbone=net.name_or_path,
+        revision=str(getattr(net.config, "_commit_hash", None) or ""),
+        seed=seed,
+        new=tuple(sorted(new)),
+        load={name: str(value) for name, value in load.items() if name != "token"},
+    )
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained)
+    adapted = Adapted(
+        net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record
+    )
+    note = _pad(net, processor)
+    if note:
+        record.notes.append(note)
+        logger.warning(note)
+    net.eval()
+    return adapted
+
+
+def live_model(model: object) -> bool:
+    """Whether `adapt` was given a model, not a name."""
+    return not isinstance(model, str | Path)
+
+
+def head_names(model: PreTrainedModel, head: frozenset[str]) -> set[str]:
+    """The head's parameters by their names in memory, after the strategy has changed modules."""
+    from adapters.anatomy import own_name
+
+    return {name for name, _ in model.named_parameters() if own_name(name) in head}
+
+
+def _loaded(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
+    import transformers
+
+    if live_model(model):
+        return model, set(), processor if processor is not None else _processor_of(model.name_or_path, load, quiet=True)
+    name = str(model)
+    path = Path(name).expanduser()
+    if not path.is_dir() and (isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise RequestError(
+            message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
+        )
+    if path.is_dir():
+        name = str(path)
+        if not (path / "config.json").exists():
+            raise RequestError(message("not a model folder", where=name, expected="a config.json in it"))
+    auto: Any = getattr(transformers, task.auto_class)
+    options = {"dtype": "auto", **load, **task.config()}
+    try:
+        with _hushed():
+            net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError) as fault:
+        raise RequestError(
+            message(
+                "the backbone cannot be loaded",
+                where=name,
+                found=" ".join(str(fault).split())[:400],
+                remedy="Check the id or folder; offline, only local folders and cached ids open.",
+            )
+        ) from fault
+    parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
+    mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
+    new = (set(info["missing_keys"]) | mismatched) & parameters
+    head = task.head(net)
+    foreign = {key for key in mismatched if key not in head}
+    if foreign:
+        raise RequestError(
+            message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
+        )
+    return net, new, processor if processor is not None else _processor_of(name, load, quiet=False)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
+    from transformers.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    bars = hub_logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_error()
+    hub_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bars:
+            hub_logging.enable_progress_bar()
+
+
+def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
+    """The backbone's own tokenizer; None where a live model has no place to load one from."""
+    if not name or (quiet and not Path(name).is_dir()):
+        return None
+    from transformers import AutoTokenizer
+
+    kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
+    try:
+        return AutoTokenizer.from_pretrained(name, **kept)
+    except (OSError, ValueError, KeyError) as fault:
+        if quiet or not isinstance(fault, OSError):
+            return None
+        raise RequestError(
+            message("the backbone has no tokenizer", where=name, found=" ".join(str(fault).split())[:300],
+                    remedy="Pass processor=AutoTokenizer.from_pretrained(...).")
+        ) from fault
+
+
+def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
+    """Where a backbone's files lie on this machine: its folder, or the hub cache's snapshot; None for neither."""
+    if not name:
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(name, file, revision=load.get("revision"))
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def identify(
+    model: PreTrainedModel, head: frozenset[str], folder: Path | None, *, trust: bool, full: bool = True
+) -> Fingerprint:
+    """The backbone's fingerprint: from its checkpoint where there is one, else from memory.
+
+    Args:
+        model: the live model.
+        head: what is left out.
+        folder: where its checkpoint may lie.
+        trust: the model has just been loaded from there; a live model is compared with it first.
+        full: hash every byte.
+
+    Raises:
+        BackboneError: packed weights whose full-precision checkpoint is not at hand or is another one.
+    """
+    from adapters import fingerprint as prints
+    from adapters.errors import FolderError
+    from adapters.quantize import packed_modules, repacked_differs
+
+    packed = {f"{path}.weight".replace(".base_layer.", ".") for path in packed_modules(model)}
+    on_disk = None
+    if folder is not None:
+        with contextlib.suppress(FolderError):  # older checkpoints hold no safetensors: identified from memory
+            on_disk = prints.of_folder(model, head | packed if not trust else head, folder, full=full)
+    if packed and not trust:
+        if on_disk is None:
+            raise BackboneError(
+                message(
+                    "a model in 4 bits can only be identified beside its full-precision checkpoint",
+                    where=type(model).__name__,
+                    expected="a name_or_path that opens",
+                    found=repr(model.name_or_path),
+                    remedy="Adapt the id or folder with quantization='nf4', or load with verify='off'.",
+                )
+            )
+        assert folder is not None
+        slots = prints.disk_slots(model, folder)
+        wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
+        if wrong:
+            raise BackboneError(
+                message(
+                    "the packed weights are not those of the model's own checkpoint",
+                    where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
+                    found=f"{len(wrong)} of {len(packed)} differ",
+                )
+            )
+        in_memory = prints.of_model(model, head, skip=packed, full=full)
+        if prints.differences(on_disk, in_memory):
+            raise BackboneError(message("the live 4-bit model differs from its checkpoint", where=model.name_or_path))
+        return prints.of_folder(model, head, folder, full=full)
+    if on_disk is not None and trust:
+        return on_disk
+    in_memory = prints.of_model(model, head, full=full)
+    if on_disk is not None and not prints.differences(on_disk, in_memory):
+        return on_disk  # the finer of the two, where the live model was loaded in fewer bits
+    return in_memory
+
+
+def _kind_found(model: PreTrainedModel) -> str:
+    from adapters.quantize import packed_modules
+
+    module = next(iter(packed_modules(model).values()))
+    state: Any = module.get_parameter("weight")
+    return str(state.quant_state.quant_type)
+
+
+def _refuse_adapted(model: PreTrainedModel) -> None:
+    from adapters.anatomy import is_tuner_layer
+
+    if any(is_tuner_layer(module) for module in model.modules()):
+        raise RequestError(
+            message(
+                "the model carries an adapter already",
+                where=type(model).__name__,
+                remedy="Merge it first (adapters.merge), or load the backbone again.",
+            )
+        )
+
+
+def _refuse_half(model: PreTrainedModel) -> None:
+    raise RequestError(
+        message(
+            "fp16 weights cannot train: their gradients overflow and the optimizer's steps vanish",
+            where=type(model).__name__,
+            remedy="Load the backbone with load={'dtype': 'bfloat16'} or 'float32'.",
+        )
+    )
+
+
+def _configure(model: PreTrainedModel, task: Task, processor: Any) -> None:
+    """The task's label names in the model's own config, so that pipelines and merged folders speak them."""
+    for name, value in task.config().items():
+        if name != "num_labels":
+            setattr(model.config, name, value)
+
+
+def _pad(model: PreTrainedModel, processor: Any) -> str:
+    """A padding token where there is none: the end token, said once and stored; padding on the right."""
+    if processor is None or not hasattr(processor, "pad_token"):
+        return ""
+    note = ""
+    processor.padding_side = "right"
+    if processor.pad_token is None:
+        if processor.eos_token is None:
+            raise RequestError(
+                message("the tokenizer has neither a padding nor an end token", where=type(processor).__name__,
+                        remedy="Set processor.pad_token.")
+            )
+        processor.pad_token = processor.eos_token
+        note = f"no padding token: the end token {processor.eos_token!r} is used, rows are padded on the right"
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = processor.pad_token_id
+        model.config.pad_token_id = processor.pad_token_id
+    return note
+
+
+@contextlib.contextmanager
+def disabled(adapted: Adapted) -> Iterator[PreTrainedModel]:
+    """The bare backbone for a while: adapters switched off, trained tensors set aside.
+
+    The head stays, because without it there is nothing to compare.
+
+    Raises:
+        RequestError: a strategy that trains the backbone's own tensors, whose old values are gone.
+    """
+    from adapters.anatomy import is_tuner_layer, own_name
+    from adapters.injection import switch
+
+    tuned = tuple(f"{p}." for p, module in adapted.model.named_modules() if is_tuner_layer(module))
+    own = [n for n in adapted.trained if not (tuned and n.startswith(tuned)) and own_name(n) not in adapted.head]
+    if own:
+        raise RequestError(
+            message(
+                "the backbone's own tensors were trained, so the bare backbone is not in memory",
+                where=f"strategy {adapted.strategy.name!r}",
+                found=f"{len(own)} tensors, {own[0]} first",
+                remedy="Load the backbone again.",
+            )
+        )
+    switch(adapted.model, False)
+    try:
+        yield adapted.model
+    finally:
+        switch(adapted.model, True)

@@ -1,0 +1,298 @@
+"""Where a transformers model keeps its blocks, linear maps and head, and what its tensors are called on disk.
+
+Everything here is read off the module graph and transformers' own conversion tables; there is no table of
+model names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import RequestError, message, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@final
+@dataclass(frozen=True)
+class BlockList:
+    """One stack of transformer blocks.
+
+    Attributes:
+        path: the module list, e.g. "bert.encoder.layer".
+        length: how many module objects it holds.
+        shared: one block object stands for several layers (ALBERT): they cannot train apart.
+    """
+
+    path: str
+    length: int
+    shared: bool
+
+    def names(self) -> list[str]:
+        """The paths of the blocks, bottom to top."""
+        return [f"{self.path}.{index}" for index in range(self.length)]
+
+
+@final
+@dataclass(frozen=True)
+class LinearMap:
+    """A matmul by a weight: nn.Linear, GPT-2's Conv1D, or their packed form.
+
+    Attributes:
+        path: the module's name.
+        shape: (in, out) features.
+        transposed: the backbone keeps the weight as (in, out), as Conv1D does.
+        has_bias: whether there is a bias.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    transposed: bool
+    has_bias: bool
+
+
+def own_name(name: str) -> str:
+    """The backbone's own name of a tensor, whatever peft has wrapped around its module."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether peft has put this module around one of the backbone's."""
+    import sys
+
+    layers = sys.modules.get("peft.tuners.tuners_utils")  # nothing of peft's stands in a model before peft is imported
+    return layers is not None and isinstance(module, layers.BaseTunerLayer)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Elements in all, packed 4-bit weights counted by the weights that they hold."""
+    total = 0
+    for tensor in tensors:
+        state = getattr(tensor, "quant_state", None)
+        total += state.shape.numel() if state is not None else tensor.numel()
+    return total
+
+
+def block_lists(model: nn.Module) -> list[BlockList]:
+    """The stacks of blocks, in the order in which the model holds them; an encoder-decoder has two.
+
+    A stack is a ModuleList of modules of one class, not inside another stack, that holds at least a quarter of
+    the parameters of the largest such list.
+    """
+    found: list[tuple[str, nn.ModuleList, int]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(path.startswith(f"{outer}.") for outer, _, _ in found):
+            continue
+        if len({type(child) for child in module}) == 1:
+            found.append((path, module, count(module.parameters())))
+    largest = max((size for _, _, size in found), default=0)
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = []
+    for path, module, size in found:
+        if size == 0 or size * 4 < largest:
+            continue
+        layers = sum(isinstance(child, nn.ModuleList) for child in module[0].modules())
+        repeats = isinstance(depth, int) and depth > len(module) and hasattr(config, "num_hidden_groups") and layers
+        objects = len({id(child) for child in module})
+        lists.append(BlockList(path, len(module), shared=bool(repeats) or objects < len(module)))
+    return lists
+
+
+def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
+    """The linear maps inside the blocks, by path: what LoRA adapts and 4-bit storage packs."""
+    prefixes = tuple(f"{path}." for blocks in block_lists(model) for path in blocks.names())
+    return {
+        path: described
+        for path, module in model.named_modules()
+        if path.startswith(prefixes) and (described := linear_map(path, module)) is not None
+    }
+
+
+def linear_map(path: str, module: nn.Module) -> LinearMap | None:
+    """The description of one module where it is a linear map, else None."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        features_in, features_out = module.weight.shape
+        return LinearMap(path, (features_in, features_out), transposed=True, has_bias=True)
+    if isinstance(module, nn.Linear):
+        conv = getattr(module, "source_cls", None) is Conv1D  # a packed Conv1D: transposed on disk still
+        return LinearMap(path, (module.in_features, module.out_features), conv, module.bias is not None)
+    return None
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a dotted pattern names this module: the whole path, or its last components."""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def select(patterns: Sequence[str], paths: Iterable[str], *, option: str) -> list[str]:
+    """The paths that the patterns name; every pattern must name at least one.
+
+    Raises:
+        RequestError: a pattern matches nothing; the message lists the nearest names.
+    """
+    known = list(paths)
+    leaves = {path.rpartition(".")[2] for path in known} - {""}
+    missing = [pattern for pattern in patterns if not any(matches(pattern, path) for path in known)]
+    if missing:
+        raise RequestError(
+            message(
+                f"the pattern{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} match nothing",
+                where=option,
+                expected="names of modules in the backbone",
+                remedy=nearest(missing[0].rpartition(".")[2], {leaf for leaf in leaves if not leaf.isdigit()}),
+            )
+        )
+    return [path for path in known if any(matches(pattern, path) for pattern in patterns)]
+
+
+def shortest_suffixes(paths: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest dotted suffixes that name all of `paths` and none of `others`.
+
+    A saved target list stays as short as people write it ("query", "value") and still cannot name a head.
+    """
+    taken = list(others)
+    suffixes: dict[str, None] = {}
+    for path in paths:
+        parts = path.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            suffix = ".".join(parts[start:])
+            if start == 0 or not any(matches(suffix, other) for other in taken):
+                suffixes[suffix] = None
+                break
+    return list(suffixes)
+
+
+def outside_backbone(model: PreTrainedModel) -> set[str]:
+    """The parameters that do not belong to the base model: a classification model's head."""
+    base = model.base_model
+    if base is model:
+        raise RequestError(
+            message(
+                "the model has no backbone apart from its head",
+                where=type(model).__name__,
+                expected="a model class with a base model and a head, such as AutoModelForSequenceClassification",
+            )
+        )
+    inside = {id(parameter) for parameter in base.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+def above_blocks(model: PreTrainedModel) -> set[str]:
+    """Backbone parameters that run after the blocks: final norms and poolers.
+
+    transformers registers modules in the order in which they run, embeddings first: what is registered after the
+    last block list, inside the base model, runs after it.
+    """
+    lists = block_lists(model)
+    if not lists:
+        return set()
+    last = lists[-1].path
+    names = [own_name(name) for name, _ in model.base_model.named_parameters()]
+    prefix = _path_of(model, model.base_model)
+    full = [f"{prefix}{name}" for name in names]
+    positions = [index for index, name in enumerate(full) if name.startswith(f"{last}.")]
+    return set(full[positions[-1] + 1 :])
+
+
+def _path_of(model: nn.Module, child: nn.Module) -> str:
+    for path, module in model.named_modules():
+        if module is child:
+            return f"{path}." if path else ""
+    return ""
+
+
+def owner(name: str) -> str:
+    """The path of the module that owns a parameter."""
+    return name.rpartition(".")[0]
+
+
+def frozen_below(model: nn.Module, trained: Iterable[str]) -> list[nn.Module]:
+    """The modules below the lowest trained one, and every frozen normalisation with running statistics.
+
+    They run in eval mode while training goes on: what lies below the first trained module is a pure function of
+    its input, and the statistics of a frozen BatchNorm must not move. transformers registers modules in the order
+    in which they run, so "below" is read off that order; blocks that share weights run again, none of them is below.
+    """
+    owners = {owner(name) for name in trained}
+    stops = owners | {path for path, module in model.named_modules() if is_tuner_layer(module)}
+    stops |= {blocks.path for blocks in block_lists(model) if blocks.shared}
+    quiet: list[nn.Module] = []
+    reached = False
+    for path, module in model.named_modules():
+        reached = reached or path in stops
+        holds_trained = path == "" or any(name.startswith(f"{path}.") for name in stops)
+        if (not reached and not holds_trained) or (
+            getattr(module, "running_mean", None) is not None and path not in owners
+        ):
+            quiet.append(module)
+    return quiet
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the module graph on the meta device: same names, shapes and types, no memory.
+
+    Strategies are tried on it first, so that nothing of the live model changes before every check has passed.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def backbone_state(model: PreTrainedModel, head: Iterable[str]) -> dict[str, Tensor]:
+    """The backbone's tensors by their own names in memory: parameters and saved buffers, heads and adapters left out.
+
+    Of tied tensors the first name stands for all.
+    """
+    left_out = set(head)
+    adapter = set()
+    for path, module in model.named_modules():
+        if is_tuner_layer(module):
+            prefix = f"{path}."
+            adapter |= {f"{prefix}{name}" for name in module.state_dict() if not name.startswith("base_layer.")}
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = own_name(name)
+        if name in adapter or own in left_out or not isinstance(tensor, Tensor) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        state[own] = tensor
+    return state
+
+
+def saved_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What transformers calls these tensors in a saved checkpoint.
+
+    Returns:
+        names: memory name -> name on disk, for the tensors that are saved one to one.
+        tensors: name on disk -> tensor, for all; tensors that transformers splits on saving (fused experts) appear
+            in their parts.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    by_id = {id(tensor): name for name, tensor in state.items()}
+    on_disk = revert_weight_conversion(model, dict(state))
+    names = {by_id[id(tensor)]: name for name, tensor in on_disk.items() if id(tensor) in by_id}
+    return names, on_disk
+
+
+def plain_name(name: str, prefix: str) -> str:
+    """A name on disk without the base model's prefix: checkpoints with and without a head then agree."""
+    return name.removeprefix(f"{prefix}.") if prefix else name

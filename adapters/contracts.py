@@ -1,0 +1,273 @@
+"""The types that the rest of the library speaks in: Strategy, Task, Adapted, Record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_checkable
+
+from adapters.errors import RequestError, SpentError, message, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from adapters.edits import Edit
+    from adapters.fingerprint import Fingerprint
+    from adapters.quantize import Storage
+
+ALIASES = {
+    "lora_r": "r",
+    "lora_rank": "r",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "additional_target": "modules_to_save",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "freeze_trainable_layers": "layers",
+    "num_layers": "layers",
+    "last_n": "layers",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "label_smoothing_factor": "label_smoothing",
+    "load_in_4bit": "quantization",
+    "quantize": "quantization",
+}
+
+
+class Strategy(Protocol):
+    """What trains, what the trained tensors mean for the backbone, how to leave no trace.
+
+    A strategy is a frozen dataclass; its fields are its whole configuration and are saved as they are.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, object]]
+
+    def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
+        """A copy with every "auto" made concrete; this is what is saved and loaded. Checks, changes nothing."""
+        ...
+
+    def apply(self, model: PreTrainedModel) -> set[str]:
+        """Change modules where the method needs it; returns the names of the parameters that train."""
+        ...
+
+    def key(self, name: str) -> str:
+        """The name in the adapter file of a parameter that trains."""
+        ...
+
+    def edits(self, state: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """What the tensors of an adapter file did to the backbone, by the backbone's own tensor name."""
+        ...
+
+    def strip(self, model: PreTrainedModel) -> None:
+        """Put the original module objects back and leave no trace."""
+        ...
+
+    def sidecars(self) -> dict[str, dict[str, Any]]:
+        """Further JSON files of the adapter folder, such as peft's adapter_config.json."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the model is for: its class and head, how rows become inputs, losses, metrics and answers.
+
+    A task is a frozen dataclass; its fields are saved with the adapter.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that chooses the best weights, and whether greater is better."""
+        ...
+
+    def complete(self, model: PreTrainedModel) -> Self:
+        """A copy with what it left open read off a live model; raises where the model's head does not fit."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """The model configuration fields that this task sets when a model is loaded for it."""
+        ...
+
+    def head(self, model: PreTrainedModel) -> set[str]:
+        """The parameters of the task's head: they always train and are saved."""
+        ...
+
+    def prepare(
+        self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
+    ) -> tuple[Dataset, list[str]]:
+        """Model inputs from raw rows, in their order, with a column "length"; and remarks to be said once."""
+        ...
+
+    def collate(self, features: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, Any]:
+        """One batch from prepared rows."""
+        ...
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss, summed over the batch and divided by the items of the whole global batch."""
+        ...
+
+    def metrics(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
+        """Numbers from predictions."""
+        ...
+
+    def decode(self, logits: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+        """One answer a row, as the matching transformers pipeline would give it."""
+        ...
+
+    def baseline(self, train: Dataset, test: Dataset) -> dict[str, float]:
+        """The metrics of the best answer that never looks at the input (the majority class, the mean)."""
+        ...
+
+    def describe(self) -> str:
+        """What the task answers, in one short line."""
+        ...
+
+
+@final
+@dataclass
+class Record:
+    """What happened to an adaptation, for the manifest; the only part of `Adapted` that changes.
+
+    Attributes:
+        backbone: id or folder of the backbone, empty for a live model without one.
+        revision: the hub commit, empty where there is none.
+        seed: seed of every new tensor.
+        new: backbone parameters that loading reported as newly initialised.
+        data: fingerprint and row counts of the data it was trained on.
+        metrics: what was measured, by split.
+        settings: the training settings that differ from transformers' own defaults.
+        recipe: the run as data; empty where no recipe can repeat it, then `why_not` says why.
+        notes: remarks that were said once and belong to the adapter (padding token, truncation).
+        spent: merged: saving, training and merging again are refused.
+    """
+
+    backbone: str = ""
+    revision: str = ""
+    seed: int = 0
+    new: tuple[str, ...] = ()
+    load: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    why_not: str = "the model was adapted by a program, not by a recipe"
+    notes: list[str] = field(default_factory=list)
+    spent: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Adapted:
+    """A model with a strategy applied to it.
+
+    Attributes:
+        model: the very object that was adapted; plain transformers API.
+        strategy, task, storage: resolved.
+        processor: tokenizer or image processor.
+        trained: the names in memory of the parameters that train, sorted.
+        head: of these (by the backbone's own names), the head and whatever loading made new.
+        fingerprint: identity of the backbone.
+        names: backbone tensor name in memory -> name in a saved checkpoint of this model class.
+        record: what happened; its one mutable part.
+    """
+
+    model: PreTrainedModel
+    strategy: Strategy
+    task: Task
+    processor: Any
+    storage: Storage
+    trained: tuple[str, ...]
+    head: frozenset[str]
+    fingerprint: Fingerprint
+    names: Mapping[str, str]
+    record: Record
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors by their keys in the adapter file; views of the live parameters, not copies."""
+        if self.record.spent:
+            raise SpentError(
+                message(
+                    "this adapter was merged into its model",
+                    where="Adapted",
+                    remedy="Load the adapter folder again, or adapt the merged model.",
+                )
+            )
+        parameters = dict(self.model.named_parameters())
+        return {self.strategy.key(name): parameters[name].detach() for name in self.trained}
+
+    @property
+    def trained_count(self) -> int:
+        """Parameters that train."""
+        parameters = dict(self.model.named_parameters())
+        return sum(parameters[name].numel() for name in self.trained)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the trained tensors, about the size of the adapter file."""
+        parameters = dict(self.model.named_parameters())
+        return sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
+
+    def __str__(self) -> str:
+        from adapters.anatomy import count
+
+        total = count(self.model.parameters())
+        trained = self.trained_count
+        head = sum(p.numel() for n, p in self.model.named_parameters() if n in self.head)
+        storage = self.storage.quantization or str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"{self.strategy.name} on {type(self.model).__name__}"
+            f"{f' ({self.record.backbone})' if self.record.backbone else ''} for {self.task.describe()}\n"
+            f"  trains  {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {head:,} of them new head\n"
+            f"  frozen  {total - trained:,} parameters, kept as {storage}\n"
+            f"  file    about {self.adapter_bytes / 1e6:.2f} MB"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Adapted {self}>"
+
+
+def field_names(kind: type[Any]) -> set[str]:
+    """The options that a strategy or task dataclass takes."""
+    return {entry.name for entry in dataclasses.fields(kind) if entry.init}
+
+
+def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, type[Any]]]) -> list[dict[str, Any]]:
+    """Give each option to the dataclass that has a field of its name.
+
+    Raises:
+        RequestError: an option that none of them has; the message gives the right name where one is known.
+    """
+    shares: list[dict[str, Any]] = [{} for _ in kinds]
+    for name, value in options.items():
+        for share, (_, kind) in zip(shares, kinds, strict=True):
+            if name in field_names(kind):
+                share[name] = value
+                break
+        else:
+            known = set().union(*(field_names(kind) for _, kind in kinds))
+            right = ALIASES.get(name)
+            what = f"unknown option {name!r}"
+            where = " and ".join(label for label, _ in kinds)
+            hint = f"The name here is {right!r}." if right in known or right == "quantization" else nearest(name, known)
+            raise RequestError(message(what, where=where, remedy=hint))
+    return shares
+
+
+def make(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """Build a strategy or task from saved or typed options, with a clear error for values of the wrong type."""
+    try:
+        return kind(**options)
+    except TypeError as fault:
+        raise RequestError(message("wrong options", where=where, found=str(fault))) from fault

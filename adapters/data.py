@@ -1,0 +1,370 @@
+"""Rows from files, folders, the hub and plain Python; splits of them; their fingerprint.
+
+Files are read as they are written: no value is guessed to be missing, no column to be a number. What a column
+means is the task's affair.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from adapters.errors import DataError, RequestError, message, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Source = "str | Path | Dataset | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+def read(source: Any) -> dict[str, Dataset]:
+    """Every split of a source of rows.
+
+    Args:
+        source: a `Dataset` or `DatasetDict`, a list of dicts, a mapping of split names to these, a file (csv, tsv,
+            json, jsonl, parquet; .gz too), a folder with train/validation/test files, or a hub id.
+
+    Returns:
+        "train", and "validation" and "test" where the source names them.
+
+    Raises:
+        DataError: a file that cannot be read, empty data, rows of different kinds; with row and column.
+        RequestError: a source that is not there.
+    """
+    from datasets import Dataset
+
+    if isinstance(source, Dataset):
+        splits = {"train": source}
+    elif isinstance(source, Mapping):
+        splits = {_split_name(str(name)): read(part)["train"] for name, part in source.items()}
+    elif isinstance(source, str | Path):
+        splits = _read_path(source)
+    elif isinstance(source, Sequence):
+        splits = {"train": _from_dicts(list(source), "list of rows")}
+    else:
+        raise RequestError(
+            message("not a source of rows", where="data", expected="a file, folder, id, Dataset or list of dicts",
+                    found=type(source).__name__)
+        )
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise DataError(message("the data is empty", where=f"split {name!r} of {source!r}"[:200], found="0 rows"))
+    return splits
+
+
+def _split_name(name: str) -> str:
+    if name not in SPLIT_NAMES:
+        raise RequestError(message(f"unknown split {name!r}", where="data", remedy=nearest(name, SPLIT_NAMES)))
+    return SPLIT_NAMES[name]
+
+
+def _read_path(source: str | Path) -> dict[str, Dataset]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"train": _read_file(path)}
+    if path.is_dir():
+        found: dict[str, Path] = {}
+        for file in sorted(path.iterdir()):
+            stem = file.name.split(".")[0]
+            part = next((SPLIT_NAMES[word] for word in reversed(stem.split("_")) if word in SPLIT_NAMES), None)
+            if part is not None and _reader(file) is not None:
+                if part in found:
+                    raise RequestError(
+                        message(
+                            f"two files for the split {part!r}",
+                            where=str(path),
+                            found=f"{found[part].name} and {file.name}",
+                            remedy="Give one file, or a mapping of splits to files.",
+                        )
+                    )
+                found[part] = file
+        if "train" not in found:
+            raise RequestError(
+                message(
+                    "no training file in the folder",
+                    where=str(path),
+                    expected="train.csv, train.jsonl, train.parquet ...",
+                    found=", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder",
+                )
+            )
+        return {part: _read_file(file) for part, file in found.items()}
+    if isinstance(source, Path) or not _looks_like_id(str(source)):
+        raise RequestError(
+            message(
+                "there is no such file or folder",
+                where=str(source),
+                remedy="Give a csv, json, jsonl or parquet file, a folder of them, or a hub id.",
+            )
+        )
+    return _read_hub(str(source))
+
+
+def _looks_like_id(text: str) -> bool:
+    """A hub id, not a path that is missing: a local path never becomes a look-up."""
+    return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not text.endswith("/") and (
+        "." not in text.rpartition("/")[2] or not Path(text).suffix.lower().strip(".") in _SUFFIXES
+    )
+
+
+_SUFFIXES = {"csv", "tsv", "json", "jsonl", "parquet", "gz", "txt"}
+
+
+def _read_hub(name: str) -> dict[str, Dataset]:
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        loaded = load_dataset(name)
+    except Exception as fault:  # the loaders raise whatever their parsers and the network raise
+        raise RequestError(
+            message(
+                f"neither a file nor a data set that can be loaded: {name!r}",
+                where="data",
+                found=" ".join(str(fault).split())[:300],
+                remedy="Give a file that is there, or the id of a data set on the hub.",
+            )
+        ) from fault
+    if not isinstance(loaded, DatasetDict):
+        return {"train": cast("Dataset", loaded)}
+    return {SPLIT_NAMES[part]: rows for part, rows in loaded.items() if part in SPLIT_NAMES}
+
+
+def _reader(path: Path) -> Callable[[Path], Dataset] | None:
+    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    return {"csv": _read_csv, "tsv": _read_csv, "json": _read_json, "jsonl": _read_json, "parquet": _read_parquet}.get(
+        suffix
+    )
+
+
+def _read_file(path: Path) -> Dataset:
+    reader = _reader(path)
+    if reader is None:
+        raise RequestError(
+            message("unknown kind of file", where=str(path), expected="csv, tsv, json, jsonl or parquet (.gz too)")
+        )
+    if path.stat().st_size == 0:
+        raise DataError(message("the file is empty", where=str(path), found="0 bytes"))
+    return reader(path)
+
+
+def _read_csv(path: Path) -> Dataset:
+    import pandas as pd
+    from datasets import Dataset
+
+    separator = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    try:
+        # keep_default_na: "NA", "null" and "None" are texts like any other.
+        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as fault:
+        raise DataError(
+            message(
+                "cannot read the table",
+                where=str(path),
+                expected="utf-8 text, one header, the same number of fields in each row",
+                found=" ".join(str(fault).split()),
+            )
+        ) from fault
+    if len(frame.columns) == 1 and any(mark in frame.columns[0] for mark in ";\t|"):
+        raise DataError(
+            message(
+                "one column whose name holds a separator",
+                where=str(path),
+                expected=f"fields divided by {separator!r}",
+                found=repr(frame.columns[0]),
+                remedy="Save the file with commas, or as .tsv with tabs.",
+            )
+        )
+    return Dataset.from_dict({str(name): frame[name].tolist() for name in frame.columns})
+
+
+def _read_json(path: Path) -> Dataset:
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    rows: list[Any] = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            text = stream.read()
+    except (UnicodeDecodeError, OSError) as fault:
+        raise DataError(message("cannot read the file", where=str(path), found=fault)) from fault
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as fault:
+            raise DataError(message("broken JSON", where=str(path), found=fault)) from fault
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as fault:
+                    raise DataError(message("broken JSON", where=f"{path}, line {number}", found=fault)) from fault
+    return _from_dicts(rows, str(path))
+
+
+def _read_parquet(path: Path) -> Dataset:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowInvalid, OSError) as fault:
+        raise DataError(message("cannot read the parquet file", where=str(path), found=fault)) from fault
+
+
+def _from_dicts(rows: list[Any], where: str) -> Dataset:
+    """Rows of one shape: a key that only some rows have is a misspelling until shown otherwise."""
+    import pyarrow
+    from datasets import Dataset
+
+    if not rows:
+        raise DataError(message("the data is empty", where=where, found="0 rows"))
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                message("a row that is no record", where=f"{where}, row {number}", expected="names and values",
+                        found=type(row).__name__)
+            )
+    keys = Counter(frozenset(row) for row in rows)
+    usual = keys.most_common(1)[0][0]
+    for number, row in enumerate(rows):
+        odd = set(row) ^ usual
+        if odd:
+            raise DataError(
+                message(
+                    "a row with other columns than the rest",
+                    where=f"{where}, row {number}",
+                    expected=", ".join(sorted(usual)),
+                    found=", ".join(sorted(row)) or "nothing",
+                    remedy=f"Check the spelling of {', '.join(sorted(odd))}, or fill every row.",
+                )
+            )
+    for name in sorted(usual):
+        kinds = Counter("text" if isinstance(row[name], str) else type(row[name]).__name__ for row in rows
+                        if row[name] is not None)
+        if len(kinds) > 1 and set(kinds) != {"int", "float"}:
+            rare = kinds.most_common()[-1][0]
+            number = next(
+                n for n, row in enumerate(rows)
+                if row[name] is not None and ("text" if isinstance(row[name], str) else type(row[name]).__name__) == rare
+            )
+            raise DataError(
+                message(
+                    "a column of mixed kinds",
+                    where=f"{where}, row {number}, column {name!r}",
+                    expected=kinds.most_common(1)[0][0],
+                    found=f"{rare}: {rows[number][name]!r}"[:120],
+                )
+            )
+    try:
+        return Dataset.from_list([dict(row) for row in rows])
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as fault:
+        raise DataError(message("rows of different shapes", where=where, found=fault)) from fault
+
+
+def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str, str]) -> Dataset:
+    """Give the task's column names to a source's columns.
+
+    Args:
+        rows: the source.
+        columns: task column -> source column; the only renaming there is.
+        known: the task's columns and what they hold.
+
+    Raises:
+        RequestError: a column that the task does not know, or that the source lacks.
+    """
+    if not columns:
+        return rows
+    for wanted, found in columns.items():
+        if wanted not in known:
+            raise RequestError(message(f"the task has no column {wanted!r}", where="columns", remedy=nearest(wanted, known)))
+        if found not in rows.column_names:
+            raise DataError(
+                message(
+                    f"there is no column {found!r}",
+                    where="columns",
+                    remedy=nearest(found, rows.column_names),
+                )
+            )
+    taken = {found: wanted for wanted, found in columns.items()}
+    dropped = [name for name in rows.column_names if name in columns and name not in taken]
+    return rows.remove_columns(dropped).rename_columns({f: w for f, w in taken.items() if f != w})
+
+
+def split(
+    rows: Dataset, parts: Mapping[str, float], *, seed: int, by: str | None = None, text: str | None = None
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Divide rows at random, each class in proportion, no text in two parts.
+
+    Args:
+        rows: what is divided; the rest after all parts is "train".
+        parts: part name -> share of all rows, e.g. {"validation": 0.1, "test": 0.1}.
+        seed: of the shuffle.
+        by: the column whose values are kept in proportion; None divides without regard to any.
+        text: the column whose equal values stay together.
+
+    Returns:
+        The parts, and remarks to be said: classes too small to divide, which stay in train.
+    """
+    import numpy as np
+
+    total = len(rows)
+    if not 0 < sum(parts.values()) < 1:
+        raise RequestError(message("wrong shares", where="split", expected="shares > 0, below 1 in sum", found=dict(parts)))
+    generator = np.random.default_rng(seed)
+    groups: dict[Any, list[list[int]]] = {}
+    keys = rows[text] if text else range(total)
+    strata = rows[by] if by else [None] * total
+    together: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        together.setdefault(key, []).append(index)
+    for members in together.values():
+        groups.setdefault(json.dumps(strata[members[0]], default=str), []).append(members)
+    chosen: dict[str, list[int]] = {name: [] for name in [*parts, "train"]}
+    small = []
+    for stratum in sorted(groups):
+        bundles = groups[stratum]
+        order = generator.permutation(len(bundles))
+        taken = 0
+        counts = {name: round(share * len(bundles)) for name, share in parts.items()}
+        if sum(counts.values()) >= len(bundles) or any(count == 0 for count in counts.values()):
+            small.append(stratum)
+            counts = {name: min(count, max(0, len(bundles) - 1 - i)) for i, (name, count) in enumerate(counts.items())}
+            if sum(counts.values()) >= len(bundles):
+                counts = dict.fromkeys(parts, 0)
+        for name, count in counts.items():
+            for position in order[taken : taken + count]:
+                chosen[name] += bundles[position]
+            taken += count
+        for position in order[taken:]:
+            chosen["train"] += bundles[position]
+    remarks = []
+    if small and by:
+        shown = ", ".join(small[:5]) + (" ..." if len(small) > 5 else "")
+        remarks.append(f"{len(small)} of {len(groups)} classes are too small for every part and lean to train: {shown}")
+    for name, members in chosen.items():
+        if not members:
+            raise DataError(
+                message(f"too few rows to divide: the part {name!r} would be empty", where="split", found=f"{total} rows")
+            )
+    return {name: rows.select(sorted(members)) for name, members in chosen.items()}, remarks
+
+
+def fingerprint(rows: Dataset) -> dict[str, Any]:
+    """The identity of rows: their number, columns, and a sha256 over every value in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return {"rows": len(rows), "columns": list(rows.column_names), "sha256": digest.hexdigest()}

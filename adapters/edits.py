@@ -1,0 +1,181 @@
+"""What training did to one tensor of the backbone: a function from the old tensor to the new one.
+
+An edit takes the backbone's tensor in its own layout and dtype and returns the new one in float32.
+Merging, blending and extracting are loops over a dict of edits; none of them knows which strategy made it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import RequestError, message
+
+
+class Edit(Protocol):
+    """A pure function old tensor -> new tensor in float32; `old` is None where the edit creates the tensor."""
+
+    def __call__(self, old: Tensor | None) -> Tensor: ...
+
+
+@final
+@dataclass(frozen=True)
+class Replace:
+    """The trained tensor takes the place of the old one (full, freeze, bitfit, heads)."""
+
+    new: Tensor
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is not None and old.shape != self.new.shape:
+            raise RequestError(
+                message(
+                    "the trained tensor does not fit the backbone's",
+                    expected=f"shape {tuple(old.shape)}",
+                    found=f"shape {tuple(self.new.shape)}",
+                )
+            )
+        return self.new.float()
+
+
+def replace_all(state: Mapping[str, Tensor]) -> dict[str, Edit]:
+    """The edits of every strategy that trains the backbone's own tensors where they stand."""
+    return {name: Replace(tensor) for name, tensor in state.items()}
+
+
+@final
+@dataclass(frozen=True)
+class AddLowRank:
+    """old + scale * up @ down, the LoRA update (Hu et al., 2021, eq. 3).
+
+    Attributes:
+        down: lora_A, shape (r, in).
+        up: lora_B, shape (out, r).
+        scale: lora_alpha / r, or lora_alpha / sqrt(r) for rslora.
+        transposed: the backbone keeps this weight as (in, out), as GPT-2's Conv1D and embeddings do.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    transposed: bool = False
+
+    def delta(self) -> Tensor:
+        """The update in the weight's own layout, float32."""
+        product = (self.up.float() @ self.down.float()) * self.scale  # (out, in)
+        return product.T if self.transposed else product
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        delta = self.delta()
+        if old is None or old.shape != delta.shape:
+            raise RequestError(
+                message(
+                    "the low-rank update does not fit the backbone's tensor",
+                    expected=f"shape {tuple(delta.shape)}",
+                    found="no tensor" if old is None else f"shape {tuple(old.shape)}",
+                )
+            )
+        return delta.add_(old.float())
+
+
+@final
+@dataclass(frozen=True)
+class MergeLayer:
+    """What a peft layer makes of its weight or bias: build that one layer, load its tensors, merge, read back.
+
+    Exact for whatever peft can merge (DoRA, rslora, lora_bias, IA3, OFT, ...), because peft itself computes it.
+    Weight and bias are merged apart: no peft method lets one depend on the other.
+
+    Attributes:
+        config: the peft config, resolved.
+        module: the full path of the linear map, e.g. "encoder.layer.0.output.dense"; patterns match against it.
+        tensors: the layer's trained tensors by their name below the module, e.g. "lora_A.weight".
+        part: "weight" or "bias".
+        transposed: the backbone keeps the weight as (in, out).
+        shape: (in, out) features of the linear map.
+        has_bias: whether the linear map has a bias.
+    """
+
+    config: Any
+    module: str
+    tensors: Mapping[str, Tensor]
+    part: str
+    transposed: bool
+    shape: tuple[int, int]
+    has_bias: bool
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None:
+            raise RequestError(
+                message("a peft layer needs the backbone's tensor to merge into", where=f"{self.module}.{self.part}")
+            )
+        import peft
+        from transformers.pytorch_utils import Conv1D
+
+        features_in, features_out = self.shape
+        linear: nn.Module
+        if self.transposed:
+            linear = Conv1D(features_out, features_in)
+        else:
+            linear = nn.Linear(features_in, features_out, bias=self.has_bias)
+        with torch.no_grad():
+            for name, parameter in linear.named_parameters():
+                parameter.copy_(old.float()) if name == self.part else parameter.zero_()
+        root = _nest(self.module, linear)
+        config = copy.deepcopy(self.config)
+        config.target_modules, config.exclude_modules = [self.module], None
+        config.layers_to_transform = config.layers_pattern = None
+        config.modules_to_save = None
+        with torch.random.fork_rng(devices=[]):
+            peft.inject_adapter_in_model(config, root)
+        layer = root.get_submodule(self.module)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                own = name.replace(".default", "")
+                if not name.startswith("base_layer.") and own in self.tensors:
+                    parameter.copy_(self.tensors[own].float())
+        layer.merge()  # type: ignore[operator]
+        merged: Tensor = layer.get_base_layer().get_parameter(self.part).detach()  # type: ignore[operator]
+        return merged.clone()
+
+
+def _nest(path: str, leaf: nn.Module) -> nn.Module:
+    """A module tree in which `leaf` stands at `path`, so that peft's patterns see the name they know."""
+    root = nn.Module()
+    here = root
+    *parents, last = path.split(".")
+    for name in parents:
+        child = nn.Module()
+        here.add_module(name, child)
+        here = child
+    here.add_module(last, leaf)
+    return root
+
+
+@final
+@dataclass(frozen=True)
+class Blend:
+    """old + sum of weight * (edit(old) - old): several adapters on one tensor, each at its weight."""
+
+    edits: Sequence[tuple[float, Edit]]
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None:
+            raise RequestError("tensors that an adapter creates (new heads) cannot be blended: merge one at a time")
+        if len(self.edits) == 1 and self.edits[0][0] == 1.0:
+            return self.edits[0][1](old)  # one adapter at weight 1 is itself, bit for bit
+        start = old.float()
+        total = start.clone()
+        for weight, edit in self.edits:
+            total += weight * (edit(old) - start)
+        return total
+
+
+def blend(parts: Sequence[tuple[float, Mapping[str, Edit]]]) -> dict[str, Edit]:
+    """One dict of edits from several, each at its weight; a tensor that only one adapter edits keeps the rest as is."""
+    names = {name: None for _, edits in parts for name in edits}
+    return {name: Blend([(weight, edits[name]) for weight, edits in parts if name in edits]) for name in names}

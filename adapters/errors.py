@@ -1,0 +1,71 @@
+"""The exceptions of the library: one tree, each message says what, where, expected, found, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaptersError(Exception):
+    """The root of every error that this library raises on purpose."""
+
+    exit_code = 2
+
+
+class RequestError(AdaptersError, ValueError):
+    """What was asked for cannot be: an unknown name, a wrong option, a backbone that does not fit."""
+
+
+class DataError(AdaptersError, ValueError):
+    """The data is wrong: a missing column, a row that is not text, a label that nobody knows."""
+
+    exit_code = 3
+
+
+class FolderError(AdaptersError, ValueError):
+    """A folder or file does not hold what it should: truncated, edited, foreign, or not ours to replace."""
+
+
+class BackboneError(AdaptersError, ValueError):
+    """The adapter belongs to another backbone than the one at hand."""
+
+
+class NumbersError(AdaptersError, RuntimeError):
+    """A loss, gradient or weight is not finite, or a check of the numbers failed."""
+
+    exit_code = 4
+
+
+class SpentError(AdaptersError, RuntimeError):
+    """An `Adapted` whose model was merged cannot be saved, trained or merged again."""
+
+
+class MissingPackageError(AdaptersError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+def message(what: str, *, where: str = "", expected: object = "", found: object = "", remedy: str = "") -> str:
+    """One line in the form that every error of the library takes.
+
+    Args:
+        what: the fault, in a few words.
+        where: file, row, column, tensor or option at fault.
+        expected: what should have been there.
+        found: what was there.
+        remedy: what the reader can do about it.
+    """
+    parts = [f"{what} ({where})" if where else what]
+    if expected != "":
+        parts.append(f"expected {expected}")
+    if found != "":
+        parts.append(f"found {found}")
+    text = "; ".join(parts)
+    return f"{text}. {remedy}" if remedy else text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean ...?` for a misspelt name, and the list of the known ones."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}."

@@ -1,0 +1,207 @@
+"""How the frozen rest of a model is stored: as it is, or its matmuls packed to 4 bits by bitsandbytes.
+
+Packing happens in place on a model loaded in full precision, one linear map after the other, so that heads, new
+modules and whatever trains stay out of it by construction (QLoRA: Dettmers et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from adapters.anatomy import LinearMap
+from adapters.edits import Edit
+from adapters.errors import MissingPackageError, RequestError, message, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
+
+
+@final
+@dataclass(frozen=True)
+class Storage:
+    """How the frozen rest is kept.
+
+    Attributes:
+        quantization: None (as loaded), "nf4" or "fp4": 4 bits a weight in blocks of 64, the blocks' scales packed
+            to 8 bits in turn.
+    """
+
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.quantization not in KINDS:
+            raise RequestError(
+                message(
+                    f"unknown quantization {self.quantization!r}",
+                    where="quantization",
+                    remedy=nearest(str(self.quantization), KINDS),
+                )
+            )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear map is stored in 4 bits."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The packed linear maps of a model, by path."""
+    return {path: module for path, module in model.named_modules() if is_packed(module)}
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as fault:
+        raise MissingPackageError(
+            message(
+                "4-bit storage needs bitsandbytes",
+                where="quantization",
+                remedy='Install it: pip install "holdfast[qlora]".',
+            )
+        ) from fault
+    return bitsandbytes
+
+
+def pack(model: PreTrainedModel, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
+    """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
+
+    Args:
+        model: the live model, in full precision.
+        maps: the linear maps to pack; what trains must not be among them.
+        storage: the kind of packing.
+
+    Returns:
+        The paths that are packed now, those found packed already included.
+    """
+    if storage.quantization is None:
+        return []
+    bnb = _bitsandbytes()
+    done = []
+    for described in maps:
+        module = model.get_submodule(described.path)
+        if not is_packed(module):
+            model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
+        done.append(described.path)
+    if not done:
+        raise RequestError(
+            message(
+                "nothing to pack: every linear map inside the blocks trains",
+                where=f"quantization={storage.quantization!r}",
+                remedy="Take a strategy that leaves weights frozen, or leave quantization out.",
+            )
+        )
+    # peft chooses its 4-bit layer by this attribute, and falls back to a plain one without it.
+    model.is_loaded_in_4bit = True
+    return done
+
+
+def _packed(bnb: Any, module: nn.Module, described: LinearMap, kind: str) -> nn.Module:
+    weight = module.get_parameter("weight")
+    new = bnb.nn.Linear4bit(
+        *described.shape,
+        bias=described.has_bias,
+        compute_dtype=weight.dtype,
+        compress_statistics=True,
+        quant_type=kind,
+        device="meta",
+    )
+    dense = weight.detach().T.contiguous() if described.transposed else weight.detach()
+    new.weight = bnb.nn.Params4bit(
+        dense.clone(), requires_grad=False, compress_statistics=True, quant_type=kind, module=new
+    ).to(weight.device)
+    if described.has_bias:
+        new.bias = module.get_parameter("bias")
+    new.source_cls = type(module)
+    # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in place at the first evaluation forward, and
+    # everything read from them afterwards (merge, digest, export) is garbage. Switched off: no byte ever changes.
+    new.support_avx512bf16_for_cpu = False
+    new.train(module.training)
+    return new  # type: ignore[no-any-return]
+
+
+@final
+@dataclass(frozen=True)
+class RoundTrip:
+    """The edit of a weight that was packed while the adapter trained: what 4 bits made of it, then the adapter's edit.
+
+    The adapter was fitted to the packed weights, so they are the base on which the merged model answers the same.
+
+    Attributes:
+        kind: "nf4" or "fp4".
+        dtype: of the weight when it was packed, e.g. "bfloat16".
+        transposed: the backbone keeps this weight as (in, out).
+        then: the adapter's edit, or None.
+    """
+
+    kind: str
+    dtype: str
+    transposed: bool
+    then: Edit | None = None
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None:
+            raise RequestError("a packed weight must be in the backbone")
+        bnb = _bitsandbytes()
+        dense = old.T.contiguous() if self.transposed else old
+        weight = bnb.nn.Params4bit(
+            dense.to(getattr(torch, self.dtype)).clone(), requires_grad=False, compress_statistics=True,
+            quant_type=self.kind,
+        ).to("cpu")
+        if weight.quant_state is None:
+            weight = weight._quantize("cpu")
+        back = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        back = back.T.contiguous() if self.transposed else back
+        return back if self.then is None else self.then(back)
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight that a packed linear map computes with, shape (out, in), float32."""
+    bnb = _bitsandbytes()
+    weight = module.get_parameter("weight")
+    dense: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+    return dense.float()
+
+
+def repacked_differs(model: PreTrainedModel, read: Callable[[str], Tensor | None]) -> list[str]:
+    """Packed weights of a live model that are not the reference checkpoint's weights packed the same way.
+
+    Args:
+        model: a model with packed linear maps.
+        read: memory name of a weight -> the checkpoint's full-precision tensor.
+
+    Returns:
+        The names that differ, or that the checkpoint cannot tell.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    bnb = _bitsandbytes()
+    wrong = []
+    for path, module in packed_modules(model).items():
+        name = f"{path.replace('.base_layer', '')}.weight"
+        reference = read(name)
+        if reference is None:
+            wrong.append(name)
+            continue
+        weight: Any = module.get_parameter("weight")
+        state = weight.quant_state
+        dense = reference.T.contiguous() if getattr(module, "source_cls", None) is Conv1D else reference
+        again = bnb.nn.Params4bit(
+            dense.to(weight.device, state.dtype),
+            requires_grad=False,
+            compress_statistics=bool(state.nested),
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+        ).to(weight.device)
+        same = torch.equal(again.data.reshape(-1), weight.data.reshape(-1))
+        same = same and torch.equal(again.quant_state.absmax, state.absmax)
+        if not same:
+            wrong.append(name)
+    return wrong

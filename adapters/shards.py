@@ -1,0 +1,288 @@
+"""A directory of safetensors files: its headers, reads of one tensor at a time, atomic writes, digests.
+
+Reads go through plain file descriptors, not memory maps: the pages of a map count as this process's memory, and
+a merge of a model larger than memory must stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, final
+
+from adapters.errors import FolderError, message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+CHUNK = 4 << 20  # bytes per read when a tensor passes through untouched
+MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format itself
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+NAMES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@final
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies: file, dtype (torch's name), shape, first byte in the file, length in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
+    """The tensors of one safetensors file and its metadata, checked against the file's size.
+
+    Raises:
+        FolderError: the file is not a whole safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            if head.startswith(b"version "):
+                raise FolderError(
+                    message("this is a git-lfs pointer, not the weights", where=str(file), remedy="Run `git lfs pull`.")
+                )
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise FolderError(
+                    message(
+                        "not a whole safetensors file",
+                        where=str(file),
+                        expected="a header length that fits the file",
+                        found=f"{length} in a file of {size} bytes",
+                        remedy="Download or save it again.",
+                    )
+                )
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (OSError, ValueError) as fault:
+        if isinstance(fault, FolderError):
+            raise
+        raise FolderError(message("cannot read the safetensors header", where=str(file), found=str(fault))) from fault
+    metadata = header.pop("__metadata__", {})
+    slots: dict[str, Slot] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        begin, stop = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES or begin != end or stop < begin:
+            raise FolderError(message("a broken safetensors entry", where=f"{file}: {name}", found=entry))
+        slots[name] = Slot(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, stop - begin)
+        end = stop
+    if 8 + length + end != size:
+        raise FolderError(
+            message(
+                "the safetensors file is truncated or has bytes to spare",
+                where=str(file),
+                expected=f"{8 + length + end} bytes",
+                found=f"{size} bytes",
+                remedy="Download or save it again.",
+            )
+        )
+    return slots, metadata
+
+
+def read_directory(folder: Path) -> dict[str, Slot]:
+    """Every tensor of a transformers checkpoint folder, by its name on disk; headers only.
+
+    Raises:
+        FolderError: no safetensors weights, a shard that is missing, or an index that points out of the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / WEIGHTS
+        if not single.exists():
+            raise FolderError(
+                message(
+                    "no safetensors weights",
+                    where=str(folder),
+                    expected=f"{WEIGHTS} or {INDEX}",
+                    remedy="Save the model with `model.save_pretrained(folder)`, which writes safetensors.",
+                )
+            )
+        return read_header(single)[0]
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as fault:
+        raise FolderError(message("cannot read the shard index", where=str(index), found=repr(fault))) from fault
+    slots: dict[str, Slot] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise FolderError(
+                message(
+                    "the shard index names a file that is not in the folder",
+                    where=str(index),
+                    found=shard,
+                    remedy="Download the checkpoint again.",
+                )
+            )
+        slots.update(read_header(folder / shard)[0])
+    missing = set(weight_map) - set(slots)
+    if missing:
+        raise FolderError(message("shards lack tensors of the index", where=str(index), found=sorted(missing)[:3]))
+    return slots
+
+
+def read_bytes(slot: Slot) -> Iterator[memoryview]:
+    """The tensor's bytes in chunks; each chunk is valid until the next is asked for."""
+    buffer = bytearray(min(CHUNK, max(slot.nbytes, 1)))
+    view = memoryview(buffer)
+    with slot.file.open("rb", buffering=0) as stream:
+        stream.seek(slot.start)
+        left = slot.nbytes
+        while left:
+            got = stream.readinto(view[: min(left, len(buffer))])
+            if not got:
+                raise FolderError(message("the file ends inside a tensor", where=str(slot.file)))
+            yield view[:got]
+            left -= got
+
+
+def read_tensor(slot: Slot) -> Tensor:
+    """One tensor, in its own dtype and layout, in memory of its own."""
+    import torch
+
+    buffer = bytearray(slot.nbytes)
+    position = 0
+    for chunk in read_bytes(slot):
+        buffer[position : position + len(chunk)] = chunk
+        position += len(chunk)
+    dtype: torch.dtype = getattr(torch, slot.dtype)
+    if not buffer:
+        return torch.empty(slot.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(slot.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, as they stand in a safetensors file."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def header_bytes(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose tensors follow in the order of `entries`: name -> dtype, shape, bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, (dtype, shape, nbytes) in entries.items():
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the modes that the umask asks for, flushed to the disk."""
+    entries = {
+        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        for name, tensor in tensors.items()
+    }
+    with file.open("xb") as stream:
+        stream.write(header_bytes(entries, metadata))
+        for tensor in tensors.values():
+            stream.write(tensor_bytes(tensor))
+        flush(stream)
+
+
+def flush(stream: BinaryIO) -> None:
+    """Hand the written bytes to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a new text file and flush it to the disk; what stands there already is never written through."""
+    with file.open("xb") as stream:
+        stream.write(text.encode())
+        flush(stream)
+
+
+def canonical_json(document: Mapping[str, Any]) -> str:
+    """The one text of a JSON document that its digest is taken over."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(document: Mapping[str, Any], field: str = "digest") -> str:
+    """The sha256 over the canonical JSON of a document without its own digest field."""
+    rest = {key: value for key, value in document.items() if key != field}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete what a writer of ours left: a folder with its content, or a file; a link itself, not its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into; on success it takes the place of `target`, on failure it is gone.
+
+    The old folder is moved aside first and deleted last: whenever the process dies, a whole folder stands.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        raise FolderError(
+            message("the output is a symbolic link", where=str(target), remedy="Give the folder it points to.")
+        )
+    stage = target.with_name(f".{target.name}.staging-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    remove(stage)
+    stage.mkdir()
+    try:
+        yield stage
+        sync_folder(stage)
+        if target.exists():
+            target.rename(old)
+        stage.rename(target)
+        sync_folder(target.parent)
+        remove(old)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        remove(stage)
+        raise

@@ -1,0 +1,662 @@
+"""One small-file format for every strategy: `save` writes an adapter folder, `load` opens and verifies it.
+
+An adapter folder holds the trained tensors, a manifest written last that has the digest of every other file, and
+the processor's files. Nothing in it is code, and the backbone is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters import shards
+from adapters.adapt import STRATEGIES, assemble, from_peft, live_model, local_folder, row_of, task_class
+from adapters.contracts import Adapted, Record, Strategy, Task, make
+from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from adapters.fingerprint import Fingerprint
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "adapter.json"
+WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+RECIPE = "run.yaml"
+CARD = "README.md"
+EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
+MAX_MANIFEST = 64 << 20  # bytes
+LEVELS = ("strict", "fast", "off")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def save(adapted: Adapted, folder: str | Path) -> Path:
+    """Write an adapter folder: trained tensors, manifest, processor, model card.
+
+    Works at any time, trained or not. A folder that holds an adapter of ours is replaced whole; anything else that
+    is already there is refused.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FolderError: the folder holds something else.
+        NumbersError: a trained tensor is not finite.
+    """
+    target = Path(folder).expanduser()
+    refuse_foreign(target)
+    adapted.state()  # a spent adapter speaks before anything is written
+    with shards.staged(target) as stage:
+        write(adapted, stage)
+    return target
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse an output folder that holds something that is not ours to replace.
+
+    Raises:
+        FolderError: with what was found.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FolderError(message("the output is not a folder", where=str(target), remedy="Give another output."))
+    content = sorted(entry.name for entry in target.iterdir())
+    if content and MANIFEST not in content and not is_run(target):
+        raise FolderError(
+            message(
+                "the output folder already holds something else",
+                where=str(target),
+                expected="a new folder, or one with an adapter of ours",
+                found=", ".join(content[:5]),
+                remedy="Give another output.",
+            )
+        )
+
+
+RUN_MARK = "# adapters run"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours that has not finished yet."""
+    recipe = folder / RECIPE
+    return recipe.is_file() and recipe.read_text(errors="replace").startswith(RUN_MARK)
+
+
+def write(adapted: Adapted, folder: Path) -> None:
+    """Write an adapter's files into an existing, empty folder; manifest last, then everything is read back."""
+    import torch
+
+    state = {name: tensor.contiguous().cpu() for name, tensor in sorted(adapted.state().items())}
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumbersError(
+                message(
+                    "a trained tensor is not finite and is not saved",
+                    where=name,
+                    found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
+                    remedy="Take the last good checkpoint, or a smaller learning rate.",
+                )
+            )
+    shards.save_tensors(folder / WEIGHTS, state, {"format": "pt", "holdfast": str(FORMAT)})
+    for name, document in adapted.strategy.sidecars().items():
+        filled = {
+            **document,
+            "base_model_name_or_path": adapted.record.backbone or None,
+            "revision": adapted.record.revision or None,
+        }
+        shards.write_text(folder / name, json.dumps(filled, indent=2, sort_keys=True) + "\n")
+    if adapted.processor is not None:
+        adapted.processor.save_pretrained(folder)
+    if adapted.record.recipe:
+        import yaml
+
+        text = yaml.safe_dump(adapted.record.recipe, sort_keys=False, allow_unicode=True)
+        shards.write_text(folder / RECIPE, f"{RUN_MARK}\n{text}")
+    document = _manifest(adapted, state)
+    shards.write_text(folder / CARD, _card(adapted, document))
+    document["files"] = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": shards.sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in EDITABLE
+    }
+    document["digest"] = shards.digest_of(document)
+    shards.write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    read_manifest(folder)
+
+
+def _sha(tensor: Tensor) -> str:
+    return hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A strategy's or task's fields as JSON holds them: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def options_of(instance: Any) -> dict[str, Any]:
+    """The fields of a strategy or task that differ from their defaults, as JSON holds them."""
+    kept = {}
+    for entry in dataclasses.fields(instance):
+        value = getattr(instance, entry.name)
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if value != default:
+            kept[entry.name] = _plain(value)
+    return kept
+
+
+def _manifest(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    record = adapted.record
+    prefix = adapted.fingerprint.prefix
+    config: dict[str, Any] = dict(adapted.task.config())
+    if adapted.model.config.pad_token_id is not None:
+        config["pad_token_id"] = adapted.model.config.pad_token_id
+    saved_as = {}
+    for name in adapted.names.values():
+        plain = name.removeprefix(f"{prefix}.") if prefix else name
+        if plain in adapted.fingerprint.tensors and name != f"{prefix}.{plain}":
+            saved_as[plain] = name
+    return {
+        "format": FORMAT,
+        "holdfast": _version("holdfast"),
+        "strategy": {"name": adapted.strategy.name, "options": options_of(adapted.strategy)},
+        "task": {"name": adapted.task.name, "options": options_of(adapted.task)},
+        "backbone": {
+            "name": record.backbone or None,
+            "revision": record.revision or None,
+            "model_class": type(adapted.model).__name__,
+            "quantization": adapted.storage.quantization,
+            "packed": _packed(adapted),
+            "dtype": str(adapted.model.dtype).removeprefix("torch."),
+            "load": record.load,
+            "config": _plain({key: _string_keys(value) for key, value in config.items()}),
+            "names": {memory: disk for memory, disk in sorted(adapted.names.items()) if memory != disk},
+            "saved_as": saved_as,
+            "bytes": sum(p.numel() * p.element_size() for p in adapted.model.parameters()),
+            "fingerprint": adapted.fingerprint.to_json(),
+        },
+        "head": sorted(adapted.head),
+        "new": list(record.new),
+        "tensors": {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sha256": _sha(tensor),
+            }
+            for name, tensor in state.items()
+        },
+        "seed": record.seed,
+        "data": record.data,
+        "metrics": record.metrics,
+        "settings": record.settings,
+        "notes": record.notes,
+        "reproducible": bool(record.recipe),
+        **({} if record.recipe else {"why_not_reproducible": record.why_not}),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _packed(adapted: Adapted) -> dict[str, bool]:
+    """The weights kept in 4 bits, by their own names -> whether the backbone keeps them as (in, out)."""
+    from adapters.anatomy import linear_map, own_name
+    from adapters.quantize import packed_modules
+
+    found = {}
+    for path, module in packed_modules(adapted.model).items():
+        described = linear_map(path, module)
+        found[own_name(f"{path}.weight")] = described is not None and described.transposed
+    return found
+
+
+def _string_keys(value: Any) -> Any:
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
+    """The model card: only what is known, nothing to be filled in later."""
+    from huggingface_hub import ModelCardData
+
+    backbone = adapted.record.backbone
+    on_hub = bool(backbone) and not Path(backbone).expanduser().exists()
+    data = ModelCardData(
+        library_name="holdfast",
+        base_model=backbone if on_hub else None,
+        pipeline_tag=adapted.task.name,
+        tags=["adapters", adapted.strategy.name],
+    )
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        f"# {adapted.strategy.name} adapter for {Path(backbone).name if backbone else type(adapted.model).__name__}",
+        "",
+        f"Task: {adapted.task.describe()}.",
+        f"Backbone fingerprint: `{manifest['backbone']['fingerprint']['digest']}` "
+        f"({len(manifest['backbone']['fingerprint']['tensors'])} tensors).",
+        f"Trained: {adapted.trained_count:,} parameters in {len(manifest['tensors'])} tensors, "
+        f"{adapted.adapter_bytes / 1e6:.2f} MB.",
+        "",
+    ]
+    for part, numbers in adapted.record.metrics.items():
+        if isinstance(numbers, Mapping):
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
+            lines.append(f"- {part}: {shown}")
+    lines += [
+        "",
+        "```python",
+        "import adapters",
+        "",
+        'adapted = adapters.load("this folder")',
+        'adapters.predict(adapted, ["a text"])',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
+    """The manifest of an adapter folder, checked; imports no torch.
+
+    Args:
+        folder: an adapter folder.
+        digests: also check the size and sha256 of every file.
+
+    Raises:
+        FolderError: not an adapter folder, an edited manifest, a file that is missing, truncated or changed, a
+            newer format.
+    """
+    file = folder / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        found = sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else []
+        raise FolderError(
+            message(
+                "not an adapter folder",
+                where=str(folder),
+                expected=f"{MANIFEST} in it",
+                found=(", ".join(found) or "an empty folder") if folder.is_dir() else "no such folder",
+                remedy="Give a folder that adapters.save or `adapters train` wrote.",
+            )
+        )
+    if file.stat().st_size > MAX_MANIFEST:
+        raise FolderError(message("the manifest is too large to be one", where=str(file)))
+    try:
+        document: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise FolderError(message("the manifest is broken", where=str(file), found=fault)) from fault
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise FolderError(message("not a manifest of ours", where=str(file), expected='a JSON object with "format"'))
+    if document["format"] > FORMAT:
+        raise FolderError(
+            message(
+                "the adapter was written by a newer version",
+                where=str(file),
+                expected=f"format {FORMAT} or older",
+                found=f"format {document['format']}, holdfast {document.get('holdfast')}",
+                remedy="Upgrade: pip install -U holdfast.",
+            )
+        )
+    if document.get("digest") != shards.digest_of(document):
+        raise FolderError(
+            message(
+                "the manifest was edited or damaged",
+                where=str(file),
+                expected=f"digest {document.get('digest')}",
+                found=shards.digest_of(document),
+                remedy="Take the folder from its source again.",
+            )
+        )
+    if digests:
+        _check_files(folder, document)
+    return document
+
+
+def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
+    for name, entry in document["files"].items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
+            raise FolderError(message("a file outside the folder, or a link", where=f"{folder}: {name}"))
+        if not file.is_file():
+            raise FolderError(message("a file is missing", where=str(file)))
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise FolderError(
+                message("a file was truncated or changed", where=str(file), expected=f"{entry['size']} bytes",
+                        found=f"{size} bytes", remedy="Take the folder from its source again.")
+            )
+        if shards.sha256(file) != entry["sha256"]:
+            raise FolderError(
+                message("a file was changed", where=f"{file}{_changed_tensor(file, document)}",
+                        expected=f"sha256 {entry['sha256'][:16]}...", remedy="Take the folder from its source again.")
+            )
+    extra = {p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors")} - set(
+        document["files"]
+    )
+    unknown = extra - {"optimizer.pt", "scheduler.pt", "scaler.pt"} - {p for p in extra if p.startswith("rng_state")}
+    if unknown:
+        raise FolderError(
+            message("tensor files that the manifest does not know", where=str(folder), found=", ".join(sorted(unknown)))
+        )
+
+
+def _changed_tensor(file: Path, document: Mapping[str, Any]) -> str:
+    """Which tensor of a damaged weights file changed, where that can be told."""
+    if file.name != WEIGHTS:
+        return ""
+    try:
+        slots, _ = shards.read_header(file)
+    except FolderError:
+        return ""
+    for name, slot in slots.items():
+        digest = hashlib.sha256()
+        for chunk in shards.read_bytes(slot):
+            digest.update(chunk)
+        if digest.hexdigest() != document["tensors"].get(name, {}).get("sha256"):
+            return f": tensor {name}"
+    return ""
+
+
+def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The trained tensors of a verified folder, exactly those of the manifest, finite.
+
+    Raises:
+        FolderError: missing or unexpected tensors, other shapes or dtypes, values that are not finite.
+    """
+    import torch
+
+    slots, _ = shards.read_header(folder / WEIGHTS)
+    odd = sorted(set(slots) ^ set(document["tensors"]))
+    if odd:
+        raise FolderError(
+            message("the weights file and the manifest name different tensors", where=str(folder / WEIGHTS),
+                    found=", ".join(odd[:3]))
+        )
+    tensors = {}
+    for name, entry in document["tensors"].items():
+        slot = slots[name]
+        if list(slot.shape) != entry["shape"] or slot.dtype != entry["dtype"]:
+            raise FolderError(
+                message("a tensor of another shape or dtype", where=f"{folder / WEIGHTS}: {name}",
+                        expected=f"{entry['dtype']} {entry['shape']}", found=f"{slot.dtype} {list(slot.shape)}")
+            )
+        tensors[name] = shards.read_tensor(slot)
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise FolderError(message("a tensor with values that are not finite", where=f"{folder / WEIGHTS}: {name}"))
+    return tensors
+
+
+def strategy_of(document: Mapping[str, Any], where: str) -> Strategy:
+    """The resolved strategy of a manifest.
+
+    Raises:
+        FolderError: a strategy that is not known here, or options that it does not have.
+    """
+    name = document["strategy"]["name"]
+    rows = {row_of(key).strategy.name: row_of(key).strategy for key in STRATEGIES}
+    if name not in rows:
+        raise FolderError(
+            message(
+                f"the adapter's strategy {name!r} is not known here",
+                where=where,
+                expected=f"one of {', '.join(sorted(rows))}",
+                remedy="Import the package that adds it to adapters.STRATEGIES.",
+            )
+        )
+    strategy: Strategy = _remade(rows[name], document["strategy"]["options"], where)
+    return strategy
+
+
+def task_of(document: Mapping[str, Any], where: str) -> Task:
+    """The task of a manifest, labels included."""
+    task: Task = _remade(task_class(document["task"]["name"]), document["task"]["options"], where)
+    return task
+
+
+def _remade(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    try:
+        return make(kind, options, where)
+    except RequestError as fault:
+        raise FolderError(message("options that this version does not know", where=where, found=fault)) from fault
+
+
+def fetch(folder_or_id: str | Path) -> Path:
+    """The local folder of an adapter: the folder itself, or the download of a hub id.
+
+    Raises:
+        FolderError: neither a folder nor an id that opens.
+    """
+    path = Path(folder_or_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(folder_or_id)
+    if isinstance(folder_or_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FolderError(message("there is no such adapter folder", where=name))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as fault:
+        raise FolderError(
+            message("neither an adapter folder nor a hub id that opens", where=name,
+                    found=" ".join(str(fault).split())[:200])
+        ) from fault
+
+
+def load(
+    folder_or_hub_id: str | Path, model: str | Path | PreTrainedModel | None = None, *, verify: str = "strict"
+) -> Adapted:
+    """Open an adapter folder on its backbone.
+
+    Args:
+        folder_or_hub_id: what `save` wrote, or a plain peft folder.
+        model: the backbone: an id, a folder, or a live model; None takes the one that the adapter names.
+        verify: "strict" compares every byte of the backbone, "fast" samples of each tensor, "off" nothing.
+
+    Returns:
+        The adapted model, in eval mode; training can go on.
+
+    Raises:
+        FolderError: the folder is damaged, edited, foreign, or from a newer version.
+        BackboneError: the backbone is another one; the message names the tensors that differ.
+    """
+    if verify not in LEVELS:
+        raise RequestError(message(f"unknown verify {verify!r}", where="verify", expected=", ".join(LEVELS)))
+    folder = fetch(folder_or_hub_id)
+    if not (folder / MANIFEST).exists() and (folder / PEFT_CONFIG).is_file():
+        return _load_bare(folder, model)
+    document = read_manifest(folder)
+    where = str(folder / MANIFEST)
+    tensors = read_tensors(folder, document)
+    saved_strategy = strategy_of(document, where)
+    task = task_of(document, where)
+    backbone = document["backbone"]
+    base: Any = model if model is not None else backbone["name"]
+    options: dict[str, Any] = dict(backbone["load"]) if model is None else {}
+    if model is None and backbone["revision"]:
+        options["revision"] = backbone["revision"]
+    if base is None:
+        raise RequestError(
+            message(
+                "the adapter was made on a live model without a name",
+                where=str(folder),
+                remedy="Give the backbone: load(folder, model=...).",
+            )
+        )
+
+    def accept(strategy: Strategy, found: Fingerprint) -> None:
+        if _plain(options_of(strategy)) != _plain(options_of(saved_strategy)):
+            raise BackboneError(
+                message(
+                    "the strategy would change other modules of this backbone than it did when it was trained",
+                    where=str(folder),
+                    expected=document["backbone"]["model_class"],
+                    found=f"other modules for strategy {strategy.name!r}",
+                )
+            )
+        if verify != "off":
+            refuse_other_backbone(document, found, str(folder))
+
+    adapted = assemble(
+        base,
+        saved_strategy,
+        task,
+        _quantization_for(base, backbone["quantization"]),
+        options,
+        _saved_processor(folder, document),
+        int(document["seed"]),
+        accept=accept,
+        full=verify == "strict",
+    )
+    put(adapted, tensors, str(folder))
+    fill_record(adapted.record, document, folder)
+    return adapted
+
+
+def _quantization_for(base: Any, quantization: str | None) -> str | None:
+    """A live model that is packed already is taken as it is."""
+    if quantization is None or not live_model(base):
+        return quantization
+    from adapters.quantize import packed_modules
+
+    return None if packed_modules(base) else quantization
+
+
+def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where: str) -> None:
+    """Compare the backbone at hand with the one that a manifest records.
+
+    Raises:
+        BackboneError: naming the tensors that differ.
+    """
+    from adapters.fingerprint import Fingerprint, differences
+
+    lines = differences(Fingerprint.from_json(document["backbone"]["fingerprint"]), found)
+    if lines:
+        total = len(document["backbone"]["fingerprint"]["tensors"])
+        raise BackboneError(
+            message(
+                "this is not the backbone that the adapter was trained on",
+                where=where,
+                expected=f"{document['backbone']['name'] or document['backbone']['model_class']}, "
+                f"fingerprint {document['backbone']['fingerprint']['digest'][:12]}",
+                found=f"{found.digest[:12]}, where {len(lines)} of {total} tensors differ: {'; '.join(lines[:3])}",
+                remedy="Give the right backbone, or verify='off' if you know better.",
+            )
+        )
+
+
+def _saved_processor(folder: Path, document: Mapping[str, Any]) -> Any:
+    if "tokenizer_config.json" not in document["files"]:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy an adapter's tensors into the live parameters that they belong to, all or none.
+
+    Raises:
+        FolderError: a tensor too many, too few, or of another shape.
+    """
+    import torch
+
+    parameters = dict(adapted.model.named_parameters())
+    wanted = {adapted.strategy.key(name): parameters[name] for name in adapted.trained}
+    odd = sorted(set(wanted) ^ set(tensors))
+    if odd:
+        raise FolderError(
+            message(
+                "the adapter's tensors are not those that the strategy trains here",
+                where=where,
+                expected=f"{len(wanted)} tensors",
+                found=f"{len(tensors)}, differing in {', '.join(odd[:3])}",
+            )
+        )
+    for name, tensor in tensors.items():
+        if wanted[name].shape != tensor.shape:
+            raise FolderError(
+                message("a tensor of another shape", where=f"{where}: {name}", expected=tuple(wanted[name].shape),
+                        found=tuple(tensor.shape))
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(tensor)
+
+
+def fill_record(record: Record, document: Mapping[str, Any], folder: Path) -> None:
+    """What a manifest tells of the adapter's past."""
+    record.new = tuple(document["new"])
+    record.data, record.metrics = document["data"], document["metrics"]
+    record.settings, record.notes = document["settings"], list(document["notes"])
+    record.why_not = document.get("why_not_reproducible", record.why_not)
+    recipe = folder / RECIPE
+    if document["reproducible"] and recipe.is_file():
+        import yaml
+
+        record.recipe = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+
+
+def _load_bare(folder: Path, model: Any) -> Adapted:
+    """A folder that peft itself wrote: it names no backbone that could be verified."""
+    import peft
+
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as fault:
+        raise FolderError(message("cannot read the peft config", where=str(folder / PEFT_CONFIG), found=fault)) from fault
+    base = model if model is not None else config.base_model_name_or_path
+    if base is None:
+        raise RequestError(message("the peft adapter names no backbone", where=str(folder), remedy="Give model=..."))
+    if not live_model(base) and local_folder(str(base), {}) is None:
+        raise RequestError(
+            message("the backbone of the peft adapter is not here", where=str(folder), found=str(base),
+                    remedy="Give model=... (a live model with its head, an id or a folder).")
+        )
+    if not live_model(base):
+        raise RequestError(
+            message(
+                "a peft folder does not say what the backbone's head answers",
+                where=str(folder),
+                remedy="Load the backbone with its head (AutoModelForSequenceClassification...) and give it as model=.",
+            )
+        )
+    slots, _ = shards.read_header(folder / WEIGHTS)
+    from adapters.adapt import adapt
+
+    logger.warning(
+        "%s is a plain peft folder: it does not say on which backbone it was trained, so that cannot be verified",
+        folder,
+    )
+    adapted = adapt(base, from_peft(config))
+    tensors = {name: shards.read_tensor(slot) for name, slot in slots.items()}
+    parameters = dict(adapted.model.named_parameters())
+    for name in adapted.trained:  # a head that peft did not train is the live model's own
+        key = adapted.strategy.key(name)
+        if key not in tensors and name in adapted.head:
+            tensors[key] = parameters[name].detach().clone()
+    put(adapted, tensors, str(folder))
+    return adapted

@@ -1,0 +1,1 @@
+"""The strategies, one file each. `STRATEGIES` in `adapt.py` lists them."""

@@ -1,0 +1,9 @@
+"""The tasks, one file each, and `TASKS`, the dict that user code may add to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters.tasks.text_classification import TextClassification
+
+TASKS: dict[str, type[Any]] = {TextClassification.name: TextClassification}

@@ -1,0 +1,539 @@
+"""One trainer for every strategy and task: transformers.Trainer at its documented hooks.
+
+What it adds: defaults that work, early stopping and best weights, the task's own loss, metrics and batches, a stop
+before the step on numbers that are not finite, and checkpoints that hold the adapter alone and appear whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import transformers
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from adapters import data, shards, storage
+from adapters.anatomy import frozen_below, own_name
+from adapters.contracts import Adapted
+from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.json"  # written last: sizes and digests of a checkpoint's files
+PATIENCE = 3  # evaluations without improvement before training stops
+# What every strategy starts from; a strategy's own `defaults` and the caller's arguments come on top.
+HOUSE: Mapping[str, object] = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "warmup_steps": 0.06,  # below 1: a share of all steps
+    "weight_decay": 0.01,
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": 20,
+    "save_total_limit": 2,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+OWN = {
+    "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
+    "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
+}
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps (a number below 1 is a share)",
+    "group_by_length": "train_sampling_strategy",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "lr_scheduler": "lr_scheduler_type",
+}
+
+
+def check_fields(given: Mapping[str, Any]) -> None:
+    """Refuse training settings that do not exist.
+
+    Raises:
+        RequestError: with the right name, or the nearest ones.
+    """
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init} | set(OWN)
+    for name in given:
+        if name not in known:
+            right = ALIASES.get(name)
+            remedy = f"The name is {right}." if right else nearest(name, known)[:400]
+            raise RequestError(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
+
+
+def settings(
+    adapted: Adapted, args: TrainingArguments | Mapping[str, Any] | None, *, evaluated: bool, own_metrics: bool
+) -> tuple[TrainingArguments, dict[str, Any]]:
+    """The training arguments of a run, and our own settings beside them.
+
+    Args:
+        adapted: whose strategy's defaults apply.
+        args: a mapping is taken literally; of a `TrainingArguments` whatever differs from transformers' defaults;
+            None for the defaults alone.
+        evaluated: there are validation rows: evaluate and save once an epoch, keep the best, stop early.
+        own_metrics: the caller computes metrics: the loss chooses the best weights unless said otherwise.
+    """
+    kind: type[TrainingArguments] = TrainingArguments
+    _plain(kind)
+    if args is None:
+        given: dict[str, Any] = {}
+    elif isinstance(args, Mapping):
+        given = dict(args)
+        check_fields(given)
+    else:
+        kind = type(args)
+        plain = _plain(kind)
+        given = {
+            entry.name: getattr(args, entry.name)
+            for entry in dataclasses.fields(args)
+            if entry.init and getattr(args, entry.name) != plain[entry.name]
+        }
+        given["output_dir"] = args.output_dir
+    own = {name: given.pop(name) for name in OWN if name in given}
+    merged: dict[str, Any] = {**HOUSE, **adapted.strategy.defaults, "seed": adapted.record.seed}
+    merged["dataloader_pin_memory"] = torch.cuda.is_available()
+    if not evaluated:
+        merged["eval_strategy"] = "no"
+    filled = {name: value for name, value in merged.items() if name not in given}
+    if args is not None and not isinstance(args, Mapping) and filled:
+        logger.info(
+            "settings at transformers' defaults are taken as not set; used instead: %s (a dict is taken literally)",
+            ", ".join(f"{name}={value}" for name, value in sorted(filled.items())),
+        )
+    merged |= given
+    # Checkpoints follow evaluations unless the caller says when to save.
+    if "save_strategy" not in given and merged["eval_strategy"] != "no":
+        merged["save_strategy"] = merged["eval_strategy"]
+        if "eval_steps" in given and "save_steps" not in given:
+            merged["save_steps"] = given["eval_steps"]
+    if evaluated and "metric_for_best_model" not in merged:
+        metric, greater = ("loss", False) if own_metrics else adapted.task.best_metric
+        merged["metric_for_best_model"], merged["greater_is_better"] = metric, greater
+    # transformers would delete and reload by its own rules; both are done here.
+    merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
+    return kind(**merged), own
+
+
+def _fresh(stem: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return folder
+
+
+@final
+class Trainer(transformers.Trainer):
+    """transformers.Trainer for an `Adapted`; callbacks, report_to, compute_metrics and TrainingArguments keep working.
+
+    Args:
+        adapted: what `adapt` or `load` returned.
+        args: `TrainingArguments`, a dict taken literally (also "early_stopping_patience" and "frozen_dropout"), or
+            None for the strategy's defaults in a fresh folder under `runs/`.
+        train_dataset, eval_dataset: raw rows in any form, or prepared model inputs; `eval_dataset` may be a dict.
+        columns: task column -> source column.
+        **others: what transformers.Trainer takes, by name.
+
+    Raises:
+        RequestError: an unknown setting.
+        DataError: rows that the task cannot take.
+    """
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        args: TrainingArguments | Mapping[str, Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        columns: Mapping[str, str] | None = None,
+        **others: Any,
+    ) -> None:
+        adapted.state()  # a spent adapter speaks here
+        self.adapted = adapted
+        self.columns = columns
+        self.remarks: list[str] = []
+        own_metrics = others.get("compute_metrics") is not None
+        arguments, own = settings(adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics)
+        task = adapted.task
+        if train_dataset is not None:
+            rows = self._rows_of(train_dataset)
+            task = task.with_data(rows)  # type: ignore[attr-defined]
+            adapted.record.data = data.fingerprint(rows)
+            train_dataset = self._prepared(rows)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._prepared(self._rows_of(part)) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(self._rows_of(eval_dataset))
+        self.task = task
+        others.setdefault("data_collator", functools.partial(task.collate, processor=adapted.processor))
+        others.setdefault("compute_loss_func", task.loss)
+        others.setdefault("compute_metrics", lambda found: task.metrics(found.predictions, found.label_ids))
+        others.setdefault("processing_class", adapted.processor)
+        self.keep = arguments.save_total_limit
+        arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
+        with _accepted(adapted.model):
+            super().__init__(
+                model=adapted.model,
+                args=arguments,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **others,
+            )
+        # The loss comes from the task alone, so the models' own normalisation by item counts stays out of it.
+        self.model_accepts_loss_kwargs = False
+        self._loss_shifts_labels = False
+        self.label_smoother = None
+        trained = adapted.trained
+        self._quiet = frozen_below(adapted.model, trained)
+        if own.get("frozen_dropout"):
+            self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
+        self._best: dict[str, torch.Tensor] | None = None
+        self._stage: Path | None = None
+        self._run = secrets.token_hex(8)
+        self._batch_rows: list[int] | None = None
+        patience = own.get("early_stopping_patience", PATIENCE)
+        stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
+        if eval_dataset is None:
+            if train_dataset is not None:
+                self._say("no eval_dataset: no early stopping, the last weights are kept")
+        elif patience is not None and not stops_already:
+            self.add_callback(_EarlyStopping(early_stopping_patience=int(patience)))
+        adapted.record.settings = _changed(arguments) | own
+
+    # ------------------------------------------------------------------ rows
+
+    def _rows_of(self, source: Any) -> Dataset:
+        splits = data.read(source)
+        return data.rename(splits["train"], self.columns, self.adapted.task.columns)
+
+    def _prepared(self, rows: Dataset) -> Dataset:
+        prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
+        for remark in remarks:
+            self._say(remark)
+        return prepared
+
+    def _say(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+            logger.warning(remark)
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
+        if eval_dataset is not None and not (isinstance(eval_dataset, str) or self._is_prepared(eval_dataset)):
+            if isinstance(eval_dataset, Mapping):
+                eval_dataset = {
+                    name: part if self._is_prepared(part) else self._prepared(self._rows_of(part))
+                    for name, part in eval_dataset.items()
+                }
+            else:
+                eval_dataset = self._prepared(self._rows_of(eval_dataset))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    @staticmethod
+    def _is_prepared(rows: Any) -> bool:
+        return {"row", "length"} <= set(getattr(rows, "column_names", ()))
+
+    # ------------------------------------------------------------------ steps
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
+        if model.training:
+            for module in self._quiet:
+                module.training = False
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        self._batch_rows = inputs.get("row")
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass; stops before the optimizer step where numbers are not finite.
+
+        Raises:
+            NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            layer = self._first_not_finite(model, inputs)
+            raise NumbersError(
+                message(
+                    f"the loss is {float(loss)}",
+                    where=self._where(),
+                    found=f"values that are not finite, first in {layer}",
+                    remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
+                )
+            )
+        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
+            self._refuse_bad_gradients()
+        return loss
+
+    def _refuse_bad_gradients(self) -> None:
+        named = [(name, p.grad) for name, p in self.adapted.model.named_parameters() if p.grad is not None]
+        if not named:
+            return
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
+        if bool(torch.isfinite(norms).all()):
+            return
+        bad = [own_name(name) for (name, _), norm in zip(named, norms, strict=True) if not bool(torch.isfinite(norm))]
+        raise NumbersError(
+            message(
+                "gradients are not finite",
+                where=self._where(),
+                found=f"{len(bad)} of {len(named)} tensors, {bad[0]} first",
+                remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
+            )
+        )
+
+    def _where(self) -> str:
+        rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
+        return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
+
+    def _first_not_finite(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> str:
+        """The first module of a repeated forward pass whose output is not finite."""
+        found: list[str] = []
+
+        def watch(name: str) -> Any:
+            def hook(_module: Any, _args: Any, output: Any) -> None:
+                parts = output if isinstance(output, tuple | list) else [output]
+                tensors = [t for t in parts if isinstance(t, torch.Tensor) and t.is_floating_point()]
+                if any(not bool(torch.isfinite(t).all()) for t in tensors):
+                    found.append(own_name(name))
+
+            return hook
+
+        handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+        try:
+            with torch.no_grad():
+                self.compute_loss(model, self._prepare_inputs(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else "the loss itself"
+
+    # ------------------------------------------------------------------ the run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ends with the best weights of the validation rows in the model.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder.
+
+        Raises:
+            NumbersError: a loss or gradient is not finite.
+            FolderError: nothing to resume from, or a damaged checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(self._newest_whole())
+        self._best = None
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._restore_best()
+        record = self.adapted.record
+        record.notes += [remark for remark in self.remarks if remark not in record.notes]
+        record.metrics["train"] = {
+            "loss": float(result.training_loss),
+            "epochs": float(self.state.epoch or 0),
+            "steps": int(self.state.global_step),
+            "seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
+        }
+        if self.state.best_metric is not None:
+            record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
+        return result
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better: bool = super()._determine_best_metric(metrics, trial)
+        if better:
+            self.state.best_global_step = self.state.global_step
+            self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}
+        return better
+
+    def _restore_best(self) -> None:
+        """The best weights: those kept in memory, or, after a resume that found no better ones, the checkpoint's."""
+        if self._best is not None:
+            storage.put(self.adapted, self._best, "best weights")
+        elif self.state.best_model_checkpoint is not None:
+            folder = Path(self.state.best_model_checkpoint)
+            storage.put(self.adapted, storage.read_tensors(folder, storage.read_manifest(folder)), str(folder))
+        self._best = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self._stage is not None and folder.parent == self._stage:
+            folder.mkdir()
+            storage.write(self.adapted, folder)
+        else:
+            storage.save(self.adapted, folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        final_place = run / name
+        best_step = self.state.best_global_step
+        known_best = self.state.best_model_checkpoint
+        stage = run / f".staging-{os.getpid()}"
+        shards.remove(stage)
+        stage.mkdir(parents=True)
+        self._stage = stage
+        try:
+            super()._save_checkpoint(model, trial)
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{best_step}") if best_step else known_best
+            state_file = stage / name / "trainer_state.json"
+            state_file.unlink()
+            self.state.save_to_json(str(state_file))
+            _seal(stage / name, self._run)
+            shards.remove(final_place) if _run_of(final_place) else None
+            (stage / name).rename(final_place)
+            shards.sync_folder(run)
+        finally:
+            self._stage = None
+            shards.remove(stage)
+        self._rotate(run)
+
+    def _rotate(self, run: Path) -> None:
+        if not self.keep:
+            return
+        ours = sorted((folder for folder in run.glob("checkpoint-*") if _run_of(folder) == self._run), key=_step_of)
+        best = self.state.best_model_checkpoint
+        others = [folder for folder in ours if str(folder) != best]
+        room = max(1, self.keep - (len(ours) - len(others)))
+        for folder in others[:-room]:
+            shards.remove(folder)
+
+    def _newest_whole(self) -> Path:
+        run = Path(self.args.output_dir)
+        for folder in sorted(run.glob("checkpoint-*"), key=_step_of, reverse=True):
+            try:
+                verify_checkpoint(folder)
+            except FolderError as fault:
+                logger.warning("skipped %s: %s", folder, fault)
+                continue
+            return folder
+        raise FolderError(
+            message("no whole checkpoint to resume from", where=str(run), remedy="Train from the start.")
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        verify_checkpoint(folder)
+        document = storage.read_manifest(folder)
+        storage.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
+        storage.put(self.adapted, storage.read_tensors(folder, document), str(folder))
+        self._run = _run_of(folder) or self._run
+
+
+@final
+class _EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to check: `settings` has chosen the metric."""
+
+
+@functools.cache
+def _plain(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """transformers' own defaults, as they are after its own checks.
+
+    Made once and before the arguments of a run: making one resets the state that a prepared trainer computes with.
+    """
+    plain = kind(output_dir="unused")
+    return {entry.name: getattr(plain, entry.name) for entry in dataclasses.fields(plain) if entry.init}
+
+
+def _changed(arguments: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that differ from transformers' defaults, as plain data."""
+    plain = _plain(type(arguments))
+    skipped = {"output_dir", "logging_dir", "run_name", "hub_token"}
+    return {
+        name: getattr(value, "value", value)
+        for name in sorted(plain)
+        if name not in skipped
+        and (value := getattr(arguments, name)) != plain[name]
+        and isinstance(value, str | int | float | bool)
+    }
+
+
+@contextlib.contextmanager
+def _accepted(model: Any) -> Iterator[None]:
+    """transformers refuses to train a 4-bit model without a PeftModel around it; ours trains unpacked parts.
+
+    This is the one place where its check is met: what trains is never packed (see `adapt.assemble`).
+    """
+    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = True
+        try:
+            yield
+        finally:
+            del model._hf_peft_config_loaded
+    else:
+        yield
+
+
+def _step_of(folder: Path) -> int:
+    tail = folder.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _run_of(folder: Path) -> str:
+    """The run that wrote a checkpoint; empty where it is not a checkpoint of ours."""
+    try:
+        return str(json.loads((folder / CHECKPOINT).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _seal(folder: Path, run: str) -> None:
+    """Flush a checkpoint's files and write their sizes and digests, last."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                shards.flush(stream)
+            files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": shards.sha256(file)}
+    document: dict[str, Any] = {"run": run, "files": files}
+    document["digest"] = shards.digest_of(document)
+    shards.write_text(folder / CHECKPOINT, json.dumps(document, indent=1) + "\n")
+    shards.sync_folder(folder)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check a checkpoint's files against its manifest.
+
+    Raises:
+        FolderError: no manifest, or a file that is missing, truncated or changed.
+    """
+    try:
+        document = json.loads((folder / CHECKPOINT).read_text())
+    except (OSError, ValueError) as fault:
+        raise FolderError(message("not a whole checkpoint", where=str(folder), found=fault)) from fault
+    if document.get("digest") != shards.digest_of(document):
+        raise FolderError(message("the checkpoint's manifest was changed", where=str(folder / CHECKPOINT)))
+    for name, entry in document["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["size"] or shards.sha256(file) != entry["sha256"]:
+            raise FolderError(message("a checkpoint file is missing or changed", where=str(file)))
+
+
