@@ -39,7 +39,7 @@ _HOMES = {
     "MergeReport": "merge",
     "Recipe": "recipe",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from adapters.adapt import STRATEGIES as STRATEGIES

@@ -94,8 +94,15 @@ def from_peft(config: Any) -> Strategy:
         default = entry.default if entry.default is not dataclasses.MISSING else None
         if entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
-        if value != default and entry.name not in ("peft_type", "task_type", "inference_mode", "auto_mapping",
-                                                   "base_model_name_or_path", "revision", "peft_version"):
+        if value != default and entry.name not in (
+            "peft_type",
+            "task_type",
+            "inference_mode",
+            "auto_mapping",
+            "base_model_name_or_path",
+            "revision",
+            "peft_version",
+        ):
             changed[entry.name] = sorted(value) if isinstance(value, set) else value
     if changed.pop("modules_to_save", None):
         logger.info("modules_to_save is left out: the head and every new module train and are saved anyway")
@@ -123,8 +130,12 @@ def _strategy_and_task(
         chosen = strategy
     else:
         raise RequestError(
-            message("not a strategy", where="strategy", expected="a name, a strategy object or a peft config",
-                    found=type(strategy).__name__)
+            message(
+                "not a strategy",
+                where="strategy",
+                expected="a name, a strategy object or a peft config",
+                found=type(strategy).__name__,
+            )
         )
     goal: Any = task_class(task) if isinstance(task, str) else task
     kinds = []
@@ -184,7 +195,7 @@ def adapt(
     if isinstance(chosen, type):
         chosen = make(chosen, own, f"strategy {strategy!r}")
     if isinstance(goal, type):
-        goal = make(goal, goals, f"task {goal.name!r}")
+        goal = make(goal, goals, f"task {task!r}")
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed)
 
 
@@ -193,8 +204,12 @@ def _task_of(model: Any) -> str:
 
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
-            message("not a model", where="model", expected="a model id, a folder or a transformers model",
-                    found=type(model).__name__)
+            message(
+                "not a model",
+                where="model",
+                expected="a model id, a folder or a transformers model",
+                found=type(model).__name__,
+            )
         )
     import transformers.models.auto.modeling_auto as auto
 
@@ -245,7 +260,7 @@ def assemble(
         torch.manual_seed(seed)
         net, new, processor = _loaded(model, task, load, processor)
         _refuse_adapted(net)
-        folder = local_folder(net.name_or_path, load)
+        folder = local_folder(net.name_or_path or "", load)
         task = task.complete(net)
         head = frozenset(task.head(net)) | frozenset(new)
 
@@ -269,7 +284,7 @@ def assemble(
         pack(net, maps, storage)
         trained = strategy.apply(net) | head_names(net, head)
     record = Record(
-        backbone=net.name_or_path,
+        backbone=net.name_or_path or "",
         revision=str(getattr(net.config, "_commit_hash", None) or ""),
         seed=seed,
         new=tuple(sorted(new)),
@@ -277,14 +292,12 @@ def assemble(
     )
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
-    adapted = Adapted(
-        net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record
-    )
+    adapted = Adapted(net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record)
     note = _pad(net, processor)
     if note:
         record.notes.append(note)
         logger.warning(note)
-    net.eval()
+    net.train(False)
     return adapted
 
 
@@ -348,14 +361,14 @@ def _hushed() -> Iterator[None]:
 
     level = hub_logging.get_verbosity()
     bars = hub_logging.is_progress_bar_enabled()
-    hub_logging.set_verbosity_error()
-    hub_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         hub_logging.set_verbosity(level)
         if bars:
-            hub_logging.enable_progress_bar()
+            hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
@@ -371,8 +384,12 @@ def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
         if quiet or not isinstance(fault, OSError):
             return None
         raise RequestError(
-            message("the backbone has no tokenizer", where=name, found=" ".join(str(fault).split())[:300],
-                    remedy="Pass processor=AutoTokenizer.from_pretrained(...).")
+            message(
+                "the backbone has no tokenizer",
+                where=name,
+                found=" ".join(str(fault).split())[:300],
+                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
+            )
         ) from fault
 
 
@@ -442,7 +459,9 @@ def identify(
             )
         in_memory = prints.of_model(model, head, skip=packed, full=full)
         if prints.differences(on_disk, in_memory):
-            raise BackboneError(message("the live 4-bit model differs from its checkpoint", where=model.name_or_path))
+            raise BackboneError(
+                message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path))
+            )
         return prints.of_folder(model, head, folder, full=full)
     if on_disk is not None and trust:
         return on_disk
@@ -499,8 +518,11 @@ def _pad(model: PreTrainedModel, processor: Any) -> str:
     if processor.pad_token is None:
         if processor.eos_token is None:
             raise RequestError(
-                message("the tokenizer has neither a padding nor an end token", where=type(processor).__name__,
-                        remedy="Set processor.pad_token.")
+                message(
+                    "the tokenizer has neither a padding nor an end token",
+                    where=type(processor).__name__,
+                    remedy="Set processor.pad_token.",
+                )
             )
         processor.pad_token = processor.eos_token
         note = f"no padding token: the end token {processor.eos_token!r} is used, rows are padded on the right"

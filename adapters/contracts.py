@@ -45,7 +45,8 @@ ALIASES = {
 class Strategy(Protocol):
     """What trains, what the trained tensors mean for the backbone, how to leave no trace.
 
-    A strategy is a frozen dataclass; its fields are its whole configuration and are saved as they are.
+    A strategy is a frozen dataclass; its fields are its whole configuration and are saved as they are. `defaults`
+    holds the training settings that work without a knob; a value may be a function of the model.
     """
 
     name: ClassVar[str]
@@ -128,6 +129,10 @@ class Task(Protocol):
 
     def baseline(self, train: Dataset, test: Dataset) -> dict[str, float]:
         """The metrics of the best answer that never looks at the input (the majority class, the mean)."""
+        ...
+
+    def with_data(self, rows: Dataset) -> Self:
+        """A copy with what depends on the training rows made concrete (balanced class weights)."""
         ...
 
     def describe(self) -> str:
@@ -229,7 +234,7 @@ class Adapted:
         return (
             f"{self.strategy.name} on {type(self.model).__name__}"
             f"{f' ({self.record.backbone})' if self.record.backbone else ''} for {self.task.describe()}\n"
-            f"  trains  {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {head:,} of them new head\n"
+            f"  trains  {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {head:,} of them head\n"
             f"  frozen  {total - trained:,} parameters, kept as {storage}\n"
             f"  file    about {self.adapter_bytes / 1e6:.2f} MB"
         )

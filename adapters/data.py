@@ -56,8 +56,12 @@ def read(source: Any) -> dict[str, Dataset]:
         splits = {"train": _from_dicts(list(source), "list of rows")}
     else:
         raise RequestError(
-            message("not a source of rows", where="data", expected="a file, folder, id, Dataset or list of dicts",
-                    found=type(source).__name__)
+            message(
+                "not a source of rows",
+                where="data",
+                expected="a file, folder, id, Dataset or list of dicts",
+                found=type(source).__name__,
+            )
         )
     for name, rows in splits.items():
         if len(rows) == 0:
@@ -114,8 +118,11 @@ def _read_path(source: str | Path) -> dict[str, Dataset]:
 
 def _looks_like_id(text: str) -> bool:
     """A hub id, not a path that is missing: a local path never becomes a look-up."""
-    return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not text.endswith("/") and (
-        "." not in text.rpartition("/")[2] or not Path(text).suffix.lower().strip(".") in _SUFFIXES
+    return (
+        text.count("/") <= 1
+        and not text.startswith((".", "/", "~"))
+        and not text.endswith("/")
+        and ("." not in text.rpartition("/")[2] or Path(text).suffix.lower().strip(".") not in _SUFFIXES)
     )
 
 
@@ -233,8 +240,12 @@ def _from_dicts(rows: list[Any], where: str) -> Dataset:
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(
-                message("a row that is no record", where=f"{where}, row {number}", expected="names and values",
-                        found=type(row).__name__)
+                message(
+                    "a row that is no record",
+                    where=f"{where}, row {number}",
+                    expected="names and values",
+                    found=type(row).__name__,
+                )
             )
     keys = Counter(frozenset(row) for row in rows)
     usual = keys.most_common(1)[0][0]
@@ -251,13 +262,16 @@ def _from_dicts(rows: list[Any], where: str) -> Dataset:
                 )
             )
     for name in sorted(usual):
-        kinds = Counter("text" if isinstance(row[name], str) else type(row[name]).__name__ for row in rows
-                        if row[name] is not None)
+        kinds = Counter(
+            "text" if isinstance(row[name], str) else type(row[name]).__name__ for row in rows if row[name] is not None
+        )
         if len(kinds) > 1 and set(kinds) != {"int", "float"}:
             rare = kinds.most_common()[-1][0]
             number = next(
-                n for n, row in enumerate(rows)
-                if row[name] is not None and ("text" if isinstance(row[name], str) else type(row[name]).__name__) == rare
+                n
+                for n, row in enumerate(rows)
+                if row[name] is not None
+                and ("text" if isinstance(row[name], str) else type(row[name]).__name__) == rare
             )
             raise DataError(
                 message(
@@ -288,7 +302,9 @@ def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str,
         return rows
     for wanted, found in columns.items():
         if wanted not in known:
-            raise RequestError(message(f"the task has no column {wanted!r}", where="columns", remedy=nearest(wanted, known)))
+            raise RequestError(
+                message(f"the task has no column {wanted!r}", where="columns", remedy=nearest(wanted, known))
+            )
         if found not in rows.column_names:
             raise DataError(
                 message(
@@ -321,7 +337,9 @@ def split(
 
     total = len(rows)
     if not 0 < sum(parts.values()) < 1:
-        raise RequestError(message("wrong shares", where="split", expected="shares > 0, below 1 in sum", found=dict(parts)))
+        raise RequestError(
+            message("wrong shares", where="split", expected="shares > 0, below 1 in sum", found=dict(parts))
+        )
     generator = np.random.default_rng(seed)
     groups: dict[Any, list[list[int]]] = {}
     keys = rows[text] if text else range(total)
@@ -356,7 +374,9 @@ def split(
     for name, members in chosen.items():
         if not members:
             raise DataError(
-                message(f"too few rows to divide: the part {name!r} would be empty", where="split", found=f"{total} rows")
+                message(
+                    f"too few rows to divide: the part {name!r} would be empty", where="split", found=f"{total} rows"
+                )
             )
     return {name: rows.select(sorted(members)) for name, members in chosen.items()}, remarks
 

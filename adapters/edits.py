@@ -119,7 +119,7 @@ class MergeLayer:
         features_in, features_out = self.shape
         linear: nn.Module
         if self.transposed:
-            linear = Conv1D(features_out, features_in)
+            linear = Conv1D(features_out, features_in)  # type: ignore[no-untyped-call]
         else:
             linear = nn.Linear(features_in, features_out, bias=self.has_bias)
         with torch.no_grad():

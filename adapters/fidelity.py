@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 ROWS = 8  # rows of the check
+BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
 
@@ -25,15 +26,11 @@ def compare(adapter: str, merged: str, base: str, rows: list[str] | None) -> dic
 
     adapted = load(adapter, base, verify="fast")
     inputs = _inputs(adapted.model, adapted.processor, rows)
-    with torch.no_grad():
-        adapted.model.eval()
-        wanted = adapted.model(**inputs).logits.float()
+    wanted = _logits(adapted.model, inputs)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    model = auto.from_pretrained(merged, dtype="auto").eval()
-    with torch.no_grad():
-        found = model(**inputs).logits.float()
+    found = _logits(auto.from_pretrained(merged, dtype="auto"), inputs)
     difference = (wanted - found).abs()
     if wanted.shape[-1] > 1:
         agreement = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
@@ -46,6 +43,19 @@ def compare(adapter: str, merged: str, base: str, rows: list[str] | None) -> dic
         "spread": float(wanted.std()),
         "dtype": dtype,
     }
+
+
+def _logits(model: Any, inputs: dict[str, Any]) -> Any:
+    import torch
+
+    model.eval()
+    rows = len(next(iter(inputs.values())))
+    with torch.inference_mode():
+        parts = [
+            model(**{name: value[start : start + BATCH] for name, value in inputs.items()}).logits.float()
+            for start in range(0, rows, BATCH)
+        ]
+    return torch.cat(parts)
 
 
 def _inputs(model: Any, processor: Any, rows: list[str] | None) -> dict[str, Any]:

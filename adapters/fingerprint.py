@@ -188,7 +188,9 @@ def of_folder(model: PreTrainedModel, head: Collection[str], folder: Path, *, fu
     left_out = set(head)
     slots = disk_slots(model, folder)
     prints = {
-        name: print_of_slot(slot, full=full) for name, (slot, memory_name) in slots.items() if memory_name not in left_out
+        name: print_of_slot(slot, full=full)
+        for name, (slot, memory_name) in slots.items()
+        if memory_name not in left_out
     }
     state = backbone_state(model, head)
     covered = {memory_name for _, memory_name in slots.values()}
@@ -213,9 +215,7 @@ def differences(reference: Fingerprint, found: Fingerprint) -> list[str]:
 
     Both sides cover exactly what the model class uses, so a tensor that only one of them has is a difference too.
     """
-    lines = []
-    for name in sorted(set(found.tensors) - set(reference.tensors)):
-        lines.append(f"{name}: not in the recorded backbone")
+    lines = [f"{name}: not in the recorded backbone" for name in sorted(set(found.tensors) - set(reference.tensors))]
     for name in sorted(reference.tensors):
         if name not in found.tensors:
             lines.append(f"{name}: missing")

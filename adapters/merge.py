@@ -228,8 +228,12 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
             found = Path(snapshot_download(name, revision=document["backbone"]["revision"] or None))
         except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
             raise RequestError(
-                message("the backbone is neither here nor to be had from the hub", where=name,
-                        found=" ".join(str(fault).split())[:200], remedy="Give base=folder.")
+                message(
+                    "the backbone is neither here nor to be had from the hub",
+                    where=name,
+                    found=" ".join(str(fault).split())[:200],
+                    remedy="Give base=folder.",
+                )
             ) from fault
     return found
 
@@ -263,8 +267,14 @@ def _plan(
         covered.add(plain)
         floating = "float" in slot.dtype
         steps.append(
-            _Step(name if plain in known else disk_name, slot, plain if plain in known else "", edit,
-                  dtype if dtype and floating else slot.dtype, slot.shape)
+            _Step(
+                name if plain in known else disk_name,
+                slot,
+                plain if plain in known else "",
+                edit,
+                dtype if dtype and floating else slot.dtype,
+                slot.shape,
+            )
         )
     missing = sorted(known - covered)
     if missing:
@@ -321,8 +331,12 @@ def _write(stage: Path, steps: list[_Step], source: Path, document: Mapping[str,
     room = os.statvfs(stage)
     if room.f_bavail * room.f_frsize < need:
         raise RequestError(
-            message("the disk is too full for the merged model", where=str(stage.parent), expected=f"{need:,} bytes",
-                    found=f"{room.f_bavail * room.f_frsize:,} bytes free")
+            message(
+                "the disk is too full for the merged model",
+                where=str(stage.parent),
+                expected=f"{need:,} bytes",
+                found=f"{room.f_bavail * room.f_frsize:,} bytes free",
+            )
         )
     prints = document["backbone"]["fingerprint"]["tensors"]
     digests: dict[str, str] = {}
@@ -506,5 +520,3 @@ def _free_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-

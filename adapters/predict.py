@@ -31,7 +31,7 @@ def logits_of(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     was_training = model.training
-    model.eval()
+    model.train(False)
     order = np.argsort(prepared["length"], kind="stable")[::-1]
     answers: list[Any] = [None] * len(prepared)
     try:

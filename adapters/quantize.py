@@ -99,7 +99,7 @@ def pack(model: PreTrainedModel, maps: Iterable[LinearMap], storage: Storage) ->
             )
         )
     # peft chooses its 4-bit layer by this attribute, and falls back to a plain one without it.
-    model.is_loaded_in_4bit = True
+    vars(model)["is_loaded_in_4bit"] = True
     return done
 
 
@@ -152,7 +152,9 @@ class RoundTrip:
         bnb = _bitsandbytes()
         dense = old.T.contiguous() if self.transposed else old
         weight = bnb.nn.Params4bit(
-            dense.to(getattr(torch, self.dtype)).clone(), requires_grad=False, compress_statistics=True,
+            dense.to(getattr(torch, self.dtype)).clone(),
+            requires_grad=False,
+            compress_statistics=True,
             quant_type=self.kind,
         ).to("cpu")
         if weight.quant_state is None:

@@ -344,13 +344,22 @@ def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
         size = file.stat().st_size
         if size != entry["size"]:
             raise FolderError(
-                message("a file was truncated or changed", where=str(file), expected=f"{entry['size']} bytes",
-                        found=f"{size} bytes", remedy="Take the folder from its source again.")
+                message(
+                    "a file was truncated or changed",
+                    where=str(file),
+                    expected=f"{entry['size']} bytes",
+                    found=f"{size} bytes",
+                    remedy="Take the folder from its source again.",
+                )
             )
         if shards.sha256(file) != entry["sha256"]:
             raise FolderError(
-                message("a file was changed", where=f"{file}{_changed_tensor(file, document)}",
-                        expected=f"sha256 {entry['sha256'][:16]}...", remedy="Take the folder from its source again.")
+                message(
+                    "a file was changed",
+                    where=f"{file}{_changed_tensor(file, document)}",
+                    expected=f"sha256 {entry['sha256'][:16]}...",
+                    remedy="Take the folder from its source again.",
+                )
             )
     extra = {p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors")} - set(
         document["files"]
@@ -391,16 +400,23 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
     odd = sorted(set(slots) ^ set(document["tensors"]))
     if odd:
         raise FolderError(
-            message("the weights file and the manifest name different tensors", where=str(folder / WEIGHTS),
-                    found=", ".join(odd[:3]))
+            message(
+                "the weights file and the manifest name different tensors",
+                where=str(folder / WEIGHTS),
+                found=", ".join(odd[:3]),
+            )
         )
     tensors = {}
     for name, entry in document["tensors"].items():
         slot = slots[name]
         if list(slot.shape) != entry["shape"] or slot.dtype != entry["dtype"]:
             raise FolderError(
-                message("a tensor of another shape or dtype", where=f"{folder / WEIGHTS}: {name}",
-                        expected=f"{entry['dtype']} {entry['shape']}", found=f"{slot.dtype} {list(slot.shape)}")
+                message(
+                    "a tensor of another shape or dtype",
+                    where=f"{folder / WEIGHTS}: {name}",
+                    expected=f"{entry['dtype']} {entry['shape']}",
+                    found=f"{slot.dtype} {list(slot.shape)}",
+                )
             )
         tensors[name] = shards.read_tensor(slot)
         if not bool(torch.isfinite(tensors[name]).all()):
@@ -461,8 +477,11 @@ def fetch(folder_or_id: str | Path) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as fault:
         raise FolderError(
-            message("neither an adapter folder nor a hub id that opens", where=name,
-                    found=" ".join(str(fault).split())[:200])
+            message(
+                "neither an adapter folder nor a hub id that opens",
+                where=name,
+                found=" ".join(str(fault).split())[:200],
+            )
         ) from fault
 
 
@@ -599,8 +618,12 @@ def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if wanted[name].shape != tensor.shape:
             raise FolderError(
-                message("a tensor of another shape", where=f"{where}: {name}", expected=tuple(wanted[name].shape),
-                        found=tuple(tensor.shape))
+                message(
+                    "a tensor of another shape",
+                    where=f"{where}: {name}",
+                    expected=tuple(wanted[name].shape),
+                    found=tuple(tensor.shape),
+                )
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -627,14 +650,20 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as fault:
-        raise FolderError(message("cannot read the peft config", where=str(folder / PEFT_CONFIG), found=fault)) from fault
+        raise FolderError(
+            message("cannot read the peft config", where=str(folder / PEFT_CONFIG), found=fault)
+        ) from fault
     base = model if model is not None else config.base_model_name_or_path
     if base is None:
         raise RequestError(message("the peft adapter names no backbone", where=str(folder), remedy="Give model=..."))
     if not live_model(base) and local_folder(str(base), {}) is None:
         raise RequestError(
-            message("the backbone of the peft adapter is not here", where=str(folder), found=str(base),
-                    remedy="Give model=... (a live model with its head, an id or a folder).")
+            message(
+                "the backbone of the peft adapter is not here",
+                where=str(folder),
+                found=str(base),
+                remedy="Give model=... (a live model with its head, an id or a folder).",
+            )
         )
     if not live_model(base):
         raise RequestError(

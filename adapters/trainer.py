@@ -36,7 +36,7 @@ CHECKPOINT = "checkpoint.json"  # written last: sizes and digests of a checkpoin
 PATIENCE = 3  # evaluations without improvement before training stops
 # What every strategy starts from; a strategy's own `defaults` and the caller's arguments come on top.
 HOUSE: Mapping[str, object] = {
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
     "warmup_steps": 0.06,  # below 1: a share of all steps
     "weight_decay": 0.01,
@@ -107,7 +107,9 @@ def settings(
         }
         given["output_dir"] = args.output_dir
     own = {name: given.pop(name) for name in OWN if name in given}
-    merged: dict[str, Any] = {**HOUSE, **adapted.strategy.defaults, "seed": adapted.record.seed}
+    merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}
+    for name, value in adapted.strategy.defaults.items():
+        merged[name] = value(adapted.model) if callable(value) else value
     merged["dataloader_pin_memory"] = torch.cuda.is_available()
     if not evaluated:
         merged["eval_strategy"] = "no"
@@ -174,7 +176,7 @@ class Trainer(transformers.Trainer):
         task = adapted.task
         if train_dataset is not None:
             rows = self._rows_of(train_dataset)
-            task = task.with_data(rows)  # type: ignore[attr-defined]
+            task = task.with_data(rows)
             adapted.record.data = data.fingerprint(rows)
             train_dataset = self._prepared(rows)
         if isinstance(eval_dataset, Mapping):
@@ -234,7 +236,7 @@ class Trainer(transformers.Trainer):
             self.remarks.append(remark)
             logger.warning(remark)
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
@@ -380,7 +382,7 @@ class Trainer(transformers.Trainer):
         return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if self._stage is not None and folder.parent == self._stage:
             folder.mkdir()
             storage.write(self.adapted, folder)
@@ -389,7 +391,7 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
-        run = Path(super()._get_output_dir(trial))
+        run = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         final_place = run / name
         best_step = self.state.best_global_step
@@ -424,7 +426,7 @@ class Trainer(transformers.Trainer):
             shards.remove(folder)
 
     def _newest_whole(self) -> Path:
-        run = Path(self.args.output_dir)
+        run = Path(str(self.args.output_dir))
         for folder in sorted(run.glob("checkpoint-*"), key=_step_of, reverse=True):
             try:
                 verify_checkpoint(folder)
@@ -432,9 +434,7 @@ class Trainer(transformers.Trainer):
                 logger.warning("skipped %s: %s", folder, fault)
                 continue
             return folder
-        raise FolderError(
-            message("no whole checkpoint to resume from", where=str(run), remedy="Train from the start.")
-        )
+        raise FolderError(message("no whole checkpoint to resume from", where=str(run), remedy="Train from the start."))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -453,14 +453,18 @@ class _EarlyStopping(EarlyStoppingCallback):
         """Nothing to check: `settings` has chosen the metric."""
 
 
-@functools.cache
+_PLAIN: dict[str, dict[str, Any]] = {}
+
+
 def _plain(kind: type[TrainingArguments]) -> dict[str, Any]:
     """transformers' own defaults, as they are after its own checks.
 
     Made once and before the arguments of a run: making one resets the state that a prepared trainer computes with.
     """
-    plain = kind(output_dir="unused")
-    return {entry.name: getattr(plain, entry.name) for entry in dataclasses.fields(plain) if entry.init}
+    if kind.__qualname__ not in _PLAIN:
+        plain = kind(output_dir="unused")
+        _PLAIN[kind.__qualname__] = {e.name: getattr(plain, e.name) for e in dataclasses.fields(plain) if e.init}
+    return _PLAIN[kind.__qualname__]
 
 
 def _changed(arguments: TrainingArguments) -> dict[str, Any]:
@@ -535,5 +539,3 @@ def verify_checkpoint(folder: Path) -> None:
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["size"] or shards.sha256(file) != entry["sha256"]:
             raise FolderError(message("a checkpoint file is missing or changed", where=str(file)))
-
-

@@ -19,7 +19,7 @@ class BitFit:
     """Train every bias of the backbone, normalisation biases included, and the head."""
 
     name: ClassVar[str] = "bitfit"
-    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 3e-3, "num_train_epochs": 10}
+    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 3e-3, "num_train_epochs": 8}
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Nothing is left open, but the backbone must have biases.

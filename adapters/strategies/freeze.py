@@ -65,7 +65,7 @@ class Freeze:
         if any(blocks.shared for blocks in lists):
             raise RequestError(
                 message(
-                    "the backbone's blocks share one set of weights, so the last ones cannot train apart from the first",
+                    "the backbone's blocks share one set of weights: the last cannot train apart from the first",
                     where=f"{where} on {type(model).__name__}",
                     remedy="Take 'lora', 'bitfit', 'probe' or 'full'.",
                 )

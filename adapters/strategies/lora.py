@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from adapters.edits import Edit
 
 
+def learning_rate(model: PreTrainedModel) -> float:
+    """A learning rate by the model's width: 2e-3 at 384, 1.2e-3 at 768, 3e-4 at 4096.
+
+    The exponent is the one that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes; the
+    factor was measured here on MiniLM (docs/benchmarks.md).
+    """
+    return float(2e-3 * (384 / model.config.get_text_config().hidden_size) ** 0.775)
+
+
 @final
 @dataclass(frozen=True)
 class Lora:
@@ -37,7 +46,7 @@ class Lora:
     """
 
     name: ClassVar[str] = "lora"
-    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 1e-3, "num_train_epochs": 10}
+    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": learning_rate, "num_train_epochs": 8}
 
     r: int = 8
     lora_alpha: float = 16
@@ -90,7 +99,12 @@ class Lora:
         from adapters.errors import RequestError, message
 
         faults = [
-            (isinstance(self.r, int) and not isinstance(self.r, bool) and self.r > 0, "r", "a whole number > 0", self.r),
+            (
+                isinstance(self.r, int) and not isinstance(self.r, bool) and self.r > 0,
+                "r",
+                "a whole number > 0",
+                self.r,
+            ),
             (_is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number > 0", self.lora_alpha),
             (
                 _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,

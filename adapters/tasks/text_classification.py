@@ -64,7 +64,9 @@ class TextClassification:
             if twice:
                 faults.append(message("a label twice", where="labels", found=repr(twice[0])))
         if self.problem not in PROBLEMS:
-            faults.append(message(f"unknown problem {self.problem!r}", where="problem", remedy=nearest(self.problem, PROBLEMS)))
+            faults.append(
+                message(f"unknown problem {self.problem!r}", where="problem", remedy=nearest(self.problem, PROBLEMS))
+            )
         if self.problem == "regression" and self.labels:
             faults.append(message("a regression has no label names", where="labels", found=list(self.labels)[:3]))
         for option, fine, expected in (
@@ -82,13 +84,20 @@ class TextClassification:
             elif isinstance(self.class_weights, str):
                 if self.class_weights != "balanced":
                     faults.append(
-                        message("a wrong value", where="class_weights", expected='"balanced" or label -> weight',
-                                found=repr(self.class_weights))
+                        message(
+                            "a wrong value",
+                            where="class_weights",
+                            expected='"balanced" or label -> weight',
+                            found=repr(self.class_weights),
+                        )
                     )
             elif self.labels and set(self.class_weights) != set(self.labels):
                 faults.append(
-                    message("weights for other labels than the task's", where="class_weights",
-                            found=sorted(set(self.class_weights) ^ set(self.labels))[:3])
+                    message(
+                        "weights for other labels than the task's",
+                        where="class_weights",
+                        found=sorted(set(self.class_weights) ^ set(self.labels))[:3],
+                    )
                 )
         if faults:
             raise RequestError("; ".join(faults))
@@ -110,8 +119,9 @@ class TextClassification:
         Raises:
             RequestError: no labels anywhere, or a head of another size.
         """
-        outputs = model.config.num_labels
-        own_labels = tuple(str(model.config.id2label[index]) for index in range(outputs))
+        id2label: Mapping[Any, str] = model.config.id2label or {}
+        outputs = len(id2label)
+        own_labels = tuple(str(id2label[index]) for index in sorted(id2label))
         if self.labels or self.problem == "regression":
             needed = len(self.labels) or 1
             if outputs != needed:
@@ -236,7 +246,9 @@ class TextClassification:
             full = [index for index, row in enumerate(ids) if len(row) >= limit]
             if full:
                 whole = processor(
-                    [texts[i] for i in full], [seconds[i] for i in full] if seconds else None, truncation=False,
+                    [texts[i] for i in full],
+                    [seconds[i] for i in full] if seconds else None,
+                    truncation=False,
                     verbose=False,
                 )["input_ids"]
                 cut += sum(len(row) > limit for row in whole)
@@ -261,7 +273,7 @@ class TextClassification:
         remarks = []
         if cut:
             remarks.append(
-                f"{cut} of {len(rows)} texts ({100 * cut / len(rows):.1f} %) are longer than {limit} tokens and were cut"
+                f"{cut} of {len(rows)} texts ({100 * cut / len(rows):.1f} %) are longer than {limit} tokens: cut there"
             )
         return concatenate_datasets(parts), remarks
 
@@ -330,8 +342,12 @@ class TextClassification:
                 cell = json.loads(value) if value.startswith("[") else [part for part in value.split(SEPARATOR) if part]
             if not isinstance(cell, list | tuple):
                 raise DataError(
-                    message("not a list of labels", where=where, expected=f"names, or names divided by {SEPARATOR!r}",
-                            found=repr(value)[:80])
+                    message(
+                        "not a list of labels",
+                        where=where,
+                        expected=f"names, or names divided by {SEPARATOR!r}",
+                        found=repr(value)[:80],
+                    )
                 )
         else:
             cell = [value]
@@ -362,7 +378,9 @@ class TextClassification:
                 number = float("nan")
             if number != number or abs(number) == float("inf"):
                 raise DataError(
-                    message("not a number", where=f"row {row}, column 'label'", expected="a number", found=repr(value)[:80])
+                    message(
+                        "not a number", where=f"row {row}, column 'label'", expected="a number", found=repr(value)[:80]
+                    )
                 )
             return number
         names = self._names(value, row)

@@ -1,0 +1,5 @@
+"""`python -m adapters` is the command `adapters`."""
+
+from adapters.cli import main
+
+main()

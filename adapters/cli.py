@@ -1,0 +1,228 @@
+"""The command line over the public functions; no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from adapters.errors import AdaptersError, RequestError, message
+
+app = typer.Typer(
+    name="adapters",
+    help="Adapt pretrained models: train a small file beside a frozen backbone, test it, merge it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
+Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one on the hub.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; the exit code tells whose fault it was (2 request, 3 data, 4 numbers, 130 interrupted)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="adapters")
+    except AdaptersError as fault:
+        if debug:
+            raise
+        print(f"adapters: {fault}", file=sys.stderr)
+        raise SystemExit(fault.exit_code) from None
+    except KeyboardInterrupt:
+        print("adapters: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _out(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def _pairs(entries: list[str], option: str) -> dict[str, Any]:
+    """`key=value` entries; values are read as YAML."""
+    from adapters.recipe import parse_yaml
+
+    result = {}
+    for entry in entries:
+        key, sign, value = entry.partition("=")
+        if not sign or not key:
+            raise RequestError(message(f"{entry!r} is not key=value", where=option))
+        result[key] = parse_yaml(value, f"{option} {key}") if value else ""
+    return result
+
+
+@app.command()
+def quickstart(
+    strategy: Annotated[str, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = "lora",
+    model: Annotated[str | None, typer.Option(help="Your own model's folder or id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your own rows: csv, jsonl, parquet with text and label.")] = None,
+    output: Annotated[str, typer.Option(help="Where the adapter goes.")] = "out/quickstart",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Adapt a real BERT to an embedded intent set: train, test, save, load, predict, merge, check."""
+    from adapters.quickstart import quickstart as start
+    from adapters.quickstart import summary
+
+    results = start(_say, model=model, data=data, strategy=strategy, output=output, seed=seed)
+    if as_json:
+        _out(results)
+    else:
+        print("\n".join(summary(results)))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML; options go over what it says.")] = None,
+    model: Annotated[str | None, typer.Option(help="Id or folder of the backbone.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="csv, tsv, json, jsonl, parquet, a folder of them, or a hub id.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="text-classification.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the finished adapter.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any recipe key: options.r=16, train.learning_rate=1e-4, seed=1.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="task column=data column, e.g. text=review.")
+    ] = None,
+    resume: Annotated[bool | None, typer.Option(help="Go on with an interrupted run, or forget it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter: from a recipe, or from options alone."""
+    from adapters.recipe import Recipe, changed
+
+    named = {"model": model, "data": data, "task": task, "strategy": strategy, "output": output}
+    changes = {key: value for key, value in named.items() if value is not None} | _pairs(assign or [], "--set")
+    for wanted, found in _pairs(columns or [], "--column").items():
+        changes[f"columns.{wanted}"] = str(found)
+    plan = Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")
+    results = plan.run(_say, resume=resume)
+    if as_json:
+        _out(results)
+        return
+    metric = results["metric"]
+    print(f"saved     {results['output']} ({results['adapter_bytes'] / 1e6:.2f} MB)")
+    if "test" in results:
+        print(
+            f"test      {metric} {results['test'][metric]:.4f} (majority {results['majority'][metric]:.4f}, "
+            f"untrained {results['untrained'][metric]:.4f})"
+        )
+        if not results["beat_baseline"]:
+            print("warning   the run did not beat its baselines")
+    print(f"next      adapters predict {results['output']} 'a text'")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    data: Annotated[str, typer.Option(help="Labelled rows.")],
+    model: Annotated[
+        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
+    ] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Metrics of an adapter on labelled rows (the test part, where the data has parts)."""
+    from adapters.data import read, rename
+    from adapters.predict import evaluate as measure
+    from adapters.storage import load
+
+    adapted = load(folder, model)
+    splits = read(data)
+    part = "test" if "test" in splits else "train"
+    rows = rename(splits[part], {k: str(v) for k, v in _pairs(columns or [], "--column").items()}, adapted.task.columns)
+    numbers = measure(adapted, rows)
+    if as_json:
+        _out({"rows": len(rows), "split": part, **numbers})
+        return
+    print(f"{'rows':10}{len(rows):>10}")
+    for name, value in numbers.items():
+        print(f"{name:10}{value:>10.4f}")
+
+
+@app.command()
+def predict(
+    folder: Folder,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file of rows instead.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
+    ] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What an adapter answers to texts, or to the rows of a file."""
+    from adapters.data import read, rename
+    from adapters.predict import predict as answer
+    from adapters.storage import load
+
+    if bool(texts) == bool(data):
+        raise RequestError(message("texts or --data, one of them", where="predict"))
+    adapted = load(folder, model)
+    rows: Any = texts
+    if data is not None:
+        renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
+        rows = rename(read(data)["train"], renamed, adapted.task.columns)
+    answers = answer(adapted, rows)
+    if as_json:
+        _out({"predictions": answers})
+        return
+    shown = texts if texts else list(rows["text"])
+    for text, found in zip(shown, answers, strict=True):
+        label = found.get("label", found.get("labels", ""))
+        score = f"{found['score']:.4f}" if "score" in found else ""
+        print(f"{label}\t{score}\t{text}")
+
+
+@app.command()
+def inspect(folder: Folder, as_json: Json = False) -> None:
+    """What an adapter is: backbone, strategy, what trained, bytes, metrics. Checks every digest."""
+    from adapters.inspection import describe, lines
+    from adapters.storage import fetch
+
+    found = describe(fetch(folder))
+    if as_json:
+        _out(found)
+    else:
+        print("\n".join(lines(found)))
+
+
+@app.command()
+def merge(
+    folder: Folder,
+    output: Annotated[str, typer.Argument(help="The folder to write: a plain transformers model.")],
+    base: Annotated[str | None, typer.Option(help="The backbone's folder, where it is not the one named.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: as the backbone.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its backbone, tensor by tensor, and check that the answers agree."""
+    from adapters.merge import merge_on_disk
+
+    report = merge_on_disk(folder, output, base=base, dtype=dtype)
+    if as_json:
+        _out(report.to_json())
+        return
+    print(f"merged    {report.output}: {report.tensors} tensors, {report.bytes / 1e6:.1f} MB")
+    print(f"edited    {report.edited} tensors ({report.created} new), each read back and verified")
+    if report.logits_checked and report.agreement is not None:
+        print(f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}")
+    else:
+        print(f"answers   not compared: {report.skipped}")
+    print(f"next      transformers.pipeline({Path(report.output).as_posix()!r})")

@@ -1,0 +1,90 @@
+"""What an adapter folder says of itself, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.storage import WEIGHTS, read_manifest
+
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The facts of an adapter folder, every digest checked.
+
+    Raises:
+        FolderError: the folder is damaged, or not an adapter.
+    """
+    document = read_manifest(folder)
+    head = set(document["head"])
+    groups: dict[str, dict[str, int]] = {}
+    for name, entry in document["tensors"].items():
+        group = _group(name, head)
+        size = math.prod(entry["shape"])
+        found = groups.setdefault(group, {"tensors": 0, "parameters": 0, "bytes": 0})
+        found["tensors"] += 1
+        found["parameters"] += size
+        found["bytes"] += size * WIDTHS.get(entry["dtype"], 1)
+    backbone = document["backbone"]
+    return {
+        "folder": str(folder),
+        "format": document["format"],
+        "strategy": document["strategy"]["name"],
+        "options": {k: v for k, v in document["strategy"]["options"].items() if k != "modules"},
+        "task": document["task"],
+        "backbone": {
+            "name": backbone["name"],
+            "revision": backbone["revision"],
+            "model_class": backbone["model_class"],
+            "quantization": backbone["quantization"],
+            "fingerprint": backbone["fingerprint"]["digest"],
+            "tensors": len(backbone["fingerprint"]["tensors"]),
+        },
+        "groups": groups,
+        "parameters": sum(found["parameters"] for found in groups.values()),
+        "bytes": document["files"][WEIGHTS]["size"],
+        "metrics": document["metrics"],
+        "data": document["data"],
+        "settings": document["settings"],
+        "notes": document["notes"],
+        "seed": document["seed"],
+        "reproducible": document["reproducible"],
+        "versions": document["versions"],
+    }
+
+
+def _group(name: str, head: set[str]) -> str:
+    """Tensors of one kind: the same name but for block numbers."""
+    own = name.removeprefix("base_model.model.")
+    if own in head:
+        return "head: " + own
+    return ".".join("*" if part.isdigit() else part for part in own.split("."))
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """The facts as a table for people."""
+    backbone, task = found["backbone"], found["task"]
+    labels = task["options"].get("labels", [])
+    shown = f"{len(labels)} labels: {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}" if labels else ""
+    storage = f" kept in {backbone['quantization']}" if backbone["quantization"] else ""
+    options = ", ".join(f"{k}={v}" for k, v in found["options"].items() if k != "modules_to_save")
+    result = [
+        f"{found['folder']}: {found['strategy']} adapter, every digest right",
+        f"  backbone  {backbone['name'] or '(a live model)'} ({backbone['model_class']}){storage}",
+        f"            fingerprint {backbone['fingerprint']} over {backbone['tensors']} tensors",
+        f"  task      {task['name']}  {shown}",
+        f"  options   {options or 'defaults'}",
+        f"  trained   {found['parameters']:,} parameters, {found['bytes'] / 1e6:.2f} MB",
+    ]
+    width = max(len(name) for name in found["groups"])
+    for name, group in sorted(found["groups"].items(), key=lambda item: -item[1]["bytes"]):
+        result.append(f"    {name:{width}}  {group['tensors']:>4} tensors  {group['bytes']:>12,} bytes")
+    for part, numbers in found["metrics"].items():
+        if isinstance(numbers, Mapping):
+            values = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
+            result.append(f"  {part:9} {values}")
+    result += [f"  note      {note}" for note in found["notes"]]
+    return result

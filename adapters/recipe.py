@@ -1,0 +1,357 @@
+"""A run as data: `Recipe(...)`, its strict YAML form, and `.run()`, which does the main job from rows to test.
+
+Reading and checking a recipe imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adapters.contracts import divide_options
+from adapters.errors import RequestError, message, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+KEY_ALIASES = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "adapter": "strategy",
+    "finetuning_type": "strategy",
+    "dataset": "data",
+    "datasets": "data",
+    "output_dir": "output",
+    "training": "train",
+    "args": "train",
+    "load_in_4bit": "quantization: nf4",
+}
+
+
+@final
+class Recipe(BaseModel):
+    """Everything that a run needs, as data; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(description="id or folder of the backbone")
+    data: str | dict[str, str] = Field(description="file, folder or hub id of the rows; or split -> file")
+    task: str = Field("text-classification", description="a task's name")
+    strategy: str = Field("lora", description="a strategy's name")
+    output: str = Field(description="folder of the finished adapter")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy and of the task")
+    train: dict[str, Any] = Field(default_factory=dict, description="training settings, by transformers' names")
+    labels: list[str] | None = Field(None, description="label names in order; left out: read from the rows")
+    columns: dict[str, str] = Field(default_factory=dict, description="task column -> column of the data")
+    quantization: str | None = Field(None, description="nf4 or fp4: the frozen rest in 4 bits")
+    load: dict[str, Any] = Field(default_factory=dict, description="what from_pretrained takes (dtype, revision ...)")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of rows for validation, where the data has none")
+    test: float = Field(
+        0.1, ge=0, lt=1, description="share of rows for the test, where the data has none; 0 for no test"
+    )
+    limit: int | None = Field(None, gt=0, description="train on this many rows, drawn at random")
+    seed: int = Field(0, description="of the split, the new tensors and the training order")
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """Options and settings must exist; nothing of torch is needed to tell."""
+        from adapters.adapt import row_of, task_class
+
+        kinds = [
+            (f"strategy {self.strategy!r}", row_of(self.strategy).strategy),
+            (f"task {self.task!r}", task_class(self.task)),
+        ]
+        divide_options(self.options, kinds)
+        return self
+
+    @classmethod
+    def make(cls, document: Mapping[str, Any], where: str) -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            RequestError: every fault of the document at once, with the right names.
+        """
+        try:
+            return cls(**document)
+        except ValidationError as fault:
+            lines = [_line(error, cls) for error in fault.errors()]
+            raise RequestError(f"{where}: " + "; ".join(lines)) from fault
+
+    @classmethod
+    def read(cls, file: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe from a YAML file.
+
+        Args:
+            file: the YAML file.
+            changes: "key" or "section.key" -> value, put over what the file says.
+
+        Raises:
+            RequestError: no such file, YAML that is not a plain mapping, keys twice, unknown keys.
+        """
+        path = Path(file)
+        if not path.is_file():
+            raise RequestError(message("there is no such recipe", where=str(path)))
+        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(document, dict):
+            raise RequestError(message("not a recipe", where=str(path), expected="keys and values"))
+        return cls.make(changed(document, changes or {}), str(path))
+
+    def run(self, say: Callable[[str], None] | None = None, *, resume: bool | None = None) -> dict[str, Any]:
+        """Do it: read, split, adapt, train, test beside the baselines, save.
+
+        Args:
+            say: takes one line of progress at a time; None logs it.
+            resume: True goes on from the newest whole checkpoint of an interrupted run, False forgets it, None
+                refuses to choose where there is one.
+
+        Returns:
+            The numbers of the run: test metrics, baselines, sizes, seconds, output.
+
+        Raises:
+            AdaptersError: whatever is wrong with recipe, data or numbers; no finished adapter is left behind then.
+        """
+        return _run(self, say or (lambda line: logger.info(line)), resume)
+
+
+def _line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        right = KEY_ALIASES.get(path)
+        return message(
+            f"unknown key {path!r}", remedy=f"The key is {right!r}." if right else nearest(path, cls.model_fields)
+        )
+    if error["type"] == "missing":
+        return message(f"the key {path!r} is missing", expected=cls.model_fields[path].description or "")
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{path}: {text}" if path else text
+
+
+def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with some keys set: "train.learning_rate" reaches into a section."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+    for key, value in changes.items():
+        section, _, rest = key.partition(".")
+        if rest:
+            inner = result.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise RequestError(message(f"{section!r} has no keys of its own", where=key, found=repr(inner)))
+            inner[rest] = value
+        else:
+            result[section] = value
+    return result
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML read strictly: keys twice are refused, 1e-4 is a number, yes and no are words.
+
+    Raises:
+        RequestError: with line and column.
+    """
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """PyYAML's safe loader with YAML 1.2's numbers and booleans, and no key twice."""
+
+    Strict.yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern) for tag, pattern in entries if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
+        ]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Strict.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
+    Strict.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    Strict.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+        list("-+.0123456789"),
+    )
+
+    def mapping(loader: Strict, node: yaml.MappingNode) -> dict[Any, Any]:
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if key in result:
+                raise RequestError(
+                    message(f"the key {key!r} stands twice", where=f"{where}, line {key_node.start_mark.line + 1}")
+                )
+            result[key] = loader.construct_object(value_node, deep=True)
+        return result
+
+    Strict.add_constructor("tag:yaml.org,2002:map", mapping)
+    Strict.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+    try:
+        return yaml.load(text, Strict)
+    except yaml.YAMLError as fault:
+        raise RequestError(message("broken YAML", where=where, found=" ".join(str(fault).split()))) from fault
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
+    import sys
+
+    from adapters import data, shards, storage
+    from adapters.adapt import adapt, task_class
+    from adapters.predict import evaluate
+    from adapters.trainer import Trainer, check_fields
+
+    started = time.monotonic()
+    check_fields(recipe.train)
+    output = Path(recipe.output).expanduser()
+    storage.refuse_foreign(output)
+    work = output.with_name(f".{output.name}.run")
+    interrupted = any(work.glob("checkpoint-*"))
+    if interrupted and resume is None:
+        raise RequestError(
+            message(
+                "an interrupted run left checkpoints",
+                where=str(work),
+                remedy="Go on with --resume (resume=True), or forget them with --no-resume (resume=False).",
+            )
+        )
+    if interrupted and not resume:
+        shards.remove(work)
+    splits = data.read(recipe.data)
+    columns = task_class(recipe.task).columns
+    splits = {name: data.rename(rows, recipe.columns, columns) for name, rows in splits.items()}
+    splits, remarks = _divided(recipe, splits)
+    options = dict(recipe.options)
+    if recipe.labels is not None:
+        options["labels"] = recipe.labels
+    elif "labels" not in options:
+        options["labels"] = _labels(recipe, splits["train"])
+    for remark in remarks:
+        say(remark)
+    say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
+    adapted = adapt(
+        recipe.model,
+        recipe.strategy,
+        task=recipe.task,
+        quantization=recipe.quantization,
+        load=recipe.load,
+        seed=recipe.seed,
+        **{name: value for name, value in options.items() if value != [] and value != ()},
+    )
+    say(str(adapted))
+    record = adapted.record
+    record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
+    checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
+    trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
+    _narrate(trainer, say)
+    results: dict[str, Any] = {}
+    test = splits.get("test")
+    if test is not None:
+        task = adapted.task
+        prepared, _ = task.prepare(test, adapted.processor, adapted.model, labelled=True)
+        results["majority"] = task.baseline(trainer.train_dataset, prepared)
+        results["untrained"] = evaluate(adapted, test)
+    begin = time.monotonic()
+    trainer.train(resume_from_checkpoint=True if interrupted and resume else None)
+    seconds = time.monotonic() - begin
+    if test is not None:
+        results["test"] = evaluate(adapted, test)
+        record.metrics |= results
+    for remark in record.notes:
+        say(remark)
+    storage.save(adapted, output)
+    shards.remove(work)
+    metric, greater = adapted.task.best_metric
+    document = storage.read_manifest(output)
+    return {
+        "output": str(output),
+        "task": adapted.task.name,
+        "strategy": adapted.strategy.name,
+        "metric": metric,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        **results,
+        "beat_baseline": _beats(results, metric, greater) if test is not None else None,
+        "validation": record.metrics.get("validation"),
+        "trained_parameters": adapted.trained_count,
+        "adapter_bytes": document["files"][storage.WEIGHTS]["size"],
+        "backbone_bytes": _backbone_bytes(document),
+        "train_seconds": round(seconds, 2),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _backbone_bytes(document: Mapping[str, Any]) -> int:
+    """Bytes of the backbone's tensors as they stand in its checkpoint."""
+    widths = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+    total = 0
+    for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values():
+        size = widths.get(dtype, 1)
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
+    ours, others = results["test"][metric], [results[name][metric] for name in ("majority", "untrained")]
+    return all(ours > other if greater else ours < other for other in others)
+
+
+def _labels(recipe: Recipe, rows: Dataset) -> tuple[str, ...]:
+    from adapters.adapt import task_class
+    from adapters.contracts import field_names
+
+    kind = task_class(recipe.task)
+    options = {name: value for name, value in recipe.options.items() if name in field_names(kind)}
+    if isinstance(options.get("class_weights"), Mapping):
+        options.pop("class_weights")  # checked against the labels once they are known
+    labels: tuple[str, ...] = kind(**options).labels_in(rows)
+    return labels
+
+
+def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
+    """The splits that the data has, and those that are missing drawn from the training rows."""
+    from adapters import data
+
+    parts = {}
+    if "validation" not in splits:
+        parts["validation"] = recipe.validation
+    if "test" not in splits and recipe.test:
+        parts["test"] = recipe.test
+    remarks: list[str] = []
+    train = splits["train"]
+    single = recipe.options.get("problem", "single-label") == "single-label"
+    by = "label" if single and "label" in train.column_names else None
+    if parts:
+        text = "text" if "text" in train.column_names else None
+        drawn, remarks = data.split(train, parts, seed=recipe.seed, by=by, text=text)
+        splits = {**splits, **drawn}
+    if recipe.limit is not None and recipe.limit < len(splits["train"]):
+        splits["train"] = splits["train"].shuffle(seed=recipe.seed).select(range(recipe.limit))
+    order = [name for name in ("train", "validation", "test") if name in splits]
+    return {name: splits[name] for name in order}, remarks
+
+
+def _narrate(trainer: Any, say: Callable[[str], None]) -> None:
+    """One line an evaluation instead of printed dicts."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Lines(TrainerCallback):
+        """Says loss and metric after each evaluation."""
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            name = str(args.metric_for_best_model).removeprefix("eval_")
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            trained = f"train loss {losses[-1]:.4f}, " if losses else ""
+            chosen = metrics.get(f"eval_{name}")
+            shown = f", {name} {chosen:.4f}" if chosen is not None and name != "loss" else ""
+            epoch = f"epoch {state.epoch:g} of {state.num_train_epochs}"
+            say(f"{epoch}: {trained}validation loss {metrics['eval_loss']:.4f}{shown}")
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Lines())
