@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, set_padding
 from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
-from adapters.errors import BackboneError, RequestError, message, nearest
+from adapters.errors import RequestError, message, nearest
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full
@@ -211,11 +212,12 @@ def _task_of(model: Any) -> str:
                 found=type(model).__name__,
             )
         )
-    import transformers.models.auto.modeling_auto as auto
+    import transformers
 
     name = type(model).__name__
     for task in TASKS.values():
-        mapping = getattr(auto, _MAPPINGS.get(task.auto_class, ""), {})
+        # transformers' own table of the classes that the task's Auto class can make, by name; nothing is imported.
+        mapping: Any = getattr(transformers, task.auto_class)._model_mapping._model_mapping
         if name in mapping.values():
             return str(task.name)
     raise RequestError(
@@ -226,9 +228,6 @@ def _task_of(model: Any) -> str:
             remedy="Give the model's id or folder with task=..., or load it by the task's AutoModel class.",
         )
     )
-
-
-_MAPPINGS = {"AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 
 
 def assemble(
@@ -258,7 +257,7 @@ def assemble(
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, new, processor = _loaded(model, task, load, processor)
+        net, new, processor = open_model(model, task, load, processor)
         _refuse_adapted(net)
         folder = local_folder(net.name_or_path or "", load)
         task = task.complete(net)
@@ -275,7 +274,7 @@ def assemble(
 
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
-            storage = Storage(_kind_found(net))
+            storage = Storage(packed_kind(net))
         fingerprint = identify(net, head, folder, trust=not live_model(model), full=full)
         if accept is not None:
             accept(strategy, fingerprint)
@@ -293,7 +292,7 @@ def assemble(
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
     adapted = Adapted(net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record)
-    note = _pad(net, processor)
+    note = set_padding(net, processor)
     if note:
         record.notes.append(note)
         logger.warning(note)
@@ -301,182 +300,11 @@ def assemble(
     return adapted
 
 
-def live_model(model: object) -> bool:
-    """Whether `adapt` was given a model, not a name."""
-    return not isinstance(model, str | Path)
-
-
 def head_names(model: PreTrainedModel, head: frozenset[str]) -> set[str]:
     """The head's parameters by their names in memory, after the strategy has changed modules."""
     from adapters.anatomy import own_name
 
     return {name for name, _ in model.named_parameters() if own_name(name) in head}
-
-
-def _loaded(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
-    import transformers
-
-    if live_model(model):
-        return model, set(), processor if processor is not None else _processor_of(model.name_or_path, load, quiet=True)
-    name = str(model)
-    path = Path(name).expanduser()
-    if not path.is_dir() and (isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise RequestError(
-            message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
-        )
-    if path.is_dir():
-        name = str(path)
-        if not (path / "config.json").exists():
-            raise RequestError(message("not a model folder", where=name, expected="a config.json in it"))
-    auto: Any = getattr(transformers, task.auto_class)
-    options = {"dtype": "auto", **load, **task.config()}
-    try:
-        with _hushed():
-            net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError) as fault:
-        raise RequestError(
-            message(
-                "the backbone cannot be loaded",
-                where=name,
-                found=" ".join(str(fault).split())[:400],
-                remedy="Check the id or folder; offline, only local folders and cached ids open.",
-            )
-        ) from fault
-    parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
-    mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
-    new = (set(info["missing_keys"]) | mismatched) & parameters
-    head = task.head(net)
-    foreign = {key for key in mismatched if key not in head}
-    if foreign:
-        raise RequestError(
-            message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
-        )
-    return net, new, processor if processor is not None else _processor_of(name, load, quiet=False)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
-    from transformers.utils import logging as hub_logging
-
-    level = hub_logging.get_verbosity()
-    bars = hub_logging.is_progress_bar_enabled()
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-        if bars:
-            hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
-    """The backbone's own tokenizer; None where a live model has no place to load one from."""
-    if not name or (quiet and not Path(name).is_dir()):
-        return None
-    from transformers import AutoTokenizer
-
-    kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
-    try:
-        return AutoTokenizer.from_pretrained(name, **kept)
-    except (OSError, ValueError, KeyError) as fault:
-        if quiet or not isinstance(fault, OSError):
-            return None
-        raise RequestError(
-            message(
-                "the backbone has no tokenizer",
-                where=name,
-                found=" ".join(str(fault).split())[:300],
-                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
-            )
-        ) from fault
-
-
-def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
-    """Where a backbone's files lie on this machine: its folder, or the hub cache's snapshot; None for neither."""
-    if not name:
-        return None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        found = try_to_load_from_cache(name, file, revision=load.get("revision"))
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
-
-
-def identify(
-    model: PreTrainedModel, head: frozenset[str], folder: Path | None, *, trust: bool, full: bool = True
-) -> Fingerprint:
-    """The backbone's fingerprint: from its checkpoint where there is one, else from memory.
-
-    Args:
-        model: the live model.
-        head: what is left out.
-        folder: where its checkpoint may lie.
-        trust: the model has just been loaded from there; a live model is compared with it first.
-        full: hash every byte.
-
-    Raises:
-        BackboneError: packed weights whose full-precision checkpoint is not at hand or is another one.
-    """
-    from adapters import fingerprint as prints
-    from adapters.errors import FolderError
-    from adapters.quantize import packed_modules, repacked_differs
-
-    packed = {f"{path}.weight".replace(".base_layer.", ".") for path in packed_modules(model)}
-    on_disk = None
-    if folder is not None:
-        with contextlib.suppress(FolderError):  # older checkpoints hold no safetensors: identified from memory
-            on_disk = prints.of_folder(model, head | packed if not trust else head, folder, full=full)
-    if packed and not trust:
-        if on_disk is None:
-            raise BackboneError(
-                message(
-                    "a model in 4 bits can only be identified beside its full-precision checkpoint",
-                    where=type(model).__name__,
-                    expected="a name_or_path that opens",
-                    found=repr(model.name_or_path),
-                    remedy="Adapt the id or folder with quantization='nf4', or load with verify='off'.",
-                )
-            )
-        assert folder is not None
-        slots = prints.disk_slots(model, folder)
-        wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
-        if wrong:
-            raise BackboneError(
-                message(
-                    "the packed weights are not those of the model's own checkpoint",
-                    where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
-                    found=f"{len(wrong)} of {len(packed)} differ",
-                )
-            )
-        in_memory = prints.of_model(model, head, skip=packed, full=full)
-        if prints.differences(on_disk, in_memory):
-            raise BackboneError(
-                message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path))
-            )
-        return prints.of_folder(model, head, folder, full=full)
-    if on_disk is not None and trust:
-        return on_disk
-    in_memory = prints.of_model(model, head, full=full)
-    if on_disk is not None and not prints.differences(on_disk, in_memory):
-        return on_disk  # the finer of the two, where the live model was loaded in fewer bits
-    return in_memory
-
-
-def _kind_found(model: PreTrainedModel) -> str:
-    from adapters.quantize import packed_modules
-
-    module = next(iter(packed_modules(model).values()))
-    state: Any = module.get_parameter("weight")
-    return str(state.quant_state.quant_type)
 
 
 def _refuse_adapted(model: PreTrainedModel) -> None:
@@ -507,29 +335,6 @@ def _configure(model: PreTrainedModel, task: Task, processor: Any) -> None:
     for name, value in task.config().items():
         if name != "num_labels":
             setattr(model.config, name, value)
-
-
-def _pad(model: PreTrainedModel, processor: Any) -> str:
-    """A padding token where there is none: the end token, said once and stored; padding on the right."""
-    if processor is None or not hasattr(processor, "pad_token"):
-        return ""
-    note = ""
-    processor.padding_side = "right"
-    if processor.pad_token is None:
-        if processor.eos_token is None:
-            raise RequestError(
-                message(
-                    "the tokenizer has neither a padding nor an end token",
-                    where=type(processor).__name__,
-                    remedy="Set processor.pad_token.",
-                )
-            )
-        processor.pad_token = processor.eos_token
-        note = f"no padding token: the end token {processor.eos_token!r} is used, rows are padded on the right"
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = processor.pad_token_id
-        model.config.pad_token_id = processor.pad_token_id
-    return note
 
 
 @contextlib.contextmanager

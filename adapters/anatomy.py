@@ -240,6 +240,18 @@ def frozen_below(model: nn.Module, trained: Iterable[str]) -> list[nn.Module]:
     return quiet
 
 
+def longest_input(processor: Any, model: PreTrainedModel) -> int:
+    """The number of tokens that tokenizer and model both take."""
+    limits = [processor.model_max_length, 1 << 20]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa counts positions from the padding index on, so that many are lost.
+        table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+        offset = getattr(table, "padding_idx", None)
+        limits.append(positions - (offset + 1 if offset is not None else 0))
+    return int(min(limits))
+
+
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the module graph on the meta device: same names, shapes and types, no memory.
 

@@ -195,7 +195,7 @@ def predict(
 def inspect(folder: Folder, as_json: Json = False) -> None:
     """What an adapter is: backbone, strategy, what trained, bytes, metrics. Checks every digest."""
     from adapters.inspection import describe, lines
-    from adapters.storage import fetch
+    from adapters.manifest import fetch
 
     found = describe(fetch(folder))
     if as_json:

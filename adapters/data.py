@@ -318,6 +318,47 @@ def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str,
     return rows.remove_columns(dropped).rename_columns({f: w for f, w in taken.items() if f != w})
 
 
+def need_column(rows: Dataset, column: str) -> None:
+    """Refuse rows without a column that the task needs.
+
+    Raises:
+        DataError: with the columns that are there.
+    """
+    if column not in rows.column_names:
+        raise DataError(
+            message(
+                f"there is no column {column!r}",
+                where="data",
+                found=", ".join(rows.column_names),
+                remedy=f"Name the right one: columns={{{column!r}: ...}}.",
+            )
+        )
+
+
+def texts_in(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
+    """The texts of a column.
+
+    Args:
+        values: the column's values.
+        column, start: its name and the number of its first row, for the message.
+
+    Raises:
+        DataError: a row that is not text, or an empty one.
+    """
+    for index, value in enumerate(values):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                message(
+                    "an empty text" if isinstance(value, str) else "a row that is not text",
+                    where=f"row {start + index}, column {column!r}",
+                    expected="text",
+                    found=repr(value)[:80],
+                    remedy="Fill or remove the row.",
+                )
+            )
+    return list(values)
+
+
 def split(
     rows: Dataset, parts: Mapping[str, float], *, seed: int, by: str | None = None, text: str | None = None
 ) -> tuple[dict[str, Dataset], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.storage import WEIGHTS, read_manifest
+from adapters.manifest import WEIGHTS, read_manifest
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -201,10 +201,11 @@ def parse_yaml(text: str, where: str) -> Any:
 def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
     import sys
 
-    from adapters import data, shards, storage
+    from adapters import data, manifest, shards, storage
     from adapters.adapt import adapt, task_class
+    from adapters.arguments import check_fields
     from adapters.predict import evaluate
-    from adapters.trainer import Trainer, check_fields
+    from adapters.trainer import Trainer
 
     started = time.monotonic()
     check_fields(recipe.train)
@@ -267,7 +268,7 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
     storage.save(adapted, output)
     shards.remove(work)
     metric, greater = adapted.task.best_metric
-    document = storage.read_manifest(output)
+    document = manifest.read_manifest(output)
     return {
         "output": str(output),
         "task": adapted.task.name,
@@ -278,7 +279,7 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
         "beat_baseline": _beats(results, metric, greater) if test is not None else None,
         "validation": record.metrics.get("validation"),
         "trained_parameters": adapted.trained_count,
-        "adapter_bytes": document["files"][storage.WEIGHTS]["size"],
+        "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
         "backbone_bytes": _backbone_bytes(document),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),

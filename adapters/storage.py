@@ -17,9 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import shards
-from adapters.adapt import STRATEGIES, assemble, from_peft, live_model, local_folder, row_of, task_class
+from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
+from adapters.backbones import live_model
+from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, make
 from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
+from adapters.manifest import (
+    CARD,
+    EDITABLE,
+    FORMAT,
+    MANIFEST,
+    RECIPE,
+    WEIGHTS,
+    fetch,
+    read_manifest,
+    read_tensors,
+    refuse_other_backbone,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "adapter.json"
-WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-RECIPE = "run.yaml"
-CARD = "README.md"
-EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
-MAX_MANIFEST = 64 << 20  # bytes
 LEVELS = ("strict", "fast", "off")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
 
@@ -128,7 +135,7 @@ def write(adapted: Adapted, folder: Path) -> None:
         text = yaml.safe_dump(adapted.record.recipe, sort_keys=False, allow_unicode=True)
         shards.write_text(folder / RECIPE, f"{RUN_MARK}\n{text}")
     document = _manifest(adapted, state)
-    shards.write_text(folder / CARD, _card(adapted, document))
+    shards.write_text(folder / CARD, card(adapted, document))
     document["files"] = {
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": shards.sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -233,195 +240,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
-    """The model card: only what is known, nothing to be filled in later."""
-    from huggingface_hub import ModelCardData
-
-    backbone = adapted.record.backbone
-    on_hub = bool(backbone) and not Path(backbone).expanduser().exists()
-    data = ModelCardData(
-        library_name="holdfast",
-        base_model=backbone if on_hub else None,
-        pipeline_tag=adapted.task.name,
-        tags=["adapters", adapted.strategy.name],
-    )
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        f"# {adapted.strategy.name} adapter for {Path(backbone).name if backbone else type(adapted.model).__name__}",
-        "",
-        f"Task: {adapted.task.describe()}.",
-        f"Backbone fingerprint: `{manifest['backbone']['fingerprint']['digest']}` "
-        f"({len(manifest['backbone']['fingerprint']['tensors'])} tensors).",
-        f"Trained: {adapted.trained_count:,} parameters in {len(manifest['tensors'])} tensors, "
-        f"{adapted.adapter_bytes / 1e6:.2f} MB.",
-        "",
-    ]
-    for part, numbers in adapted.record.metrics.items():
-        if isinstance(numbers, Mapping):
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
-            lines.append(f"- {part}: {shown}")
-    lines += [
-        "",
-        "```python",
-        "import adapters",
-        "",
-        'adapted = adapters.load("this folder")',
-        'adapters.predict(adapted, ["a text"])',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------- reading
-
-
-def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
-    """The manifest of an adapter folder, checked; imports no torch.
-
-    Args:
-        folder: an adapter folder.
-        digests: also check the size and sha256 of every file.
-
-    Raises:
-        FolderError: not an adapter folder, an edited manifest, a file that is missing, truncated or changed, a
-            newer format.
-    """
-    file = folder / MANIFEST
-    if not file.is_file() or file.is_symlink():
-        found = sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else []
-        raise FolderError(
-            message(
-                "not an adapter folder",
-                where=str(folder),
-                expected=f"{MANIFEST} in it",
-                found=(", ".join(found) or "an empty folder") if folder.is_dir() else "no such folder",
-                remedy="Give a folder that adapters.save or `adapters train` wrote.",
-            )
-        )
-    if file.stat().st_size > MAX_MANIFEST:
-        raise FolderError(message("the manifest is too large to be one", where=str(file)))
-    try:
-        document: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise FolderError(message("the manifest is broken", where=str(file), found=fault)) from fault
-    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
-        raise FolderError(message("not a manifest of ours", where=str(file), expected='a JSON object with "format"'))
-    if document["format"] > FORMAT:
-        raise FolderError(
-            message(
-                "the adapter was written by a newer version",
-                where=str(file),
-                expected=f"format {FORMAT} or older",
-                found=f"format {document['format']}, holdfast {document.get('holdfast')}",
-                remedy="Upgrade: pip install -U holdfast.",
-            )
-        )
-    if document.get("digest") != shards.digest_of(document):
-        raise FolderError(
-            message(
-                "the manifest was edited or damaged",
-                where=str(file),
-                expected=f"digest {document.get('digest')}",
-                found=shards.digest_of(document),
-                remedy="Take the folder from its source again.",
-            )
-        )
-    if digests:
-        _check_files(folder, document)
-    return document
-
-
-def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
-    for name, entry in document["files"].items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
-            raise FolderError(message("a file outside the folder, or a link", where=f"{folder}: {name}"))
-        if not file.is_file():
-            raise FolderError(message("a file is missing", where=str(file)))
-        size = file.stat().st_size
-        if size != entry["size"]:
-            raise FolderError(
-                message(
-                    "a file was truncated or changed",
-                    where=str(file),
-                    expected=f"{entry['size']} bytes",
-                    found=f"{size} bytes",
-                    remedy="Take the folder from its source again.",
-                )
-            )
-        if shards.sha256(file) != entry["sha256"]:
-            raise FolderError(
-                message(
-                    "a file was changed",
-                    where=f"{file}{_changed_tensor(file, document)}",
-                    expected=f"sha256 {entry['sha256'][:16]}...",
-                    remedy="Take the folder from its source again.",
-                )
-            )
-    extra = {p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors")} - set(
-        document["files"]
-    )
-    unknown = extra - {"optimizer.pt", "scheduler.pt", "scaler.pt"} - {p for p in extra if p.startswith("rng_state")}
-    if unknown:
-        raise FolderError(
-            message("tensor files that the manifest does not know", where=str(folder), found=", ".join(sorted(unknown)))
-        )
-
-
-def _changed_tensor(file: Path, document: Mapping[str, Any]) -> str:
-    """Which tensor of a damaged weights file changed, where that can be told."""
-    if file.name != WEIGHTS:
-        return ""
-    try:
-        slots, _ = shards.read_header(file)
-    except FolderError:
-        return ""
-    for name, slot in slots.items():
-        digest = hashlib.sha256()
-        for chunk in shards.read_bytes(slot):
-            digest.update(chunk)
-        if digest.hexdigest() != document["tensors"].get(name, {}).get("sha256"):
-            return f": tensor {name}"
-    return ""
-
-
-def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The trained tensors of a verified folder, exactly those of the manifest, finite.
-
-    Raises:
-        FolderError: missing or unexpected tensors, other shapes or dtypes, values that are not finite.
-    """
-    import torch
-
-    slots, _ = shards.read_header(folder / WEIGHTS)
-    odd = sorted(set(slots) ^ set(document["tensors"]))
-    if odd:
-        raise FolderError(
-            message(
-                "the weights file and the manifest name different tensors",
-                where=str(folder / WEIGHTS),
-                found=", ".join(odd[:3]),
-            )
-        )
-    tensors = {}
-    for name, entry in document["tensors"].items():
-        slot = slots[name]
-        if list(slot.shape) != entry["shape"] or slot.dtype != entry["dtype"]:
-            raise FolderError(
-                message(
-                    "a tensor of another shape or dtype",
-                    where=f"{folder / WEIGHTS}: {name}",
-                    expected=f"{entry['dtype']} {entry['shape']}",
-                    found=f"{slot.dtype} {list(slot.shape)}",
-                )
-            )
-        tensors[name] = shards.read_tensor(slot)
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise FolderError(message("a tensor with values that are not finite", where=f"{folder / WEIGHTS}: {name}"))
-    return tensors
 
 
 def strategy_of(document: Mapping[str, Any], where: str) -> Strategy:
@@ -456,33 +275,6 @@ def _remade(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
         return make(kind, options, where)
     except RequestError as fault:
         raise FolderError(message("options that this version does not know", where=where, found=fault)) from fault
-
-
-def fetch(folder_or_id: str | Path) -> Path:
-    """The local folder of an adapter: the folder itself, or the download of a hub id.
-
-    Raises:
-        FolderError: neither a folder nor an id that opens.
-    """
-    path = Path(folder_or_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(folder_or_id)
-    if isinstance(folder_or_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FolderError(message("there is no such adapter folder", where=name))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as fault:
-        raise FolderError(
-            message(
-                "neither an adapter folder nor a hub id that opens",
-                where=name,
-                found=" ".join(str(fault).split())[:200],
-            )
-        ) from fault
 
 
 def load(
@@ -564,29 +356,6 @@ def _quantization_for(base: Any, quantization: str | None) -> str | None:
     return None if packed_modules(base) else quantization
 
 
-def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where: str) -> None:
-    """Compare the backbone at hand with the one that a manifest records.
-
-    Raises:
-        BackboneError: naming the tensors that differ.
-    """
-    from adapters.fingerprint import Fingerprint, differences
-
-    lines = differences(Fingerprint.from_json(document["backbone"]["fingerprint"]), found)
-    if lines:
-        total = len(document["backbone"]["fingerprint"]["tensors"])
-        raise BackboneError(
-            message(
-                "this is not the backbone that the adapter was trained on",
-                where=where,
-                expected=f"{document['backbone']['name'] or document['backbone']['model_class']}, "
-                f"fingerprint {document['backbone']['fingerprint']['digest'][:12]}",
-                found=f"{found.digest[:12]}, where {len(lines)} of {total} tensors differ: {'; '.join(lines[:3])}",
-                remedy="Give the right backbone, or verify='off' if you know better.",
-            )
-        )
-
-
 def _saved_processor(folder: Path, document: Mapping[str, Any]) -> Any:
     if "tokenizer_config.json" not in document["files"]:
         return None
@@ -653,19 +422,7 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
         raise FolderError(
             message("cannot read the peft config", where=str(folder / PEFT_CONFIG), found=fault)
         ) from fault
-    base = model if model is not None else config.base_model_name_or_path
-    if base is None:
-        raise RequestError(message("the peft adapter names no backbone", where=str(folder), remedy="Give model=..."))
-    if not live_model(base) and local_folder(str(base), {}) is None:
-        raise RequestError(
-            message(
-                "the backbone of the peft adapter is not here",
-                where=str(folder),
-                found=str(base),
-                remedy="Give model=... (a live model with its head, an id or a folder).",
-            )
-        )
-    if not live_model(base):
+    if model is None or not live_model(model):
         raise RequestError(
             message(
                 "a peft folder does not say what the backbone's head answers",
@@ -680,7 +437,7 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
         "%s is a plain peft folder: it does not say on which backbone it was trained, so that cannot be verified",
         folder,
     )
-    adapted = adapt(base, from_peft(config))
+    adapted = adapt(model, from_peft(config))
     tensors = {name: shards.read_tensor(slot) for name, slot in slots.items()}
     parameters = dict(adapted.model.named_parameters())
     for name in adapted.trained:  # a head that peft did not train is the live model's own

@@ -8,9 +8,7 @@ at all.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import logging
 import os
 import secrets
@@ -22,123 +20,16 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from adapters import data, shards, storage
+from adapters import checkpoints, data, manifest, shards, storage
 from adapters.anatomy import frozen_below, own_name
+from adapters.arguments import PATIENCE, changed, settings
 from adapters.contracts import Adapted
-from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.errors import NumbersError, message
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.json"  # written last: sizes and digests of a checkpoint's files
-PATIENCE = 3  # evaluations without improvement before training stops
-# What every strategy starts from; a strategy's own `defaults` and the caller's arguments come on top.
-HOUSE: Mapping[str, object] = {
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32,
-    "warmup_steps": 0.06,  # below 1: a share of all steps
-    "weight_decay": 0.01,
-    "train_sampling_strategy": "group_by_length",
-    "logging_steps": 20,
-    "save_total_limit": 2,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-}
-OWN = {
-    "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
-    "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
-}
-ALIASES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "warmup_ratio": "warmup_steps (a number below 1 is a share)",
-    "group_by_length": "train_sampling_strategy",
-    "evaluation_strategy": "eval_strategy",
-    "gradient_checkpointing": "activation_checkpointing",
-    "lr_scheduler": "lr_scheduler_type",
-}
-
-
-def check_fields(given: Mapping[str, Any]) -> None:
-    """Refuse training settings that do not exist.
-
-    Raises:
-        RequestError: with the right name, or the nearest ones.
-    """
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init} | set(OWN)
-    for name in given:
-        if name not in known:
-            right = ALIASES.get(name)
-            remedy = f"The name is {right}." if right else nearest(name, known)[:400]
-            raise RequestError(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
-
-
-def settings(
-    adapted: Adapted, args: TrainingArguments | Mapping[str, Any] | None, *, evaluated: bool, own_metrics: bool
-) -> tuple[TrainingArguments, dict[str, Any]]:
-    """The training arguments of a run, and our own settings beside them.
-
-    Args:
-        adapted: whose strategy's defaults apply.
-        args: a mapping is taken literally; of a `TrainingArguments` whatever differs from transformers' defaults;
-            None for the defaults alone.
-        evaluated: there are validation rows: evaluate and save once an epoch, keep the best, stop early.
-        own_metrics: the caller computes metrics: the loss chooses the best weights unless said otherwise.
-    """
-    kind: type[TrainingArguments] = TrainingArguments
-    _plain(kind)
-    if args is None:
-        given: dict[str, Any] = {}
-    elif isinstance(args, Mapping):
-        given = dict(args)
-        check_fields(given)
-    else:
-        kind = type(args)
-        plain = _plain(kind)
-        given = {
-            entry.name: getattr(args, entry.name)
-            for entry in dataclasses.fields(args)
-            if entry.init and getattr(args, entry.name) != plain[entry.name]
-        }
-        given["output_dir"] = args.output_dir
-    own = {name: given.pop(name) for name in OWN if name in given}
-    merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}
-    for name, value in adapted.strategy.defaults.items():
-        merged[name] = value(adapted.model) if callable(value) else value
-    merged["dataloader_pin_memory"] = torch.cuda.is_available()
-    if not evaluated:
-        merged["eval_strategy"] = "no"
-    filled = {name: value for name, value in merged.items() if name not in given}
-    if args is not None and not isinstance(args, Mapping) and filled:
-        logger.info(
-            "settings at transformers' defaults are taken as not set; used instead: %s (a dict is taken literally)",
-            ", ".join(f"{name}={value}" for name, value in sorted(filled.items())),
-        )
-    merged |= given
-    # Checkpoints follow evaluations unless the caller says when to save.
-    if "save_strategy" not in given and merged["eval_strategy"] != "no":
-        merged["save_strategy"] = merged["eval_strategy"]
-        if "eval_steps" in given and "save_steps" not in given:
-            merged["save_steps"] = given["eval_steps"]
-    if evaluated and "metric_for_best_model" not in merged:
-        metric, greater = ("loss", False) if own_metrics else adapted.task.best_metric
-        merged["metric_for_best_model"], merged["greater_is_better"] = metric, greater
-    # transformers would delete and reload by its own rules; both are done here.
-    merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
-    merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
-    return kind(**merged), own
-
-
-def _fresh(stem: str) -> Path:
-    number = 1
-    while (folder := Path("runs") / f"{stem}-{number}").exists():
-        number += 1
-    return folder
 
 
 @final
@@ -217,7 +108,7 @@ class Trainer(transformers.Trainer):
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
             self.add_callback(_EarlyStopping(early_stopping_patience=int(patience)))
-        adapted.record.settings = _changed(arguments) | own
+        adapted.record.settings = changed(arguments) | own
 
     # ------------------------------------------------------------------ rows
 
@@ -344,7 +235,7 @@ class Trainer(transformers.Trainer):
             FolderError: nothing to resume from, or a damaged checkpoint.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(self._newest_whole())
+            resume_from_checkpoint = str(checkpoints.newest(Path(str(self.args.output_dir))))
         self._best = None
         result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._restore_best()
@@ -373,7 +264,7 @@ class Trainer(transformers.Trainer):
             storage.put(self.adapted, self._best, "best weights")
         elif self.state.best_model_checkpoint is not None:
             folder = Path(self.state.best_model_checkpoint)
-            storage.put(self.adapted, storage.read_tensors(folder, storage.read_manifest(folder)), str(folder))
+            storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = None
 
     # ------------------------------------------------------------------ checkpoints
@@ -406,43 +297,22 @@ class Trainer(transformers.Trainer):
             state_file = stage / name / "trainer_state.json"
             state_file.unlink()
             self.state.save_to_json(str(state_file))
-            _seal(stage / name, self._run)
-            shards.remove(final_place) if _run_of(final_place) else None
+            checkpoints.seal(stage / name, self._run)
+            shards.remove(final_place) if checkpoints.run_of(final_place) else None
             (stage / name).rename(final_place)
             shards.sync_folder(run)
         finally:
             self._stage = None
             shards.remove(stage)
-        self._rotate(run)
-
-    def _rotate(self, run: Path) -> None:
-        if not self.keep:
-            return
-        ours = sorted((folder for folder in run.glob("checkpoint-*") if _run_of(folder) == self._run), key=_step_of)
-        best = self.state.best_model_checkpoint
-        others = [folder for folder in ours if str(folder) != best]
-        room = max(1, self.keep - (len(ours) - len(others)))
-        for folder in others[:-room]:
-            shards.remove(folder)
-
-    def _newest_whole(self) -> Path:
-        run = Path(str(self.args.output_dir))
-        for folder in sorted(run.glob("checkpoint-*"), key=_step_of, reverse=True):
-            try:
-                verify_checkpoint(folder)
-            except FolderError as fault:
-                logger.warning("skipped %s: %s", folder, fault)
-                continue
-            return folder
-        raise FolderError(message("no whole checkpoint to resume from", where=str(run), remedy="Train from the start."))
+        checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        verify_checkpoint(folder)
-        document = storage.read_manifest(folder)
-        storage.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
-        storage.put(self.adapted, storage.read_tensors(folder, document), str(folder))
-        self._run = _run_of(folder) or self._run
+        checkpoints.verify(folder)
+        document = manifest.read_manifest(folder)
+        manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
+        storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
+        self._run = checkpoints.run_of(folder) or self._run
 
 
 @final
@@ -451,33 +321,6 @@ class _EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing to check: `settings` has chosen the metric."""
-
-
-_PLAIN: dict[str, dict[str, Any]] = {}
-
-
-def _plain(kind: type[TrainingArguments]) -> dict[str, Any]:
-    """transformers' own defaults, as they are after its own checks.
-
-    Made once and before the arguments of a run: making one resets the state that a prepared trainer computes with.
-    """
-    if kind.__qualname__ not in _PLAIN:
-        plain = kind(output_dir="unused")
-        _PLAIN[kind.__qualname__] = {e.name: getattr(plain, e.name) for e in dataclasses.fields(plain) if e.init}
-    return _PLAIN[kind.__qualname__]
-
-
-def _changed(arguments: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that differ from transformers' defaults, as plain data."""
-    plain = _plain(type(arguments))
-    skipped = {"output_dir", "logging_dir", "run_name", "hub_token"}
-    return {
-        name: getattr(value, "value", value)
-        for name in sorted(plain)
-        if name not in skipped
-        and (value := getattr(arguments, name)) != plain[name]
-        and isinstance(value, str | int | float | bool)
-    }
 
 
 @contextlib.contextmanager
@@ -494,48 +337,3 @@ def _accepted(model: Any) -> Iterator[None]:
             del model._hf_peft_config_loaded
     else:
         yield
-
-
-def _step_of(folder: Path) -> int:
-    tail = folder.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
-
-
-def _run_of(folder: Path) -> str:
-    """The run that wrote a checkpoint; empty where it is not a checkpoint of ours."""
-    try:
-        return str(json.loads((folder / CHECKPOINT).read_text())["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _seal(folder: Path, run: str) -> None:
-    """Flush a checkpoint's files and write their sizes and digests, last."""
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with file.open("rb+") as stream:
-                shards.flush(stream)
-            files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": shards.sha256(file)}
-    document: dict[str, Any] = {"run": run, "files": files}
-    document["digest"] = shards.digest_of(document)
-    shards.write_text(folder / CHECKPOINT, json.dumps(document, indent=1) + "\n")
-    shards.sync_folder(folder)
-
-
-def verify_checkpoint(folder: Path) -> None:
-    """Check a checkpoint's files against its manifest.
-
-    Raises:
-        FolderError: no manifest, or a file that is missing, truncated or changed.
-    """
-    try:
-        document = json.loads((folder / CHECKPOINT).read_text())
-    except (OSError, ValueError) as fault:
-        raise FolderError(message("not a whole checkpoint", where=str(folder), found=fault)) from fault
-    if document.get("digest") != shards.digest_of(document):
-        raise FolderError(message("the checkpoint's manifest was changed", where=str(folder / CHECKPOINT)))
-    for name, entry in document["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["size"] or shards.sha256(file) != entry["sha256"]:
-            raise FolderError(message("a checkpoint file is missing or changed", where=str(file)))

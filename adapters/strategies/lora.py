@@ -46,7 +46,7 @@ class Lora:
     """
 
     name: ClassVar[str] = "lora"
-    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": learning_rate, "num_train_epochs": 8}
+    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": learning_rate, "num_train_epochs": 6}
 
     r: int = 8
     lora_alpha: float = 16

@@ -25,7 +25,7 @@ class Peft:
     """
 
     name: ClassVar[str] = "peft"
-    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 1e-3, "num_train_epochs": 8}
+    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 1e-3, "num_train_epochs": 6}
 
     config: Mapping[str, Any] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 
+from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class TextClassification:
         """
         if self.problem == "regression":
             return ()
-        self._need(rows, "label")
+        need_column(rows, "label")
         names = getattr(rows.features["label"], "names", None)
         if names:
             return tuple(names)
@@ -223,24 +224,26 @@ class TextClassification:
         """
         from datasets import Dataset, concatenate_datasets
 
+        from adapters.anatomy import longest_input
+
         if "input_ids" in rows.column_names:
             return self._prepared(rows, labelled), []
         if processor is None:
             raise RequestError(
                 message("raw rows need a tokenizer", where="processor", remedy="Pass processor=AutoTokenizer....")
             )
-        self._need(rows, "text")
+        need_column(rows, "text")
         if labelled:
-            self._need(rows, "label")
-        limit = self._limit(processor, model)
+            need_column(rows, "label")
+        limit = min(self.max_length or 1 << 20, longest_input(processor, model))
         vocabulary = model.config.get_text_config().vocab_size
         cut = 0
         parts = []
         pair = "text_pair" in rows.column_names
         for start in range(0, len(rows), CHUNK):
             batch = rows[start : start + CHUNK]
-            texts = self._texts(batch["text"], "text", start)
-            seconds = self._texts(batch["text_pair"], "text_pair", start) if pair else None
+            texts = texts_in(batch["text"], "text", start)
+            seconds = texts_in(batch["text_pair"], "text_pair", start) if pair else None
             encoded = dict(processor(texts, seconds, truncation=True, max_length=limit))
             ids = cast("list[list[int]]", encoded["input_ids"])
             full = [index for index, row in enumerate(ids) if len(row) >= limit]
@@ -287,43 +290,6 @@ class TextClassification:
         rows = rows.remove_columns([name for name in rows.column_names if name not in keep])
         rows = rows.add_column("length", [len(ids) for ids in rows["input_ids"]])
         return rows.add_column("row", list(range(len(rows))))
-
-    @staticmethod
-    def _limit(processor: Any, model: PreTrainedModel) -> int:
-        limits = [processor.model_max_length, 1 << 20]
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(positions, int) and positions > 0:
-            # RoBERTa counts positions from the padding index on, so that many are lost.
-            table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
-            offset = getattr(table, "padding_idx", None)
-            limits.append(positions - (offset + 1 if offset is not None else 0))
-        return int(min(limits))
-
-    def _need(self, rows: Dataset, column: str) -> None:
-        if column not in rows.column_names:
-            raise DataError(
-                message(
-                    f"there is no column {column!r}",
-                    where="data",
-                    found=", ".join(rows.column_names),
-                    remedy=f"Name the right one: columns={{{column!r}: ...}}.",
-                )
-            )
-
-    @staticmethod
-    def _texts(values: Sequence[Any], column: str, start: int) -> list[str]:
-        for index, value in enumerate(values):
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(
-                    message(
-                        "a row that is not text" if not isinstance(value, str) else "an empty text",
-                        where=f"row {start + index}, column {column!r}",
-                        expected="text",
-                        found=repr(value)[:80],
-                        remedy="Fill or remove the row.",
-                    )
-                )
-        return list(values)
 
     @staticmethod
     def _value(rows: Dataset, value: Any) -> Any:

@@ -1,0 +1,209 @@
+"""A backbone opened, identified, and given a padding token: everything before a strategy touches it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.contracts import Task
+from adapters.errors import BackboneError, FolderError, RequestError, message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from adapters.fingerprint import Fingerprint
+
+
+def live_model(model: object) -> bool:
+    """Whether `adapt` was given a model, not a name."""
+    return not isinstance(model, str | Path)
+
+
+def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
+    import transformers
+
+    if live_model(model):
+        return model, set(), processor if processor is not None else _processor_of(model.name_or_path, load, quiet=True)
+    name = str(model)
+    path = Path(name).expanduser()
+    if not path.is_dir() and (isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise RequestError(
+            message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
+        )
+    if path.is_dir():
+        name = str(path)
+        if not (path / "config.json").exists():
+            raise RequestError(message("not a model folder", where=name, expected="a config.json in it"))
+    auto: Any = getattr(transformers, task.auto_class)
+    options = {"dtype": "auto", **load, **task.config()}
+    try:
+        with _hushed():
+            net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError) as fault:
+        raise RequestError(
+            message(
+                "the backbone cannot be loaded",
+                where=name,
+                found=" ".join(str(fault).split())[:400],
+                remedy="Check the id or folder; offline, only local folders and cached ids open.",
+            )
+        ) from fault
+    parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
+    mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
+    new = (set(info["missing_keys"]) | mismatched) & parameters
+    head = task.head(net)
+    foreign = {key for key in mismatched if key not in head}
+    if foreign:
+        raise RequestError(
+            message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
+        )
+    return net, new, processor if processor is not None else _processor_of(name, load, quiet=False)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
+    from transformers.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    bars = hub_logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bars:
+            hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
+    """The backbone's own tokenizer; None where a live model has no place to load one from."""
+    if not name or (quiet and not Path(name).is_dir()):
+        return None
+    from transformers import AutoTokenizer
+
+    kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
+    try:
+        return AutoTokenizer.from_pretrained(name, **kept)
+    except (OSError, ValueError, KeyError) as fault:
+        if quiet or not isinstance(fault, OSError):
+            return None
+        raise RequestError(
+            message(
+                "the backbone has no tokenizer",
+                where=name,
+                found=" ".join(str(fault).split())[:300],
+                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
+            )
+        ) from fault
+
+
+def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
+    """Where a backbone's files lie on this machine: its folder, or the hub cache's snapshot; None for neither."""
+    if not name:
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(name, file, revision=load.get("revision"))
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def identify(
+    model: PreTrainedModel, head: frozenset[str], folder: Path | None, *, trust: bool, full: bool = True
+) -> Fingerprint:
+    """The backbone's fingerprint: from its checkpoint where there is one, else from memory.
+
+    Args:
+        model: the live model.
+        head: what is left out.
+        folder: where its checkpoint may lie.
+        trust: the model has just been loaded from there; a live model is compared with it first.
+        full: hash every byte.
+
+    Raises:
+        BackboneError: packed weights whose full-precision checkpoint is not at hand or is another one.
+    """
+    from adapters import fingerprint as prints
+    from adapters.quantize import packed_modules, repacked_differs
+
+    packed = {f"{path}.weight".replace(".base_layer.", ".") for path in packed_modules(model)}
+    on_disk = None
+    if folder is not None:
+        with contextlib.suppress(FolderError):  # older checkpoints hold no safetensors: identified from memory
+            on_disk = prints.of_folder(model, head | packed if not trust else head, folder, full=full)
+    if packed and not trust:
+        if on_disk is None:
+            raise BackboneError(
+                message(
+                    "a model in 4 bits can only be identified beside its full-precision checkpoint",
+                    where=type(model).__name__,
+                    expected="a name_or_path that opens",
+                    found=repr(model.name_or_path),
+                    remedy="Adapt the id or folder with quantization='nf4', or load with verify='off'.",
+                )
+            )
+        assert folder is not None
+        slots = prints.disk_slots(model, folder)
+        wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
+        if wrong:
+            raise BackboneError(
+                message(
+                    "the packed weights are not those of the model's own checkpoint",
+                    where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
+                    found=f"{len(wrong)} of {len(packed)} differ",
+                )
+            )
+        in_memory = prints.of_model(model, head, skip=packed, full=full)
+        if prints.differences(on_disk, in_memory):
+            raise BackboneError(
+                message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path))
+            )
+        return prints.of_folder(model, head, folder, full=full)
+    if on_disk is not None and trust:
+        return on_disk
+    in_memory = prints.of_model(model, head, full=full)
+    if on_disk is not None and not prints.differences(on_disk, in_memory):
+        return on_disk  # the finer of the two, where the live model was loaded in fewer bits
+    return in_memory
+
+
+def packed_kind(model: PreTrainedModel) -> str:
+    from adapters.quantize import packed_modules
+
+    module = next(iter(packed_modules(model).values()))
+    state: Any = module.get_parameter("weight")
+    return str(state.quant_state.quant_type)
+
+
+def set_padding(model: PreTrainedModel, processor: Any) -> str:
+    """A padding token where there is none: the end token, said once and stored; padding on the right."""
+    if processor is None or not hasattr(processor, "pad_token"):
+        return ""
+    note = ""
+    processor.padding_side = "right"
+    if processor.pad_token is None:
+        if processor.eos_token is None:
+            raise RequestError(
+                message(
+                    "the tokenizer has neither a padding nor an end token",
+                    where=type(processor).__name__,
+                    remedy="Set processor.pad_token.",
+                )
+            )
+        processor.pad_token = processor.eos_token
+        note = f"no padding token: the end token {processor.eos_token!r} is used, rows are padded on the right"
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = processor.pad_token_id
+        model.config.pad_token_id = processor.pad_token_id
+    return note
