@@ -279,7 +279,8 @@ def assemble(
         if accept is not None:
             accept(strategy, fingerprint)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
-        _configure(net, task, processor)
+        note, configured = set_padding(net, processor)
+        _configure(net, task)
         pack(net, maps, storage)
         trained = strategy.apply(net) | head_names(net, head)
     record = Record(
@@ -288,11 +289,11 @@ def assemble(
         seed=seed,
         new=tuple(sorted(new)),
         load={name: str(value) for name, value in load.items() if name != "token"},
+        config=configured,
     )
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
     adapted = Adapted(net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record)
-    note = set_padding(net, processor)
     if note:
         record.notes.append(note)
         logger.warning(note)
@@ -330,7 +331,7 @@ def _refuse_half(model: PreTrainedModel) -> None:
     )
 
 
-def _configure(model: PreTrainedModel, task: Task, processor: Any) -> None:
+def _configure(model: PreTrainedModel, task: Task) -> None:
     """The task's label names in the model's own config, so that pipelines and merged folders speak them."""
     for name, value in task.config().items():
         if name != "num_labels":

@@ -259,6 +259,9 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            memo[id(parameter)] = parameter  # peft reads how it is packed; nobody writes to it
+            continue
         memo[id(parameter)] = nn.Parameter(
             torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
         )
@@ -273,19 +276,16 @@ def backbone_state(model: PreTrainedModel, head: Iterable[str]) -> dict[str, Ten
     Of tied tensors the first name stands for all.
     """
     left_out = set(head)
-    adapter = set()
-    for path, module in model.named_modules():
-        if is_tuner_layer(module):
-            prefix = f"{path}."
-            adapter |= {f"{prefix}{name}" for name in module.state_dict() if not name.startswith("base_layer.")}
+    tuners = tuple(f"{path}." for path, module in model.named_modules() if is_tuner_layer(module))
+    saved = set(model.state_dict())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        own = own_name(name)
-        if name in adapter or own in left_out or not isinstance(tensor, Tensor) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        state[own] = tensor
+    for name, tensor in tensors.items():
+        # Below a tuner layer only its base layer is the backbone's.
+        foreign = name.startswith(tuners) and ".base_layer." not in name if tuners else False
+        if not foreign and own_name(name) not in left_out:
+            state[own_name(name)] = tensor
     return state
 
 

@@ -186,24 +186,48 @@ def packed_kind(model: PreTrainedModel) -> str:
     return str(state.quant_state.quant_type)
 
 
-def set_padding(model: PreTrainedModel, processor: Any) -> str:
-    """A padding token where there is none: the end token, said once and stored; padding on the right."""
+def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, Any]]:
+    """One padding token for tokenizer and model, on the right; the end token where there is none.
+
+    Models that pool the last token look for the id in their config, so both must name the same.
+
+    Returns:
+        A remark to be said once (empty where nothing was missing), and the config fields that were set.
+
+    Raises:
+        RequestError: no token to pad with, or a tokenizer whose padding the model's positions contradict.
+    """
     if processor is None or not hasattr(processor, "pad_token"):
-        return ""
+        return "", {}
     note = ""
-    processor.padding_side = "right"
-    if processor.pad_token is None:
-        if processor.eos_token is None:
-            raise RequestError(
-                message(
-                    "the tokenizer has neither a padding nor an end token",
-                    where=type(processor).__name__,
-                    remedy="Set processor.pad_token.",
-                )
+    token = processor.pad_token or processor.eos_token
+    if token is None:
+        raise RequestError(
+            message(
+                "the tokenizer has neither a padding nor an end token",
+                where=type(processor).__name__,
+                remedy="Set processor.pad_token.",
             )
-        processor.pad_token = processor.eos_token
-        note = f"no padding token: the end token {processor.eos_token!r} is used, rows are padded on the right"
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = processor.pad_token_id
-        model.config.pad_token_id = processor.pad_token_id
-    return note
+        )
+    pad = int(processor.convert_tokens_to_ids(token))
+    config = model.config.get_text_config()
+    table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+    counted_from = getattr(table, "padding_idx", None)
+    if counted_from is not None and counted_from != pad:
+        raise RequestError(
+            message(
+                "tokenizer and model pad with different tokens",
+                where=type(model).__name__,
+                expected=f"id {counted_from}, from which the model counts positions",
+                found=f"id {pad} ({token!r})",
+                remedy="Use the tokenizer that belongs to the model.",
+            )
+        )
+    if processor.pad_token is None:
+        note = f"no padding token: the end token {token!r} is used, rows are padded on the right"
+        processor.pad_token = token
+    processor.padding_side = "right"
+    if config.pad_token_id == pad:
+        return note, {}
+    config.pad_token_id = model.config.pad_token_id = pad
+    return note, {"pad_token_id": pad}

@@ -111,8 +111,8 @@ class Task(Protocol):
         """Model inputs from raw rows, in their order, with a column "length"; and remarks to be said once."""
         ...
 
-    def collate(self, features: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, Any]:
-        """One batch from prepared rows."""
+    def collate(self, features: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[str, Any]:
+        """One batch from prepared rows, padded as the model expects it."""
         ...
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -150,6 +150,8 @@ class Record:
         revision: the hub commit, empty where there is none.
         seed: seed of every new tensor.
         new: backbone parameters that loading reported as newly initialised.
+        load: the loading options, without the token.
+        config: fields of the backbone's config that were set besides the task's (a padding token).
         data: fingerprint and row counts of the data it was trained on.
         metrics: what was measured, by split.
         settings: the training settings that differ from transformers' own defaults.
@@ -163,6 +165,7 @@ class Record:
     seed: int = 0
     new: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)

@@ -93,7 +93,7 @@ class MergeLayer:
     Attributes:
         config: the peft config, resolved.
         module: the full path of the linear map, e.g. "encoder.layer.0.output.dense"; patterns match against it.
-        tensors: the layer's trained tensors by their name below the module, e.g. "lora_A.weight".
+        tensors: the layer's trained tensors by their name below the module, such as a factor's weight.
         part: "weight" or "bias".
         transposed: the backbone keeps the weight as (in, out).
         shape: (in, out) features of the linear map.

@@ -39,7 +39,7 @@ def logits_of(
             for start in range(0, len(order), batch_size):
                 picks = order[start : start + batch_size]
                 features = [prepared[int(index)] for index in picks]
-                batch = adapted.task.collate(features, adapted.processor)
+                batch = adapted.task.collate(features, model)
                 batch.pop("row", None)
                 batch.pop("labels", None)
                 outputs = model(**{name: value.to(model.device) for name, value in batch.items()})

@@ -169,9 +169,7 @@ def options_of(instance: Any) -> dict[str, Any]:
 def _manifest(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
     record = adapted.record
     prefix = adapted.fingerprint.prefix
-    config: dict[str, Any] = dict(adapted.task.config())
-    if adapted.model.config.pad_token_id is not None:
-        config["pad_token_id"] = adapted.model.config.pad_token_id
+    config = {**adapted.task.config(), **record.config}
     saved_as = {}
     for name in adapted.names.values():
         plain = name.removeprefix(f"{prefix}.") if prefix else name

@@ -75,7 +75,7 @@ class Trainer(transformers.Trainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepared(self._rows_of(eval_dataset))
         self.task = task
-        others.setdefault("data_collator", functools.partial(task.collate, processor=adapted.processor))
+        others.setdefault("data_collator", functools.partial(task.collate, model=adapted.model))
         others.setdefault("compute_loss_func", task.loss)
         others.setdefault("compute_metrics", lambda found: task.metrics(found.predictions, found.label_ids))
         others.setdefault("processing_class", adapted.processor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import adapters
 
 ROOT = Path(adapters.__file__).parent
@@ -15,21 +17,89 @@ FLOORS = {
     "metrics": 1,
     "data": 1,
     "anatomy": 2,
+    "checkpoints": 2,
     "fingerprint": 3,
     "quantize": 3,
     "injection": 3,
     "contracts": 4,
+    "manifest": 4,
+    "stream": 4,
     "strategies": 5,
     "tasks": 5,
+    "backbones": 5,
+    "arguments": 5,
+    "card": 5,
+    "inspection": 5,
     "adapt": 6,
     "storage": 7,
     "predict": 7,
     "fidelity": 8,
-    "inspection": 8,
-    "merge": 9,
+    "merge": 8,
     "trainer": 9,
     "recipe": 10,
     "quickstart": 11,
     "cli": 12,
     "__main__": 13,
 }
+FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
+FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def room(path: Path) -> str:
+    """The room that a file belongs to: its module, or its folder."""
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted module inside the package) of every import in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "adapters":
+                found += [(node.lineno, f"adapters.{alias.name}") for alias in node.names]
+            else:
+                found.append((node.lineno, node.module))
+    return [(line, name.removeprefix("adapters.")) for line, name in found if name.startswith("adapters.")]
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(path) for path in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    here = room(path)
+    for line, name in imported(path):
+        there = name.split(".")[0]
+        if here == there:
+            assert path.name == "__init__.py", f"{path}:{line}: files of one folder do not import each other"
+        else:
+            assert there in FLOORS, f"{path}:{line}: {there} is no room"
+            assert FLOORS[there] < FLOORS[here], f"{path}:{line}: {here} (floor {FLOORS[here]}) imports {there}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_must_not_exist(path: Path) -> None:
+    assert path.name not in FORBIDDEN_NAMES
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert not node.name.endswith(FORBIDDEN_SUFFIXES), f"{path}:{node.lineno}: {node.name}"
+            assert not node.name.startswith("Base"), f"{path}:{node.lineno}: {node.name}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            assert "strategy" not in ast.unparse(node.args[0]) or room(path) == "adapt", f"{path}:{node.lineno}"
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "strategy":
+            assert room(path) == "adapt", f"{path}:{node.lineno}: a branch on the strategy"
+    if path.name != "lora.py":
+        assert '"lora" in' not in text
+        assert '"lora_' not in text.replace('"lora_r"', "") or room(path) in ("contracts", "adapt"), path
+
+
+def test_modules_stay_small() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert max(lengths.values()) <= 460, {str(p): n for p, n in lengths.items() if n > 460}

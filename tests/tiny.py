@@ -26,12 +26,14 @@ def config(kind: str, **changes: Any) -> Any:
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     kinds = {
         "bert": lambda: t.BertConfig(**common | sizes | changes, max_position_embeddings=40),
-        "roberta": lambda: t.RobertaConfig(**common | sizes | {"pad_token_id": 1} | changes, max_position_embeddings=42),
+        "roberta": lambda: t.RobertaConfig(**common | sizes | changes, max_position_embeddings=42),
         "gpt2": lambda: t.GPT2Config(**common | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40} | changes),
         "llama": lambda: t.LlamaConfig(
             **common | sizes | {"num_key_value_heads": 2} | changes, max_position_embeddings=40
         ),
-        "albert": lambda: t.AlbertConfig(**common | sizes | {"embedding_size": 16} | changes, max_position_embeddings=40),
+        "albert": lambda: t.AlbertConfig(
+            **common | sizes | {"embedding_size": 16} | changes, max_position_embeddings=40
+        ),
     }
     return kinds[kind]()
 

@@ -40,7 +40,7 @@ class Lora:
         use_rslora: rank-stabilised scale (Kalajdzievski, 2023).
         use_dora: weight-decomposed update (Liu et al., 2024).
         rank_pattern, alpha_pattern: other r or lora_alpha for modules whose path ends in a key (a regular expression).
-        init_lora_weights: True for the standard start (B = 0), or "gaussian".
+        init_lora_weights: True for the standard start (B = 0), False for random factors, or "gaussian".
         modules_to_save: filled on resolving: the head and new modules, trained whole.
         modules: filled on resolving: path -> [in, out, transposed, has bias] of each adapted module.
     """
@@ -114,9 +114,9 @@ class Lora:
             ),
             (self.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"', self.bias),
             (
-                self.init_lora_weights in (True, "gaussian"),
+                isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian",
                 "init_lora_weights",
-                'True or "gaussian" (pissa, olora and the like overwrite the backbone when they start)',
+                'True, False or "gaussian" (pissa, olora and the like overwrite the backbone when they start)',
                 self.init_lora_weights,
             ),
         ]

@@ -356,11 +356,11 @@ class TextClassification:
 
     # ------------------------------------------------------------------ batches, losses, answers
 
-    def collate(self, features: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, Any]:
+    def collate(self, features: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[str, Any]:
         """Right-padded batch: input_ids, attention_mask (rows, longest), labels (rows,) or (rows, labels)."""
         import torch
 
-        pad = getattr(processor, "pad_token_id", None) or 0
+        pad = model.config.get_text_config().pad_token_id or 0
         fills = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
         batch: dict[str, Any] = {}
         for name, fill in fills.items():
