@@ -41,7 +41,7 @@ class Mode:
     seeds: int  # of lora and the peer; the other rows run once
 
 
-MODES = {"quick": Mode(480, 500, 1), "full": Mode(3000, 1000, 3)}
+MODES = {"quick": Mode(400, 500, 1), "full": Mode(3000, 1000, 3)}
 
 
 class ChildError(RuntimeError):
@@ -189,6 +189,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         "test accuracy, %",
         "macro F1, %",
         "training, s",
+        "cores busy with other work",
         "trained parameters",
         "adapter file, MB",
         "peak memory, MB",
@@ -214,6 +215,7 @@ def cells(row: str, members: Sequence[Result], results: Sequence[Result]) -> lis
         spread([100 * member.accuracy for member in members], 1),
         spread([100 * member.macro_f1 for member in members], 1),
         spread([member.train_seconds for member in members], 0),
+        spread([member.others_cores for member in members if member.others_cores is not None], 1),
         f"{members[0].trained_parameters:,}",
         spread([member.adapter_bytes / 1e6 for member in members], 2),
         spread([member.peak_bytes / 1e6 for member in members], 0),
@@ -244,20 +246,23 @@ def differences(results: Sequence[Result]) -> str:
     share, rows = results[-1].accuracy, results[-1].run.rows.test
     # What chance alone does to one accuracy; the runs share their test rows, so differences vary rather less.
     error = 100 * (share * (1 - share) / rows) ** 0.5
-    return f"Test accuracy, {'; '.join(parts)}. One accuracy over {rows:,} rows has a standard error of {error:.1f} points."
+    chance = f"One accuracy over {rows:,} rows has a standard error of {error:.1f} points."
+    return f"Test accuracy, {'; '.join(parts)}. {chance}"
 
 
 def circumstances(results: Sequence[Result]) -> str:
     """Rows, machine and versions; more than one machine or set of versions is there to be seen."""
     rows, asked = results[0].run.experiment
     counts = f"{rows.train:,} training, {rows.validation:,} validation and {rows.test:,} test rows"
-    epochs = "each strategy's own number of epochs" if asked is None else f"{asked} epochs asked for"
+    epochs = "each strategy's own number of epochs" if asked is None else f"epochs set to {asked}"
     machines, versions = ({r.machine: 0 for r in results}, {r.versions: 0 for r in results})
     return f"MiniLM on {rows.data}: {counts}, {epochs}. {' and also '.join(machines)}. {' and also '.join(versions)}."
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and smallest and largest where they differ."""
+    """The mean, and smallest and largest where they differ; a dash where nothing is known."""
+    if not values:
+        return "-"
     low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), mean(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
 

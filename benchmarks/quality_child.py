@@ -77,6 +77,7 @@ class Result:
     macro_f1: float
     validation_accuracy: float  # of the weights that were kept
     train_seconds: float  # with the validations and checkpoints of the run
+    others_cores: float | None  # cores that everything else kept busy meanwhile; None where the system does not tell
     epochs_run: float
     trained_parameters: int
     adapter_bytes: int
@@ -109,11 +110,19 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Took:
+    """The time of a training, and what tells whether the machine was quiet."""
+
+    seconds: float
+    others_cores: float | None
+
+
+@dataclass(frozen=True)
 class Trained:
-    """What both sides hand back: the trainer after training, its seconds, the test answers, the saved weights."""
+    """What both sides hand back: the trainer after training, what it took, the test answers, the saved weights."""
 
     trainer: transformers.Trainer
-    seconds: float
+    took: Took
     answers: list[str]
     weights: Path
 
@@ -171,9 +180,9 @@ def ours(run: Run, parts: Parts, folder: Path) -> Trained:
     if run.epochs_asked is not None:
         settings["num_train_epochs"] = run.epochs_asked
     trainer = adapters.Trainer(adapted, settings, parts.train, parts.validation)
-    seconds = timed(trainer)
+    took = timed(trainer)
     answers = [answer["label"] for answer in adapters.predict(adapted, list(parts.test["text"]))]
-    return Trained(trainer, seconds, answers, adapters.save(adapted, folder / "adapter"))
+    return Trained(trainer, took, answers, adapters.save(adapted, folder / "adapter"))
 
 
 def peer(run: Run, parts: Parts, folder: Path) -> Trained:
@@ -220,10 +229,10 @@ def peer(run: Run, parts: Parts, folder: Path) -> Trained:
         processing_class=tokenizer,
         compute_metrics=lambda found: {"accuracy": float((highest(found.predictions) == found.label_ids).mean())},
     )
-    seconds = timed(trainer)
+    took = timed(trainer)
     answers = [parts.labels[index] for index in highest(trainer.predict(test).predictions)]
     trainer.save_model(str(folder / "adapter"))
-    return Trained(trainer, seconds, answers, folder / "adapter")
+    return Trained(trainer, took, answers, folder / "adapter")
 
 
 def highest(logits: Any) -> Any:
@@ -231,11 +240,23 @@ def highest(logits: Any) -> Any:
     return logits.argmax(-1)
 
 
-def timed(trainer: transformers.Trainer) -> float:
-    """Train; the seconds that it took."""
-    started = time.monotonic()
+def timed(trainer: transformers.Trainer) -> Took:
+    """Train, with an eye on what else runs: two busy threads beside another program can take ten times as long."""
+    began, own, everyone = time.monotonic(), time.process_time(), busy_seconds()
     trainer.train()
-    return time.monotonic() - started
+    seconds, own_seconds, after = time.monotonic() - began, time.process_time() - own, busy_seconds()
+    if everyone is None or after is None:
+        return Took(round(seconds, 2), None)
+    return Took(round(seconds, 2), round(max(0.0, after - everyone - own_seconds) / seconds, 2))
+
+
+def busy_seconds() -> float | None:
+    """Processor seconds that the whole machine has spent on work so far (Linux; time stolen by the host is work)."""
+    listing = Path("/proc/stat")
+    if not listing.is_file():
+        return None
+    user, nice, system, _idle, _waiting, *rest = map(int, listing.read_text(encoding="ascii").split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(run: Run, data: str | None, folder: Path) -> Result:
@@ -252,7 +273,8 @@ def measure(run: Run, data: str | None, folder: Path) -> Result:
         accuracy=float(accuracy_score(truth, trained.answers)),
         macro_f1=float(f1_score(truth, trained.answers, average="macro", zero_division=0.0)),
         validation_accuracy=float(state.best_metric or 0),
-        train_seconds=round(trained.seconds, 2),
+        train_seconds=trained.took.seconds,
+        others_cores=trained.took.others_cores,
         epochs_run=float(state.epoch or 0),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         adapter_bytes=(trained.weights / "adapter_model.safetensors").stat().st_size,

@@ -1,0 +1,344 @@
+"""Rows are read as they are written, split without leaks, and identified by every value in order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters import data
+from adapters.errors import DataError, RequestError
+
+ROWS = [
+    {"text": "where is my parcel", "label": "a"},
+    {"text": 'a "quoted", comma', "label": "b"},
+    {"text": "two\nlines", "label": "a"},
+    {"text": "żółć ☕ 07", "label": "007"},
+]
+KNOWN = {"text": "the text", "text_pair": "the second", "label": "the label"}
+QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def table(rows: list[dict[str, Any]], separator: str) -> str:
+    quoted = [[f'"{str(value).replace(chr(34), chr(34) * 2)}"' for value in row.values()] for row in rows]
+    return "\n".join(separator.join(line) for line in [list(rows[0]), *quoted]) + "\n"
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(table(rows, ","), encoding="utf-8")
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(table(rows, "\t"), encoding="utf-8")
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    Dataset.from_list(rows).to_parquet(path)
+
+
+def zipped(write: Callable[[Path, list[dict[str, Any]]], None]) -> Callable[[Path, list[dict[str, Any]]], None]:
+    def write_zipped(path: Path, rows: list[dict[str, Any]]) -> None:
+        plain = path.with_name(path.name.removesuffix(".gz"))
+        write(plain, rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+
+    return write_zipped
+
+
+WRITERS = {
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "json": write_json,
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "csv.gz": zipped(write_csv),
+    "tsv.gz": zipped(write_tsv),
+    "json.gz": zipped(write_json),
+    "jsonl.gz": zipped(write_jsonl),
+}
+
+
+def made(labels: list[str], texts: list[str] | None = None) -> Dataset:
+    return Dataset.from_dict({"text": texts or [f"text {index}" for index in range(len(labels))], "label": labels})
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("form", [str, Path])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, form: type[Any]) -> None:
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, ROWS)
+    splits = data.read(form(path))
+    assert list(splits) == ["train"]
+    assert splits["train"].to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ROWS,
+        tuple(ROWS),
+        Dataset.from_list(ROWS),
+        {"train": ROWS},
+        {"train": Dataset.from_list(ROWS)},
+        DatasetDict({"train": Dataset.from_list(ROWS)}),
+    ],
+    ids=["list", "tuple", "Dataset", "mapping", "mapping of Datasets", "DatasetDict"],
+)
+def test_every_python_source_gives_the_same_rows(source: Any) -> None:
+    splits = data.read(source)
+    assert list(splits) == ["train"]
+    assert splits["train"].to_list() == ROWS
+
+
+def test_a_mapping_may_name_files_and_splits_by_any_usual_name(tmp_path: Path) -> None:
+    for part in ("one", "two", "three"):
+        write_jsonl(tmp_path / f"{part}.jsonl", [{"text": part, "label": "a"}])
+    splits = data.read({"train": str(tmp_path / "one.jsonl"), "dev": tmp_path / "two.jsonl", "test": [{"text": "x"}]})
+    assert {name: rows["text"][0] for name, rows in splits.items()} == {
+        "train": "one",
+        "validation": "two",
+        "test": "x",
+    }
+
+
+@pytest.mark.parametrize("name", ["validation.csv", "valid.csv", "val.csv", "dev.csv", "my_dev.csv"])
+def test_a_folder_is_read_by_the_names_of_its_files(tmp_path: Path, name: str) -> None:
+    write_csv(tmp_path / "train.csv", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
+    write_csv(tmp_path / name, ROWS[:2])
+    (tmp_path / "README.md").write_text("not rows")
+    splits = data.read(tmp_path)
+    assert {part: len(rows) for part, rows in splits.items()} == {"train": 4, "validation": 2, "test": 1}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_words_that_others_take_for_missing_stay_words(tmp_path: Path, kind: str) -> None:
+    words = ["NA", "null", "None", "nan", "N/A", "#N/A", "NULL", "-inf", "true", "1e5", "007", "2020-01-01"]
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, [{"text": word, "label": word} for word in words])
+    rows = data.read(path)["train"]
+    assert list(rows["text"]) == words
+    assert list(rows["label"]) == words
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufefftext,label\nhello,a\n".encode())
+    assert data.read(path)["train"].to_list() == [{"text": "hello", "label": "a"}]
+
+
+def test_windows_line_ends_are_no_part_of_the_values(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"text,label\r\nhello,a\r\nyou,b\r\n")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "hello", "label": "a"}\r\n\r\n{"text": "you", "label": "b"}\r\n')
+    wanted = [{"text": "hello", "label": "a"}, {"text": "you", "label": "b"}]
+    assert data.read(tmp_path / "rows.csv")["train"].to_list() == wanted
+    assert data.read(tmp_path / "rows.jsonl")["train"].to_list() == wanted
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_json_ends_at_a_newline_and_nowhere_else(tmp_path: Path, mark: str) -> None:
+    rows = [{"text": f"before{mark}after", "label": "a"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert data.read(tmp_path / "rows.jsonl")["train"].to_list() == rows
+
+
+def test_whole_numbers_and_fractions_may_share_a_column() -> None:
+    rows = data.read([{"text": "a", "label": 1}, {"text": "b", "label": 2.5}])["train"]
+    assert list(rows["label"]) == [1.0, 2.5]
+
+
+# ---------------------------------------------------------------------- renaming
+
+
+def test_columns_rename_and_nothing_else_changes() -> None:
+    rows = Dataset.from_list([{"review": "good", "stars": "5", "id": 1}])
+    renamed = data.rename(rows, {"text": "review", "label": "stars"}, KNOWN)
+    assert renamed.to_list() == [{"text": "good", "label": "5", "id": 1}]
+
+
+def test_a_renamed_column_takes_the_place_of_one_that_has_its_name() -> None:
+    rows = Dataset.from_list([{"text": "old", "body": "new", "label": "a"}])
+    assert data.rename(rows, {"text": "body"}, KNOWN).to_list() == [{"text": "new", "label": "a"}]
+
+
+def test_two_columns_can_swap_names() -> None:
+    rows = Dataset.from_list([{"text": "label", "label": "text"}])
+    renamed = data.rename(rows, {"text": "label", "label": "text"}, KNOWN)
+    assert renamed.to_list() == [{"text": "text", "label": "label"}]
+
+
+@pytest.mark.parametrize("columns", [None, {}, {"text": "text"}])
+def test_no_renaming_leaves_rows_alone(columns: dict[str, str] | None) -> None:
+    rows = Dataset.from_list(ROWS)
+    assert data.rename(rows, columns, KNOWN).to_list() == ROWS
+
+
+def test_unknown_columns_are_named_on_either_side() -> None:
+    rows = Dataset.from_list([{"review": "good"}])
+    with pytest.raises(RequestError, match=r"no column 'txt'.*Did you mean 'text'"):
+        data.rename(rows, {"txt": "review"}, KNOWN)
+    with pytest.raises(DataError, match=r"no column 'reviw'.*Did you mean 'review'"):
+        data.rename(rows, {"text": "reviw"}, KNOWN)
+
+
+# ---------------------------------------------------------------------- splitting
+
+
+@QUICK
+@given(
+    labels=st.lists(st.sampled_from("abcd"), min_size=30, max_size=80),
+    copies=st.lists(st.integers(0, 79), max_size=20),
+    shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
+    seed=st.integers(0, 2**16),
+)
+def test_parts_are_disjoint_complete_and_share_no_text(
+    labels: list[str], copies: list[int], shares: tuple[float, float], seed: int
+) -> None:
+    texts = [f"text {index}" for index in range(len(labels))]
+    for copy in copies:
+        texts[copy % len(texts)] = texts[0]
+    rows = made(labels, texts).add_column("id", list(range(len(labels))))
+    try:
+        parts, _ = data.split(rows, {"validation": shares[0], "test": shares[1]}, seed=seed, by="label", text="text")
+    except DataError:  # too few rows of each class for a part: refused, nothing to look at
+        return
+    assert set(parts) == {"train", "validation", "test"}
+    ids = [number for part in parts.values() for number in part["id"]]
+    assert sorted(ids) == list(range(len(labels)))
+    for one in parts:
+        assert len(parts[one]) > 0
+        for other in set(parts) - {one}:
+            assert not set(parts[one]["text"]) & set(parts[other]["text"])
+
+
+@QUICK
+@given(counts=st.lists(st.integers(10, 60), min_size=1, max_size=4), seed=st.integers(0, 2**16))
+def test_each_class_is_divided_in_proportion(counts: list[int], seed: int) -> None:
+    labels = [str(label) for label, count in enumerate(counts) for _ in range(count)]
+    parts, remarks = data.split(made(labels), {"validation": 0.1, "test": 0.2}, seed=seed, by="label", text="text")
+    assert remarks == []
+    for name, share in (("validation", 0.1), ("test", 0.2)):
+        found = Counter(parts[name]["label"])
+        for label, count in enumerate(counts):
+            assert abs(found[str(label)] - share * count) <= 0.5 + 1e-9
+
+
+def test_the_seed_alone_decides_who_goes_where() -> None:
+    rows = made(["a", "b"] * 50)
+
+    def ids(seed: int) -> dict[str, list[str]]:
+        parts, _ = data.split(rows, {"validation": 0.2}, seed=seed, by="label", text="text")
+        return {name: list(part["text"]) for name, part in parts.items()}
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+
+
+def test_rows_keep_their_order_inside_a_part() -> None:
+    rows = made(["a", "b"] * 30).add_column("id", list(range(60)))
+    parts, _ = data.split(rows, {"validation": 0.3}, seed=0, by="label", text="text")
+    for part in parts.values():
+        assert list(part["id"]) == sorted(part["id"])
+
+
+def test_classes_too_small_to_divide_stay_in_train_and_are_said() -> None:
+    rows = made(["big"] * 50 + ["rare"] * 2 + ["once"])
+    parts, remarks = data.split(rows, {"validation": 0.1, "test": 0.1}, seed=0, by="label", text="text")
+    assert len(remarks) == 1
+    assert "2 of 3 classes" in remarks[0]
+    assert "rare" in remarks[0]
+    assert "once" in remarks[0]
+    assert Counter(parts["train"]["label"])["rare"] == 2
+    assert Counter(parts["train"]["label"])["once"] == 1
+
+
+def test_equal_texts_stay_together_even_where_their_labels_differ() -> None:
+    rows = made(["a", "b"] * 40, [f"text {index // 2}" for index in range(80)])
+    parts, _ = data.split(rows, {"validation": 0.25}, seed=3, by="label", text="text")
+    assert not set(parts["train"]["text"]) & set(parts["validation"]["text"])
+    assert len(parts["train"]) + len(parts["validation"]) == 80
+
+
+def test_class_numbers_divide_like_names() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    rows = Dataset.from_dict({"text": [str(i) for i in range(40)], "label": [0, 1] * 20}, features=features)
+    parts, _ = data.split(rows, {"test": 0.2}, seed=0, by="label", text="text")
+    assert Counter(parts["test"]["label"]) == {0: 4, 1: 4}
+    assert parts["test"].features["label"].names == ["x", "y"]
+
+
+def test_without_a_class_column_the_share_is_of_all_rows() -> None:
+    parts, remarks = data.split(made([f"{i}" for i in range(40)]), {"test": 0.25}, seed=0)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 10, "train": 30}
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [{}, {"test": 0.0}, {"test": 1.0}, {"validation": 0.6, "test": 0.4}, {"validation": 0.5, "test": -0.1}],
+)
+def test_shares_that_cannot_be_are_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match="shares"):
+        data.split(made(["a"] * 40), shares, seed=0)
+
+
+def test_too_few_rows_for_a_part_are_said() -> None:
+    with pytest.raises(DataError, match=r"'validation' would be empty.*3 rows"):
+        data.split(made(["a", "b", "a"]), {"validation": 0.1}, seed=0, by="label", text="text")
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_tells_rows_and_columns() -> None:
+    found = data.fingerprint(Dataset.from_list(ROWS))
+    assert found["rows"] == 4
+    assert found["columns"] == ["text", "label"]
+    assert len(found["sha256"]) == 64
+
+
+def test_equal_rows_have_one_fingerprint_wherever_they_come_from(tmp_path: Path) -> None:
+    sources: list[Any] = [ROWS, Dataset.from_list(ROWS)]
+    for kind, write in WRITERS.items():
+        (tmp_path / kind).mkdir()
+        write(tmp_path / kind / f"rows.{kind}", ROWS)
+        sources.append(tmp_path / kind / f"rows.{kind}")
+    assert len({data.fingerprint(data.read(source)["train"])["sha256"] for source in sources}) == 1
+
+
+@QUICK
+@given(texts=st.lists(st.text(max_size=5), min_size=2, max_size=6), draw=st.data())
+def test_order_and_every_value_count(texts: list[str], draw: st.DataObject) -> None:
+    rows = [{"text": text, "label": "a"} for text in texts]
+    own = data.fingerprint(Dataset.from_list(rows))["sha256"]
+    shuffled = draw.draw(st.permutations(rows))
+    changed = [dict(row) for row in rows]
+    position = draw.draw(st.integers(0, len(rows) - 1))
+    changed[position]["text"] += "!"
+    assert (data.fingerprint(Dataset.from_list(shuffled))["sha256"] == own) == (shuffled == rows)
+    assert data.fingerprint(Dataset.from_list(changed))["sha256"] != own
+    assert data.fingerprint(Dataset.from_list(rows[:-1]))["sha256"] != own
+
+
+def test_text_and_number_are_not_the_same_value() -> None:
+    assert data.fingerprint(Dataset.from_list([{"label": "1"}])) != data.fingerprint(Dataset.from_list([{"label": 1}]))

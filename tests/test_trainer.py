@@ -1,0 +1,380 @@
+"""One trainer: defaults, best weights, resume, accumulation, and the stop on numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+import adapters
+
+QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1}
+
+
+def adapted_on(kind: str = "bert", strategy: str = "lora", **options: Any) -> adapters.Adapted:
+    adapted = adapters.adapt(
+        tiny.model(kind), strategy, processor=tiny.tokenizer(), labels=list(tiny.LABELS), **options
+    )
+    return adapted
+
+
+def trainer_for(tmp_path: Path, adapted: adapters.Adapted | None = None, **more: Any) -> adapters.Trainer:
+    arguments = {"output_dir": str(tmp_path / "run"), **QUIET, **more.pop("args", {})}
+    others = {"train_dataset": tiny.rows(24), "eval_dataset": tiny.rows(12, seed=1), **more}
+    return adapters.Trainer(adapted or adapted_on(), arguments, **others)
+
+
+class Scripted:
+    """Metrics that follow a script, one entry an evaluation."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = iter(scores)
+
+    def __call__(self, _: Any) -> dict[str, float]:
+        return {"score": next(self.scores)}
+
+
+BY_SCORE = {"metric_for_best_model": "score", "greater_is_better": True}
+
+
+class Recorder(TrainerCallback):
+    """The trained tensors after each evaluation."""
+
+    def __init__(self, adapted: adapters.Adapted) -> None:
+        self.adapted = adapted
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append({name: tensor.clone() for name, tensor in self.adapted.state().items()})
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_a_field_at_transformers_default_is_not_set(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=5e-5, weight_decay=0.2, report_to="none")
+    trainer = adapters.Trainer(adapted_on(), arguments, tiny.rows(12), tiny.rows(6, seed=1))
+    assert trainer.args.learning_rate > 1e-3  # the strategy's, by width
+    assert trainer.args.weight_decay == 0.2
+    assert trainer.args.eval_strategy == "epoch"
+
+
+def test_a_dict_is_taken_literally(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, args={"learning_rate": 5e-5, "num_train_epochs": 3})
+    assert trainer.args.learning_rate == 5e-5
+    assert trainer.args.num_train_epochs == 3
+
+
+def test_lora_learns_slower_the_wider_the_model() -> None:
+    from adapters.strategies.lora import learning_rate
+
+    rates = [learning_rate(tiny.model("bert", hidden_size=size, num_hidden_layers=1)) for size in (32, 384, 768)]
+    assert rates == pytest.approx([2e-3, 2e-3, 1.17e-3], rel=0.01)
+
+
+def test_no_args_write_to_a_fresh_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "text-classification-lora-1").mkdir(parents=True)
+    trainer = adapters.Trainer(adapted_on(), None, tiny.rows(12))
+    assert Path(str(trainer.args.output_dir)) == Path("runs/text-classification-lora-2")
+
+
+def test_without_validation_rows_nothing_stops_early(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_for(tmp_path, eval_dataset=None)
+    assert not any(isinstance(c, EarlyStoppingCallback) for c in trainer.callback_handler.callbacks)
+    assert "no eval_dataset" in caplog.text
+    assert trainer.args.eval_strategy == "no"
+
+
+def test_checkpoints_follow_the_evaluations(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, args={"eval_strategy": "steps", "eval_steps": 2})
+    assert trainer.args.save_strategy == "steps"
+    assert trainer.args.save_steps == 2
+
+
+def test_columns_are_the_only_renaming(tmp_path: Path) -> None:
+    rows = [{"review": row["text"], "stars": row["label"]} for row in tiny.rows(12)]
+    trainer = trainer_for(tmp_path, train_dataset=rows, eval_dataset=None, columns={"text": "review", "label": "stars"})
+    assert len(trainer.train_dataset) == 12
+    with pytest.raises(adapters.DataError, match="no column 'text'"):
+        trainer_for(tmp_path, train_dataset=rows, eval_dataset=None)
+
+
+def test_prepared_rows_are_taken_as_they_are(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    prepared = Dataset.from_dict({"input_ids": [[2, 7, 3], [2, 8, 9, 3]] * 8, "labels": [0, 1] * 8})
+    trainer = trainer_for(tmp_path, train_dataset=prepared, eval_dataset={"one": prepared, "two": tiny.rows(6)})
+    metrics = trainer.evaluate()
+    assert {"eval_one_accuracy", "eval_two_accuracy"} <= set(metrics)
+    trainer.evaluate(tiny.rows(9))
+
+
+# ---------------------------------------------------------------------- the main job
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_it_learns_at_its_own_rate(kind: str, tmp_path: Path) -> None:
+    adapted = adapted_on(kind)
+    # Random weights start slowly: patience is given, the learning rate and all else is the strategy's own.
+    settings = {"output_dir": str(tmp_path), **QUIET, "num_train_epochs": 30, "early_stopping_patience": None}
+    adapters.Trainer(adapted, settings, tiny.rows(96), tiny.rows(24, seed=1)).train()
+    assert adapters.evaluate(adapted, tiny.rows(60, seed=2))["accuracy"] > 0.6  # chance is 0.33
+
+
+def test_trainer_and_evaluate_agree(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, args={"num_train_epochs": 2})
+    trainer.train()
+    theirs = trainer.evaluate(tiny.rows(30, seed=3))
+    ours = adapters.evaluate(trainer.adapted, tiny.rows(30, seed=3))
+    assert ours["accuracy"] == theirs["eval_accuracy"]
+    assert ours["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+    answers = adapters.predict(trainer.adapted, [row["text"] for row in tiny.rows(30, seed=3)])
+    right = [a["label"] == row["label"] for a, row in zip(answers, tiny.rows(30, seed=3), strict=True)]
+    assert sum(right) / 30 == pytest.approx(ours["accuracy"])
+
+
+def test_the_record_tells_what_happened(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, args={"num_train_epochs": 1})
+    trainer.train()
+    record = trainer.adapted.record
+    assert record.data["rows"] == 24
+    assert record.metrics["train"]["steps"] == 3
+    assert "accuracy" in record.metrics["validation"]
+    assert record.settings["per_device_eval_batch_size"] == 32
+
+
+# ---------------------------------------------------------------------- best weights, rotation, resume
+
+
+@pytest.mark.parametrize("save", ["epoch", "no"])
+def test_the_best_weights_are_kept_where_the_best_is_not_the_last(save: str, tmp_path: Path) -> None:
+    adapted = adapted_on()
+    recorder = Recorder(adapted)
+    trainer = trainer_for(
+        tmp_path,
+        adapted,
+        args={"num_train_epochs": 4, "save_strategy": save, **BY_SCORE},
+        compute_metrics=Scripted([0.2, 0.9, 0.3, 0.1]),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    assert same(adapted.state(), recorder.seen[1])
+    assert not same(adapted.state(), recorder.seen[3])
+    kept = sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == (["checkpoint-12", "checkpoint-6"] if save == "epoch" else [])
+    assert not list((tmp_path / "run").glob(".staging*"))
+    if save == "epoch":
+        state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "run" / "checkpoint-6")
+        assert same(adapters.load(tmp_path / "run" / "checkpoint-6", tiny.model("bert")).state(), recorder.seen[1])
+
+
+def test_early_stopping_is_the_default(tmp_path: Path) -> None:
+    scores = Scripted([0.5, 0.4, 0.4, 0.4, 0.9, 0.9])
+    trainer = trainer_for(tmp_path, args={"num_train_epochs": 6, **BY_SCORE}, compute_metrics=scores)
+    trainer.train()
+    assert trainer.state.epoch == 4
+
+
+def test_rotation_deletes_only_what_the_run_wrote(tmp_path: Path) -> None:
+    foreign = tmp_path / "run" / "checkpoint-1"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("mine")
+    trainer = trainer_for(tmp_path, args={"num_train_epochs": 4, "save_total_limit": 1})
+    trainer.train()
+    assert (foreign / "thesis.txt").read_text() == "mine"
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 3
+
+
+class Cut(TrainerCallback):
+    """Ends the process' run as a crash would, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full", "probe", "qlora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_law_9_interrupted_and_resumed_is_uninterrupted(strategy: str, accumulation: int, tmp_path: Path) -> None:
+    options = {"lora_dropout": 0.2} if strategy in ("lora", "qlora") else {}
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulation,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+        "frozen_dropout": True,
+    }
+    whole = adapted_on(strategy=strategy, **options)
+    first = trainer_for(tmp_path / "whole", whole, args=settings, eval_dataset=None)
+    first.train()
+    cut = adapted_on(strategy=strategy, **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(
+            tmp_path / "cut", cut, args=settings, eval_dataset=None, callbacks=[Cut(2 + 2 // accumulation)]
+        ).train()
+    again = adapted_on(strategy=strategy, **options)
+    second = trainer_for(tmp_path / "cut", again, args=settings, eval_dataset=None)
+    second.train(resume_from_checkpoint=True)
+    assert same(again.state(), whole.state())
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_takes_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
+    trainer_for(tmp_path, args=settings, eval_dataset=None).train()
+    newest = tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8])
+    (tmp_path / "run" / "checkpoint-99").mkdir()
+    again = trainer_for(tmp_path, args=settings, eval_dataset=None)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert "skipped" in caplog.text
+    assert "checkpoint-99" in caplog.text
+    empty = trainer_for(tmp_path / "none", args=settings, eval_dataset=None)
+    with pytest.raises(adapters.FolderError, match="no whole checkpoint"):
+        empty.train(resume_from_checkpoint=True)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+HEADS = {
+    "single-label": (list(tiny.LABELS), lambda i: tiny.LABELS[i % 3]),
+    "multi-label": (list(tiny.LABELS), lambda i: [tiny.LABELS[i % 3], tiny.LABELS[(i + i // 3) % 3]]),
+    "regression": (None, lambda i: i / 7),
+}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("problem", list(HEADS))
+def test_accumulation_changes_neither_loss_nor_gradient(kind: str, problem: str, tmp_path: Path) -> None:
+    labels, label = HEADS[problem]
+    rows = [{"text": row["text"], "label": label(index)} for index, row in enumerate(tiny.rows(12))]
+    seen = []
+    for batch, steps in ((12, 1), (4, 3), (5, 3)):  # 5 + 5 + 2 rows: micro-batches of different size
+        folder = tiny.folder(kind, tmp_path / f"{kind}{batch}")
+        adapted = adapters.adapt(folder, "full", task="text-classification", problem=problem, labels=labels)
+        arguments = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 1,
+            "max_grad_norm": 1e9,
+            "frozen_dropout": False,
+        }
+        adapted.model.config.hidden_dropout_prob = 0.0
+        for module in adapted.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = trainer_for(tmp_path, adapted, args=arguments, train_dataset=rows, eval_dataset=None)
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        seen.append((entry["loss"], float(entry["grad_norm"])))
+    for loss, norm in seen[1:]:
+        assert loss == pytest.approx(seen[0][0], rel=1e-5)
+        assert norm == pytest.approx(seen[0][1], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    adapted = adapted_on()
+    trainer = trainer_for(tmp_path, adapted, args={"max_steps": 3}, eval_dataset=None)
+
+    class Poison(TrainerCallback):
+        """Breaks one frozen weight before the second step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.good = {name: tensor.clone() for name, tensor in adapted.state().items()}
+                with torch.no_grad():
+                    adapted.model.bert.encoder.layer[1].output.LayerNorm.weight[0] = float("nan")
+
+    poison = Poison()
+    trainer.add_callback(poison)
+    with pytest.raises(adapters.NumbersError) as caught:
+        trainer.train()
+    text = str(caught.value)
+    assert "the loss is nan (step 2" in text
+    assert "rows " in text
+    assert "first in bert.encoder.layer.1.output.LayerNorm" in text
+    assert same(adapted.state(), poison.good)
+    assert trainer.state.global_step == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    adapted = adapted_on(strategy="probe")
+    trainer = trainer_for(tmp_path, adapted, args={"max_steps": 3}, eval_dataset=None)
+    start = {name: tensor.clone() for name, tensor in adapted.state().items()}
+    adapted.model.classifier.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(adapters.NumbersError, match=r"gradients are not finite \(step 1.*classifier.weight first"):
+        trainer.train()
+    assert same(adapted.state(), start)
+
+
+def test_the_frozen_part_below_runs_without_dropout(tmp_path: Path) -> None:
+    modes: dict[str, bool] = {}
+
+    def watch(model: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.register_forward_hook(
+                    lambda m, _i, _o, name=name: (
+                        modes.__setitem__(name, m.training) if torch.is_grad_enabled() else None
+                    )
+                )
+
+    for wanted in (False, True):
+        modes.clear()
+        adapted = adapted_on(strategy="freeze", layers=1)
+        watch(adapted.model)
+        trainer_for(tmp_path, adapted, args={"max_steps": 1, "frozen_dropout": wanted}, eval_dataset=None).train()
+        assert modes["bert.embeddings.dropout"] is wanted
+        assert modes["bert.encoder.layer.0.output.dropout"] is wanted
+        assert modes["bert.encoder.layer.2.output.dropout"] is True
+        assert modes["dropout"] is True
+
+
+def test_adapter_dropout_stays_on_in_the_lowest_block(tmp_path: Path) -> None:
+    adapted = adapted_on(lora_dropout=0.5)
+    trainer_for(tmp_path, adapted, args={"max_steps": 1}, eval_dataset=None)
+    trainer = trainer_for(tmp_path, adapted, args={"max_steps": 1}, eval_dataset=None)
+    adapted.model.train()
+    trainer.compute_loss(adapted.model, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    dropouts = [m for n, m in adapted.model.named_modules() if n.endswith("lora_dropout.default")]
+    assert dropouts
+    assert all(module.training for module in dropouts)
+
+
+def test_callbacks_and_own_collators_keep_working(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            calls.append("step")
+
+    adapted = adapted_on()
+    collate = lambda features: adapted.task.collate(features, adapted.model)  # noqa: E731
+    trainer_for(
+        tmp_path, adapted, args={"max_steps": 2}, eval_dataset=None, callbacks=[Spy()], data_collator=collate
+    ).train()
+    assert calls == ["step", "step"]
+    saved = tmp_path / "saved"
+    trainer = trainer_for(tmp_path, adapted, args={"max_steps": 1}, eval_dataset=None)
+    trainer.save_model(str(saved))
+    assert (saved / "adapter.json").is_file()
+    assert not (saved / "training_args.bin").exists()
