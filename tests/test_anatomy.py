@@ -34,7 +34,7 @@ def test_blocks_and_linear_maps(kind: str) -> None:
 def test_blocks_that_share_weights_are_told() -> None:
     albert = tiny.model("albert")
     assert any(blocks.shared for blocks in anatomy.block_lists(albert))
-    with pytest.raises(adapters.RequestError, match="share one set of weights.*Take 'lora'"):
+    with pytest.raises(adapters.RequestError, match=r"share one set of weights.*Take 'lora'"):
         adapters.adapt(albert, "freeze")
     for strategy in ("lora", "probe", "bitfit", "full"):
         adapted = adapters.adapt(tiny.model("albert"), strategy)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ import torch
 
 import adapters
 from adapters import shards
+from adapters.edits import replace_all
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_faults_are_refused_by_name(fault: str, saved: tuple[Path, str, torch.Tensor]) -> None:
-    folder, base, _ = saved
+    folder, _, _ = saved
     damage, words = FAULTS[fault]
     damage(folder)
     model = tiny.model("bert")
@@ -231,38 +233,34 @@ def test_a_live_model_needs_its_backbone_named(tmp_path: Path) -> None:
         adapters.load(tmp_path / "adapter", tiny.model("bert", seed=1))
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Train the normalisation weights."""
+
+    name: ClassVar[str] = "norms"
+    defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 1e-3}
+    word: str = "LayerNorm"
+
+    def resolve(self, model: Any, head: frozenset[str]) -> Any:
+        return self
+
+    def apply(self, model: Any) -> set[str]:
+        return {name for name, _ in model.named_parameters() if self.word in name}
+
+    def key(self, name: str) -> str:
+        return name
+
+    def edits(self, state: Any) -> Any:
+        return replace_all(state)
+
+    def strip(self, model: Any) -> None:
+        return None
+
+    def sidecars(self) -> dict[str, Any]:
+        return {}
+
+
 def test_a_strategy_of_ones_own_is_one_dataclass_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    from adapters.edits import replace_all
-
-    @dataclass(frozen=True)
-    class Norms:
-        """Train the normalisation weights."""
-
-        name: ClassVar[str] = "norms"
-        defaults: ClassVar[dict[str, object]] = {"learning_rate": 1e-3}
-        word: str = "LayerNorm"
-
-        def resolve(self, model: Any, head: frozenset[str]) -> Any:
-            return self
-
-        def apply(self, model: Any) -> set[str]:
-            return {name for name, _ in model.named_parameters() if self.word in name}
-
-        def key(self, name: str) -> str:
-            return name
-
-        def edits(self, state: Any) -> Any:
-            return replace_all(state)
-
-        def strip(self, model: Any) -> None:
-            return None
-
-        def sidecars(self) -> dict[str, Any]:
-            return {}
-
     monkeypatch.setitem(adapters.STRATEGIES, "norms", Norms)
     base = tiny.folder("bert", tmp_path / "base")
     adapted = adapters.adapt(base, "norms", labels=list(tiny.LABELS), word="output.LayerNorm")
