@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]

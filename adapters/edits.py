@@ -66,20 +66,26 @@ class AddLowRank:
 
     def delta(self) -> Tensor:
         """The update in the weight's own layout, float32."""
-        product = (self.up.float() @ self.down.float()) * self.scale  # (out, in)
-        return product.T if self.transposed else product
+        left, right = self._factors()
+        return (left @ right) * self.scale
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors whose product has the weight's own layout."""
+        up, down = self.up.float(), self.down.float()
+        return (down.T, up.T) if self.transposed else (up, down)
 
     def __call__(self, old: Tensor | None) -> Tensor:
-        delta = self.delta()
-        if old is None or old.shape != delta.shape:
+        left, right = self._factors()
+        shape = (left.shape[0], right.shape[1])
+        if old is None or old.shape != shape:
             raise RequestError(
                 message(
                     "the low-rank update does not fit the backbone's tensor",
-                    expected=f"shape {tuple(delta.shape)}",
+                    expected=f"shape {shape}",
                     found="no tensor" if old is None else f"shape {tuple(old.shape)}",
                 )
             )
-        return delta.add_(old.float())
+        return torch.addmm(old.float(), left, right, alpha=self.scale)  # one pass over the weight
 
 
 @final

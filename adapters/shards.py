@@ -167,15 +167,18 @@ def read_tensor(slot: Slot) -> Tensor:
     """One tensor, in its own dtype and layout, in memory of its own."""
     import torch
 
-    buffer = bytearray(slot.nbytes)
-    position = 0
-    for chunk in read_bytes(slot):
-        buffer[position : position + len(chunk)] = chunk
-        position += len(chunk)
+    raw = torch.empty(slot.nbytes, dtype=torch.uint8)
+    view = memoryview(raw.numpy().data)
+    with slot.file.open("rb", buffering=0) as stream:
+        stream.seek(slot.start)
+        position = 0
+        while position < slot.nbytes:
+            got = stream.readinto(view[position:])
+            if not got:
+                raise FolderError(message("the file ends inside a tensor", where=str(slot.file)))
+            position += got
     dtype: torch.dtype = getattr(torch, slot.dtype)
-    if not buffer:
-        return torch.empty(slot.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(slot.shape)
+    return raw.view(dtype).reshape(slot.shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
