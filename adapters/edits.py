@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from adapters.errors import RequestError, message
+from adapters.errors import FolderError, RequestError, message
 
 
 class Edit(Protocol):
@@ -119,6 +119,14 @@ class MergeLayer:
             raise RequestError(
                 message("a peft layer needs the backbone's tensor to merge into", where=f"{self.module}.{self.part}")
             )
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # building a layer draws numbers; none of them stays
+            layer = self._layer(old)
+            layer.merge()
+            merged: Tensor = layer.get_base_layer().get_parameter(self.part)
+        return merged.detach().clone()
+
+    def _layer(self, old: Tensor) -> Any:
+        """The one peft layer around the old weight or bias, with the trained tensors in it."""
         import peft
         from transformers.pytorch_utils import Conv1D
 
@@ -128,25 +136,35 @@ class MergeLayer:
             linear = Conv1D(features_out, features_in)  # type: ignore[no-untyped-call]
         else:
             linear = nn.Linear(features_in, features_out, bias=self.has_bias)
-        with torch.no_grad():
-            for name, parameter in linear.named_parameters():
-                parameter.copy_(old.float()) if name == self.part else parameter.zero_()
+        for name, parameter in linear.named_parameters():
+            if name == self.part:
+                parameter.copy_(old.float())
+            else:
+                parameter.zero_()
         root = _nest(self.module, linear)
         config = copy.deepcopy(self.config)
         config.target_modules, config.exclude_modules = [self.module], None
         config.layers_to_transform = config.layers_pattern = None
         config.modules_to_save = None
-        with torch.random.fork_rng(devices=[]):
-            peft.inject_adapter_in_model(config, root)
+        peft.inject_adapter_in_model(config, root)
         layer = root.get_submodule(self.module)
-        with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                own = name.replace(".default", "")
-                if not name.startswith("base_layer.") and own in self.tensors:
-                    parameter.copy_(self.tensors[own].float())
-        layer.merge()  # type: ignore[operator]
-        merged: Tensor = layer.get_base_layer().get_parameter(self.part).detach()  # type: ignore[operator]
-        return merged.clone()
+        own = {
+            name.replace(".default", ""): parameter
+            for name, parameter in layer.named_parameters()
+            if not name.startswith("base_layer.")
+        }
+        if set(own) != set(self.tensors):
+            raise FolderError(
+                message(
+                    "the tensors are not those of the peft layer",
+                    where=self.module,
+                    expected=", ".join(sorted(own)),
+                    found=", ".join(sorted(self.tensors)),
+                )
+            )
+        for name, parameter in own.items():
+            parameter.copy_(self.tensors[name].float())
+        return layer
 
 
 def _nest(path: str, leaf: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Bad input through the functions: the right exception, with what, where and the remedy, and nothing changed or left."""
+"""Bad input through the functions: the right exception, what, where and the remedy, and nothing changed or left."""
 
 from __future__ import annotations
 
@@ -106,13 +106,10 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown strategy": ({"strategy": "loraa"}, ("unknown strategy 'loraa'", "Did you mean 'lora'", "freeze, full")),
     "no strategy": ({"strategy": 5}, ("not a strategy", "a peft config", "int")),
     "unknown task": ({"task": "text-clasification"}, ("unknown task", "Did you mean 'text-classification'")),
-    "no task": ({"task": 5}, ("task", "int")),
+    "no task": ({"task": 5, "labels": None}, ("task", "int")),
     "alias": ({"lora_r": 4}, ("unknown option 'lora_r'", "The name here is 'r'")),
     "alias of quantization": ({"load_in_4bit": True}, ("'load_in_4bit'", "quantization='nf4'")),
-    "misspelt option": (
-        {"lora_alpa": 4},
-        ("unknown option 'lora_alpa'", "Did you mean 'lora_alpha'", "strategy 'lora'"),
-    ),
+    "misspelt option": ({"lora_alpa": 4}, ("unknown option 'lora_alpa'", "Did you mean 'lora_alpha'", "'lora'")),
     "two unknown options": ({"lora_r": 4, "lora_alpa": 4}, ("'lora_r'", "'r'", "'lora_alpa'", "'lora_alpha'")),
     "option of another strategy": ({"strategy": "probe", "r": 4}, ("unknown option 'r'", "strategy 'probe'")),
     "target": ({"target_modules": ["qurey"]}, ("'qurey'", "target_modules", "Did you mean 'query'")),
@@ -211,15 +208,14 @@ def test_labels_that_are_not_given_are_asked_for(base: str) -> None:
 def test_a_spent_adapter_says_so_everywhere(tmp_path: Path) -> None:
     adapted = adapted_on()
     adapters.merge(adapted)
+    args = {"output_dir": str(tmp_path / "run")}
     refused(SpentError, lambda: adapters.merge(adapted), "merged")
     refused(SpentError, lambda: adapters.save(adapted, tmp_path / "out"), "merged")
-    refused(
-        SpentError, lambda: adapters.Trainer(adapted, {"output_dir": str(tmp_path / "run")}, tiny.rows(6)), "merged"
-    )
+    refused(SpentError, lambda: adapters.Trainer(adapted, args, tiny.rows(6)), "merged")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "all"])
+@pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_size_that_cannot_be_is_refused(size: Any) -> None:
     adapted = adapted_on(strategy="probe")
     refused(RequestError, lambda: adapters.predict(adapted, ["the parcel"], batch_size=size), "batch_size")
@@ -608,13 +604,10 @@ def test_an_output_that_is_a_file_or_a_link_is_refused(saved: Path, base: str, t
     assert list((tmp_path / "place").iterdir()) == []
 
 
-def test_a_merge_into_what_cannot_hold_weights_is_refused(saved: Path, base: str, tmp_path: Path) -> None:
-    for dtype in ("float99", "int8", "bool"):
-        refused(
-            RequestError,
-            lambda dtype=dtype: adapters.merge_on_disk(saved, tmp_path / "out", base=base, dtype=dtype),
-            dtype,
-        )
+@pytest.mark.parametrize("dtype", ["float99", "int8", "bool"])
+def test_a_merge_into_what_cannot_hold_weights_is_refused(dtype: str, saved: Path, base: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(RequestError, lambda: adapters.merge_on_disk(saved, out, base=base, dtype=dtype, check_logits=False), dtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -646,6 +639,7 @@ def no_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert taken == []
 
 
+FILE_PATHS = ["missing.csv", "some/missing.jsonl", "missing.parquet"]
 PATHS = ["./missing", "../missing", "/nowhere/missing", "~/missing-folder", "some/deep/missing", "missing/"]
 
 
@@ -661,26 +655,19 @@ def test_a_missing_adapter_folder_is_no_lookup(path: Any, no_lookups: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*PATHS, "missing.csv", "some/missing.jsonl", "missing.parquet", Path("missing"), Path("some/missing")],
-    ids=str,
-)
+@pytest.mark.parametrize("path", [*PATHS, *FILE_PATHS, Path("missing"), Path("some/missing")], ids=str)
 def test_a_missing_data_file_is_no_lookup(path: Any, no_lookups: list[str]) -> None:
     refused(RequestError, lambda: data.read(path), "no such file or folder", str(path))
 
 
-def test_a_missing_base_folder_is_no_lookup(saved: Path, tmp_path: Path, no_lookups: list[str]) -> None:
-    for path in (*PATHS, Path("missing")):
-        refused(
-            RequestError,
-            lambda path=path: adapters.merge_on_disk(saved, tmp_path / "out", base=path),
-            "no such backbone folder",
-        )
+@pytest.mark.parametrize("path", [*PATHS, Path("missing"), Path("some/missing")], ids=str)
+def test_a_missing_base_folder_is_no_lookup(path: Any, saved: Path, tmp_path: Path, no_lookups: list[str]) -> None:
+    out = tmp_path / "out"
+    refused(RequestError, lambda: adapters.merge_on_disk(saved, out, base=path), "no such backbone folder", str(path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_backbone_that_has_gone_is_said_with_its_place(saved: Path, copy: Path, tmp_path: Path) -> None:
+def test_a_backbone_that_has_gone_is_said_with_its_place(tmp_path: Path) -> None:
     gone = tiny.folder("bert", tmp_path / "gone")
     adapted = adapters.adapt(gone, "probe", labels=LABELS)
     adapters.save(adapted, tmp_path / "out")
@@ -704,9 +691,14 @@ def test_a_model_with_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
         adapters.adapt(folder, labels=LABELS)
 
 
-def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    tiny.backbone("bert").save_pretrained(tmp_path / "base")
-    refused(RequestError, lambda: adapters.adapt(str(tmp_path / "base"), labels=LABELS), "no tokenizer", "processor=")
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_model_without_a_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+    # transformers makes an empty tokenizer up, for which all texts are the same.
+    tiny.backbone(kind).save_pretrained(tmp_path / "base")
+    folder = str(tmp_path / "base")
+    refused(RequestError, lambda: adapters.adapt(folder, labels=LABELS), "no tokenizer", folder, "processor=")
+    adapted = adapters.adapt(folder, labels=LABELS, processor=tiny.tokenizer())
+    assert len(adapted.processor) == len(tiny.VOCABULARY)
 
 
 def test_what_from_pretrained_does_not_take_is_refused(base: str) -> None:
