@@ -422,6 +422,33 @@ def split(
     return {name: rows.select(sorted(members)) for name, members in chosen.items()}, remarks
 
 
+def sample(rows: Dataset, count: int, *, seed: int, by: str | None = None) -> Dataset:
+    """Some of the rows at random, in their order, each class in proportion and with one row at least.
+
+    Args:
+        rows: what is drawn from.
+        count: how many rows.
+        seed: of the draw.
+        by: the column whose values are kept in proportion.
+    """
+    import numpy as np
+
+    if count >= len(rows):
+        return rows
+    order = np.random.default_rng(seed).permutation(len(rows))
+    if by is None:
+        return rows.select(sorted(order[:count].tolist()))
+    keys = [json.dumps(value, default=str) for value in rows[by]]
+    # Rank of each row in its class as a share of the class: the lowest shares are a proportional draw, and each
+    # class's first row comes before any second one.
+    sizes, seen, ranks = Counter(keys), Counter[str](), {}
+    for index in order.tolist():
+        rank = seen[keys[index]]
+        seen[keys[index]] += 1
+        ranks[index] = (rank > 0, (rank + 0.5) / sizes[keys[index]])
+    return rows.select(sorted(sorted(ranks, key=lambda index: ranks[index])[:count]))
+
+
 def fingerprint(rows: Dataset) -> dict[str, Any]:
     """The identity of rows: their number, columns, and a sha256 over every value in order."""
     digest = hashlib.sha256()

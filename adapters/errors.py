@@ -63,9 +63,17 @@ def message(what: str, *, where: str = "", expected: object = "", found: object 
     return f"{text}. {remedy}" if remedy else text
 
 
+SHOWN = 20  # names that a message lists at most
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean ...?` for a misspelt name, and the list of the known ones."""
+    """`did you mean ...?` for a misspelt name, and the list of the known ones (the nearest of a long list)."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(names)}."
+    close = difflib.get_close_matches(name, names, n=SHOWN, cutoff=0.4)
+    hint = (
+        f"Did you mean {close[0]!r}? " if close and difflib.SequenceMatcher(None, name, close[0]).ratio() >= 0.6 else ""
+    )
+    if len(names) <= SHOWN:
+        return f"{hint}Known: {', '.join(names)}."
+    near = list(dict.fromkeys([*close, *names]))[:SHOWN]
+    return f"{hint}Known: {', '.join(near)} and {len(names) - SHOWN} more."

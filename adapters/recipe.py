@@ -57,7 +57,9 @@ class Recipe(BaseModel):
     test: float = Field(
         0.1, ge=0, lt=1, description="share of rows for the test, where the data has none; 0 for no test"
     )
-    limit: int | None = Field(None, gt=0, description="train on this many rows, drawn at random")
+    limit: int | None = Field(
+        None, gt=0, description="train on this many rows, drawn at random, each class in proportion"
+    )
     seed: int = Field(0, description="of the split, the new tensors and the training order")
 
     @model_validator(mode="after")
@@ -232,6 +234,8 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
         options["labels"] = recipe.labels
     elif "labels" not in options:
         options["labels"] = _labels(recipe, splits["train"])
+    if recipe.limit is not None:
+        splits["train"] = data.sample(splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(recipe, splits))
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
@@ -326,16 +330,18 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Data
         parts["test"] = recipe.test
     remarks: list[str] = []
     train = splits["train"]
-    single = recipe.options.get("problem", "single-label") == "single-label"
-    by = "label" if single and "label" in train.column_names else None
     if parts:
         text = "text" if "text" in train.column_names else None
-        drawn, remarks = data.split(train, parts, seed=recipe.seed, by=by, text=text)
+        drawn, remarks = data.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
         splits = {**splits, **drawn}
-    if recipe.limit is not None and recipe.limit < len(splits["train"]):
-        splits["train"] = splits["train"].shuffle(seed=recipe.seed).select(range(recipe.limit))
     order = [name for name in ("train", "validation", "test") if name in splits]
     return {name: splits[name] for name in order}, remarks
+
+
+def _stratum(recipe: Recipe, splits: Mapping[str, Dataset]) -> str | None:
+    """The column whose classes are kept in proportion."""
+    single = recipe.options.get("problem", "single-label") == "single-label"
+    return "label" if single and "label" in splits["train"].column_names else None
 
 
 def _narrate(trainer: Any, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -615,7 +615,7 @@ def test_a_merge_into_what_cannot_hold_weights_is_refused(dtype: str, saved: Pat
 
 
 @pytest.fixture
-def no_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def no_lookups(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every way to the hub, watched: a path that is missing must not take it."""
     import datasets
     import huggingface_hub
@@ -635,8 +635,7 @@ def no_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(datasets, "load_dataset", watch("load_dataset"))
     for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer):
         monkeypatch.setattr(auto, "from_pretrained", watch("from_pretrained"))
-    yield taken
-    assert taken == []
+    return taken
 
 
 FILE_PATHS = ["missing.csv", "some/missing.jsonl", "missing.parquet"]
@@ -646,6 +645,7 @@ PATHS = ["./missing", "../missing", "/nowhere/missing", "~/missing-folder", "som
 @pytest.mark.parametrize("path", [*PATHS, Path("missing"), Path("some/missing")], ids=str)
 def test_a_missing_model_folder_is_no_lookup(path: Any, no_lookups: list[str]) -> None:
     refused(RequestError, lambda: adapters.adapt(path, labels=LABELS), "no such model folder", str(path))
+    assert no_lookups == []
 
 
 @pytest.mark.parametrize("path", [*PATHS, "missing", Path("missing"), Path("some/missing")], ids=str)
@@ -653,11 +653,13 @@ def test_a_missing_adapter_folder_is_no_lookup(path: Any, no_lookups: list[str],
     refused(FolderError, lambda: adapters.load(path), "no such adapter folder", str(path))
     refused(FolderError, lambda: adapters.merge_on_disk(path, tmp_path / "out"), "no such adapter folder", str(path))
     assert list(tmp_path.iterdir()) == []
+    assert no_lookups == []
 
 
 @pytest.mark.parametrize("path", [*PATHS, *FILE_PATHS, Path("missing"), Path("some/missing")], ids=str)
 def test_a_missing_data_file_is_no_lookup(path: Any, no_lookups: list[str]) -> None:
     refused(RequestError, lambda: data.read(path), "no such file or folder", str(path))
+    assert no_lookups == []
 
 
 @pytest.mark.parametrize("path", [*PATHS, Path("missing"), Path("some/missing")], ids=str)
@@ -665,6 +667,7 @@ def test_a_missing_base_folder_is_no_lookup(path: Any, saved: Path, tmp_path: Pa
     out = tmp_path / "out"
     refused(RequestError, lambda: adapters.merge_on_disk(saved, out, base=path), "no such backbone folder", str(path))
     assert list(tmp_path.iterdir()) == []
+    assert no_lookups == []
 
 
 def test_a_backbone_that_has_gone_is_said_with_its_place(tmp_path: Path) -> None:

@@ -510,6 +510,25 @@ def test_weights_that_are_given_or_left_out_stay_as_they_are() -> None:
         assert TextClassification(LABELS, class_weights=weights).with_data(rows).class_weights == weights
 
 
+def test_the_loss_is_one_number_whoever_measures_it(tmp_path: Any) -> None:
+    options: dict[str, Any] = {"labels": LABELS, "class_weights": "balanced", "processor": tiny.tokenizer()}
+    adapted = adapters.adapt(tiny.model("bert"), "probe", **options)
+    tiny.shake(adapted, scale=3.0)
+    rows = [*tiny.rows(12), *({"text": f"the parcel {word} late", "label": "a"} for word in tiny.FILLER)]
+    trainer = adapters.Trainer(adapted, {"output_dir": str(tmp_path), "report_to": "none"}, rows, rows)
+    assert adapters.evaluate(adapted, rows)["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_minus_one_hundred_is_a_number_like_any_other(tmp_path: Any) -> None:
+    # transformers takes -100 for a label that does not count; for a regression it is a value.
+    adapted = adapters.adapt(tiny.model("bert", labels=1), "probe", processor=tiny.tokenizer())
+    rows = [{"text": row["text"], "label": (1.0, -100.0)[number % 2]} for number, row in enumerate(tiny.rows(8))]
+    args = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "report_to": "none"}
+    trainer = adapters.Trainer(adapted, args, rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(adapters.evaluate(adapted, rows)["loss"], rel=1e-5)
+
+
 # ---------------------------------------------------------------------- answers
 
 
@@ -633,7 +652,7 @@ def test_each_problem_is_learnt_saved_and_answered(problem: str, tmp_path: Any) 
     adapted = adapters.adapt(base, "full", **options)
     rows = learnable(problem)
     before = adapters.evaluate(adapted, rows)
-    args = {"output_dir": str(tmp_path / "run"), "learning_rate": 5e-3, "num_train_epochs": 10, "disable_tqdm": True}
+    args = {"output_dir": str(tmp_path / "run"), "learning_rate": 5e-3, "num_train_epochs": 8, "disable_tqdm": True}
     adapters.Trainer(adapted, args, rows).train()
     after = adapters.evaluate(adapted, rows)
     metric, greater = adapted.task.best_metric
