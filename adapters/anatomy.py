@@ -245,11 +245,16 @@ def longest_input(processor: Any, model: PreTrainedModel) -> int:
     limits = [processor.model_max_length, 1 << 20]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
-        # RoBERTa counts positions from the padding index on, so that many are lost.
-        table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
-        offset = getattr(table, "padding_idx", None)
+        offset = counted_from(model)
         limits.append(positions - (offset + 1 if offset is not None else 0))
     return int(min(limits))
+
+
+def counted_from(model: nn.Module) -> int | None:
+    """The padding id from which RoBERTa and its kin count positions (so many of them are lost); None for others."""
+    table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+    index: int | None = getattr(table, "padding_idx", None)
+    return index
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -199,6 +199,8 @@ def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, 
     """
     if processor is None or not hasattr(processor, "pad_token"):
         return "", {}
+    from adapters.anatomy import counted_from
+
     note = ""
     token = processor.pad_token or processor.eos_token
     if token is None:
@@ -211,14 +213,13 @@ def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, 
         )
     pad = int(processor.convert_tokens_to_ids(token))
     config = model.config.get_text_config()
-    table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
-    counted_from = getattr(table, "padding_idx", None)
-    if counted_from is not None and counted_from != pad:
+    start = counted_from(model)
+    if start is not None and start != pad:
         raise RequestError(
             message(
                 "tokenizer and model pad with different tokens",
                 where=type(model).__name__,
-                expected=f"id {counted_from}, from which the model counts positions",
+                expected=f"id {start}, from which the model counts positions",
                 found=f"id {pad} ({token!r})",
                 remedy="Use the tokenizer that belongs to the model.",
             )

@@ -203,7 +203,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
     import sys
 
-    from adapters import data, manifest, shards, storage
+    from adapters import data, division, manifest, shards, storage
     from adapters.adapt import adapt, task_class
     from adapters.arguments import check_fields
     from adapters.predict import evaluate
@@ -235,7 +235,7 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
     elif "labels" not in options:
         options["labels"] = _labels(recipe, splits["train"])
     if recipe.limit is not None:
-        splits["train"] = data.sample(splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(recipe, splits))
+        splits["train"] = division.sample(splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(recipe, splits))
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
@@ -321,7 +321,7 @@ def _labels(recipe: Recipe, rows: Dataset) -> tuple[str, ...]:
 
 def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
     """The splits that the data has, and those that are missing drawn from the training rows."""
-    from adapters import data
+    from adapters import division
 
     parts = {}
     if "validation" not in splits:
@@ -332,7 +332,7 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Data
     train = splits["train"]
     if parts:
         text = "text" if "text" in train.column_names else None
-        drawn, remarks = data.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
+        drawn, remarks = division.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
         splits = {**splits, **drawn}
     order = [name for name in ("train", "validation", "test") if name in splits]
     return {name: splits[name] for name in order}, remarks

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import data
+from adapters import data, division
 from adapters.errors import DataError, RequestError
 
 ROWS = [
@@ -219,7 +219,9 @@ def test_parts_are_disjoint_complete_and_share_no_text(
         texts[copy % len(texts)] = texts[0]
     rows = made(labels, texts).add_column("id", list(range(len(labels))))
     try:
-        parts, _ = data.split(rows, {"validation": shares[0], "test": shares[1]}, seed=seed, by="label", text="text")
+        parts, _ = division.split(
+            rows, {"validation": shares[0], "test": shares[1]}, seed=seed, by="label", text="text"
+        )
     except DataError:  # too few rows of each class for a part: refused, nothing to look at
         return
     assert set(parts) == {"train", "validation", "test"}
@@ -235,7 +237,7 @@ def test_parts_are_disjoint_complete_and_share_no_text(
 @given(counts=st.lists(st.integers(10, 60), min_size=1, max_size=4), seed=st.integers(0, 2**16))
 def test_each_class_is_divided_in_proportion(counts: list[int], seed: int) -> None:
     labels = [str(label) for label, count in enumerate(counts) for _ in range(count)]
-    parts, remarks = data.split(made(labels), {"validation": 0.1, "test": 0.2}, seed=seed, by="label", text="text")
+    parts, remarks = division.split(made(labels), {"validation": 0.1, "test": 0.2}, seed=seed, by="label", text="text")
     assert remarks == []
     for name, share in (("validation", 0.1), ("test", 0.2)):
         found = Counter(parts[name]["label"])
@@ -247,7 +249,7 @@ def test_the_seed_alone_decides_who_goes_where() -> None:
     rows = made(["a", "b"] * 50)
 
     def ids(seed: int) -> dict[str, list[str]]:
-        parts, _ = data.split(rows, {"validation": 0.2}, seed=seed, by="label", text="text")
+        parts, _ = division.split(rows, {"validation": 0.2}, seed=seed, by="label", text="text")
         return {name: list(part["text"]) for name, part in parts.items()}
 
     assert ids(1) == ids(1)
@@ -256,14 +258,14 @@ def test_the_seed_alone_decides_who_goes_where() -> None:
 
 def test_rows_keep_their_order_inside_a_part() -> None:
     rows = made(["a", "b"] * 30).add_column("id", list(range(60)))
-    parts, _ = data.split(rows, {"validation": 0.3}, seed=0, by="label", text="text")
+    parts, _ = division.split(rows, {"validation": 0.3}, seed=0, by="label", text="text")
     for part in parts.values():
         assert list(part["id"]) == sorted(part["id"])
 
 
 def test_classes_too_small_to_divide_stay_in_train_and_are_said() -> None:
     rows = made(["big"] * 50 + ["rare"] * 2 + ["once"])
-    parts, remarks = data.split(rows, {"validation": 0.1, "test": 0.1}, seed=0, by="label", text="text")
+    parts, remarks = division.split(rows, {"validation": 0.1, "test": 0.1}, seed=0, by="label", text="text")
     assert len(remarks) == 1
     assert "2 of 3 classes" in remarks[0]
     assert "rare" in remarks[0]
@@ -274,7 +276,7 @@ def test_classes_too_small_to_divide_stay_in_train_and_are_said() -> None:
 
 def test_equal_texts_stay_together_even_where_their_labels_differ() -> None:
     rows = made(["a", "b"] * 40, [f"text {index // 2}" for index in range(80)])
-    parts, _ = data.split(rows, {"validation": 0.25}, seed=3, by="label", text="text")
+    parts, _ = division.split(rows, {"validation": 0.25}, seed=3, by="label", text="text")
     assert not set(parts["train"]["text"]) & set(parts["validation"]["text"])
     assert len(parts["train"]) + len(parts["validation"]) == 80
 
@@ -282,13 +284,13 @@ def test_equal_texts_stay_together_even_where_their_labels_differ() -> None:
 def test_class_numbers_divide_like_names() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
     rows = Dataset.from_dict({"text": [str(i) for i in range(40)], "label": [0, 1] * 20}, features=features)
-    parts, _ = data.split(rows, {"test": 0.2}, seed=0, by="label", text="text")
+    parts, _ = division.split(rows, {"test": 0.2}, seed=0, by="label", text="text")
     assert Counter(parts["test"]["label"]) == {0: 4, 1: 4}
     assert parts["test"].features["label"].names == ["x", "y"]
 
 
 def test_without_a_class_column_the_share_is_of_all_rows() -> None:
-    parts, remarks = data.split(made([f"{i}" for i in range(40)]), {"test": 0.25}, seed=0)
+    parts, remarks = division.split(made([f"{i}" for i in range(40)]), {"test": 0.25}, seed=0)
     assert {name: len(part) for name, part in parts.items()} == {"test": 10, "train": 30}
     assert remarks == []
 
@@ -299,12 +301,43 @@ def test_without_a_class_column_the_share_is_of_all_rows() -> None:
 )
 def test_shares_that_cannot_be_are_refused(shares: dict[str, float]) -> None:
     with pytest.raises(RequestError, match="shares"):
-        data.split(made(["a"] * 40), shares, seed=0)
+        division.split(made(["a"] * 40), shares, seed=0)
 
 
 def test_too_few_rows_for_a_part_are_said() -> None:
     with pytest.raises(DataError, match=r"'validation' would be empty.*3 rows"):
-        data.split(made(["a", "b", "a"]), {"validation": 0.1}, seed=0, by="label", text="text")
+        division.split(made(["a", "b", "a"]), {"validation": 0.1}, seed=0, by="label", text="text")
+
+
+# ---------------------------------------------------------------------- drawing some of the rows
+
+
+@QUICK
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    count=st.integers(1, 60),
+    seed=st.integers(0, 2**16),
+)
+def test_a_sample_keeps_every_class_and_its_proportion(counts: list[int], count: int, seed: int) -> None:
+    labels = [str(label) for label, size in enumerate(counts) for _ in range(size)]
+    rows = made(labels).add_column("id", list(range(len(labels))))
+    drawn = division.sample(rows, count, seed=seed, by="label")
+    ids = list(drawn["id"])
+    assert len(drawn) == min(count, len(rows))
+    assert ids == sorted(set(ids))
+    found = Counter(drawn["label"])
+    if count >= len(counts):
+        assert set(found) == set(labels)
+    for label, size in enumerate(counts):
+        share = len(drawn) * size / len(labels)
+        assert abs(found[str(label)] - share) <= len(counts)
+
+
+def test_a_sample_is_drawn_by_its_seed_alone() -> None:
+    rows = made(["a", "b"] * 50)
+    for by in ("label", None):
+        one, same, other = (list(division.sample(rows, 20, seed=seed, by=by)["text"]) for seed in (1, 1, 2))
+        assert one == same != other
 
 
 # ---------------------------------------------------------------------- fingerprints
@@ -342,3 +375,18 @@ def test_order_and_every_value_count(texts: list[str], draw: st.DataObject) -> N
 
 def test_text_and_number_are_not_the_same_value() -> None:
     assert data.fingerprint(Dataset.from_list([{"label": "1"}])) != data.fingerprint(Dataset.from_list([{"label": 1}]))
+
+
+# ---------------------------------------------------------------------- drawing a number of rows
+
+
+def test_a_draw_keeps_every_class_in_proportion() -> None:
+    rows = data.read([{"text": f"t{i}", "label": "rare" if i % 50 == 0 else "usual"} for i in range(200)])["train"]
+    drawn = division.sample(rows, 20, seed=0, by="label")
+    assert len(drawn) == 20
+    assert set(drawn["label"]) == {"rare", "usual"}
+    assert drawn["text"] == division.sample(rows, 20, seed=0, by="label")["text"]
+    assert drawn["text"] != division.sample(rows, 20, seed=1, by="label")["text"]
+    assert division.sample(rows, 500, seed=0) is rows
+    many = data.read([{"text": f"t{i}", "label": f"c{i % 10}"} for i in range(100)])["train"]
+    assert sorted(division.sample(many, 10, seed=3, by="label")["label"]) == sorted(f"c{i}" for i in range(10))

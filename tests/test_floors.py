@@ -16,6 +16,7 @@ FLOORS = {
     "shards": 1,
     "metrics": 1,
     "data": 1,
+    "division": 1,
     "anatomy": 2,
     "checkpoints": 2,
     "fingerprint": 3,
