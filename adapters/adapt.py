@@ -139,6 +139,10 @@ def _strategy_and_task(
             )
         )
     goal: Any = task_class(task) if isinstance(task, str) else task
+    if not isinstance(goal, type | Task):
+        raise RequestError(
+            message("not a task", where="task", expected="a name or a task object", found=type(goal).__name__)
+        )
     kinds = []
     if isinstance(chosen, type):
         kinds.append((f"strategy {strategy!r}", chosen))
@@ -252,7 +256,7 @@ def assemble(
     import torch
 
     from adapters.anatomy import backbone_state, linear_maps, own_name, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packed_modules
+    from adapters.quantize import Storage, pack, packed_modules, refuse_nothing
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
@@ -268,6 +272,7 @@ def assemble(
         strategy = strategy.resolve(ghost, head)
         trial = {own_name(name) for name in strategy.apply(ghost)}
         maps = [m for path, m in linear_maps(net).items() if f"{path}.weight" not in trial | head]
+        refuse_nothing(maps, storage)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
         if own & (trial | head):
             _refuse_half(net)

@@ -56,11 +56,52 @@ def check_fields(given: Mapping[str, Any]) -> None:
         RequestError: with the right name, or the nearest ones.
     """
     known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init} | set(OWN)
+    faults = []
     for name in given:
         if name not in known:
             right = ALIASES.get(name)
-            remedy = f"The name is {right}." if right else nearest(name, known)[:400]
-            raise RequestError(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
+            remedy = f"The name is {right}." if right else nearest(name, known)
+            faults.append(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
+        else:
+            faults += _value_faults(name, given[name])
+    if faults:
+        raise RequestError(" ".join(faults))
+    made(TrainingArguments, {"output_dir": "unused", **{n: v for n, v in given.items() if n not in OWN}})
+
+
+def _value_faults(name: str, value: Any) -> list[str]:
+    """What is wrong with a value, told from the kind of transformers' default and the settings' plain limits."""
+    if name == "early_stopping_patience":
+        fine = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        expected = "a whole number > 0, or null"
+    elif name == "frozen_dropout":
+        fine, expected = isinstance(value, bool), "true or false"
+    else:
+        default = _plain(TrainingArguments)[name]
+        numeric = isinstance(default, int | float) and not isinstance(default, bool)
+        fine = not numeric or (isinstance(value, int | float) and not isinstance(value, bool))
+        expected = "a number"
+        if fine and name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            fine, expected = isinstance(value, int) and value > 0, "a whole number > 0"
+        if fine and name == "learning_rate":
+            fine, expected = value >= 0, "a number >= 0"
+    return [] if fine else [message("a wrong value", where=f"args: {name}", expected=expected, found=repr(value))]
+
+
+def made(kind: type[TrainingArguments], options: Mapping[str, Any]) -> TrainingArguments:
+    """Training arguments, with transformers' own complaints as errors of ours."""
+    try:
+        return kind(**options)
+    except (ValueError, TypeError) as fault:
+        raise RequestError(
+            message(
+                "transformers refuses the training settings", where="args", found=" ".join(str(fault).split())[:300]
+            )
+        ) from fault
 
 
 def settings(
@@ -82,6 +123,15 @@ def settings(
     elif isinstance(args, Mapping):
         given = dict(args)
         check_fields(given)
+    elif not isinstance(args, TrainingArguments):
+        raise RequestError(
+            message(
+                "not training settings",
+                where="args",
+                expected="TrainingArguments, a dict or None",
+                found=type(args).__name__,
+            )
+        )
     else:
         kind = type(args)
         plain = _plain(kind)
@@ -116,7 +166,7 @@ def settings(
     # transformers would delete and reload by its own rules; both are done here.
     merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
-    return kind(**merged), own
+    return made(kind, merged), own
 
 
 def _fresh(stem: str) -> Path:

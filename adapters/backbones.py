@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from adapters.fingerprint import Fingerprint
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a place on this machine: it never becomes a look-up on the hub."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
+
+
 def live_model(model: object) -> bool:
     """Whether `adapt` was given a model, not a name."""
     return not isinstance(model, str | Path)
@@ -23,12 +40,13 @@ def live_model(model: object) -> bool:
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
     import transformers
+    from safetensors import SafetensorError
 
     if live_model(model):
         return model, set(), processor if processor is not None else _processor_of(model.name_or_path, load, quiet=True)
     name = str(model)
     path = Path(name).expanduser()
-    if not path.is_dir() and (isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    if not path.is_dir() and (isinstance(model, Path) or is_path(name)):
         raise RequestError(
             message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
         )
@@ -41,11 +59,11 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     try:
         with _hushed():
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as fault:
         raise RequestError(
             message(
                 "the backbone cannot be loaded",
-                where=name,
+                where=f"{name}, load={load}" if load else name,
                 found=" ".join(str(fault).split())[:400],
                 remedy="Check the id or folder; offline, only local folders and cached ids open.",
             )
@@ -85,6 +103,19 @@ def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer up, for which all texts are the same.
+        if quiet:
+            return None
+        raise RequestError(
+            message(
+                "the backbone has no tokenizer",
+                where=name,
+                expected=f"one of {', '.join(TOKENIZER_FILES[:3])} ...",
+                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
+            )
+        )
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         return AutoTokenizer.from_pretrained(name, **kept)
@@ -108,7 +139,7 @@ def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if is_path(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 

@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
 
+# What typer raises for a command line that it cannot read; it has no public name of its own.
+USAGE: Any = typer.BadParameter.__mro__[1]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
 Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one on the hub.")]
 
@@ -32,18 +34,22 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     try:
-        app(args=arguments, prog_name="adapters")
+        code = app(args=arguments, prog_name="adapters", standalone_mode=False)
     except AdaptersError as fault:
         if debug:
             raise
         print(f"adapters: {fault}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
-    except KeyboardInterrupt:
-        print("adapters: interrupted", file=sys.stderr)
+    except USAGE as fault:
+        print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
+        rest = "; a checkpoint is kept once an epoch is whole, go on with --resume" if arguments[0] == "train" else ""
+        print(f"adapters: interrupted{rest}", file=sys.stderr)
         raise SystemExit(130) from None
-    raise SystemExit(0)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _say(line: str) -> None:

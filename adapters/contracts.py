@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, get_type_hints, runtime_checkable
 
 from adapters.errors import RequestError, SpentError, message, nearest
 
@@ -105,6 +105,10 @@ class Task(Protocol):
         """The parameters of the task's head: they always train and are saved."""
         ...
 
+    def check(self, rows: Dataset, *, labelled: bool) -> None:
+        """Look at every raw row before anything is loaded; raises with the row's number and column."""
+        ...
+
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:
@@ -149,6 +153,7 @@ class Record:
         backbone: id or folder of the backbone, empty for a live model without one.
         revision: the hub commit, empty where there is none.
         seed: seed of every new tensor.
+        task: the task as the training rows completed it (balanced class weights); None before training.
         new: backbone parameters that loading reported as newly initialised.
         load: the loading options, without the token.
         config: fields of the backbone's config that were set besides the task's (a padding token).
@@ -163,6 +168,7 @@ class Record:
     backbone: str = ""
     revision: str = ""
     seed: int = 0
+    task: Task | None = None
     new: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -246,9 +252,32 @@ class Adapted:
         return f"<Adapted {self}>"
 
 
+RESOLVED = {"resolved": True}  # metadata of a field that `resolve` fills: saved, but no option
+
+
 def field_names(kind: type[Any]) -> set[str]:
     """The options that a strategy or task dataclass takes."""
-    return {entry.name for entry in dataclasses.fields(kind) if entry.init}
+    return {entry.name for entry in dataclasses.fields(kind) if entry.init and not entry.metadata.get("resolved")}
+
+
+def check_types(instance: Any) -> None:
+    """Compare every field of a strategy or task with its annotation; a word is no switch and no number.
+
+    Raises:
+        RequestError: all fields at fault, each with what was expected and found.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(type(instance))
+    faults = []
+    for entry in dataclasses.fields(instance):
+        value = getattr(instance, entry.name)
+        try:
+            TypeAdapter(hints[entry.name]).validate_python(value, strict=True)
+        except ValidationError:
+            faults.append(message("a wrong value", where=entry.name, expected=entry.type, found=repr(value)[:80]))
+    if faults:
+        raise RequestError("; ".join(faults))
 
 
 def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, type[Any]]]) -> list[dict[str, Any]]:
@@ -258,18 +287,20 @@ def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, type[A
         RequestError: an option that none of them has; the message gives the right name where one is known.
     """
     shares: list[dict[str, Any]] = [{} for _ in kinds]
+    known = set().union(*(field_names(kind) for _, kind in kinds))
+    where = " and ".join(label for label, _ in kinds)
+    faults = []
     for name, value in options.items():
         for share, (_, kind) in zip(shares, kinds, strict=True):
             if name in field_names(kind):
                 share[name] = value
                 break
         else:
-            known = set().union(*(field_names(kind) for _, kind in kinds))
             right = ALIASES.get(name)
-            what = f"unknown option {name!r}"
-            where = " and ".join(label for label, _ in kinds)
             hint = f"The name here is {right!r}." if right in known or right == "quantization" else nearest(name, known)
-            raise RequestError(message(what, where=where, remedy=hint))
+            faults.append(message(f"unknown option {name!r}", where=where, remedy=hint))
+    if faults:
+        raise RequestError(" ".join(faults))
     return shares
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,11 @@ def read(source: Any) -> dict[str, Dataset]:
     if isinstance(source, Dataset):
         splits = {"train": source}
     elif isinstance(source, Mapping):
-        splits = {_split_name(str(name)): read(part)["train"] for name, part in source.items()}
+        splits = {}
+        for name, part in source.items():
+            if _split_name(str(name)) in splits:
+                raise RequestError(message(f"the split {_split_name(str(name))!r} is given twice", where="data"))
+            splits[_split_name(str(name))] = one(part)
     elif isinstance(source, str | Path):
         splits = _read_path(source)
     elif isinstance(source, Sequence):
@@ -65,8 +70,24 @@ def read(source: Any) -> dict[str, Dataset]:
         )
     for name, rows in splits.items():
         if len(rows) == 0:
-            raise DataError(message("the data is empty", where=f"split {name!r} of {source!r}"[:200], found="0 rows"))
+            raise DataError(message("the data is empty", where=f"split {name!r}", found="0 rows"))
     return splits
+
+
+def one(source: Any) -> Dataset:
+    """The rows of a source that has, or is, one set of rows: its "train" part.
+
+    Raises:
+        DataError: a source with other parts only.
+    """
+    splits = read(source)
+    if "train" not in splits:
+        raise DataError(
+            message(
+                "the data has no part 'train'", where="data", found=", ".join(splits), remedy="Give one set of rows."
+            )
+        )
+    return splits["train"]
 
 
 def _split_name(name: str) -> str:
@@ -170,11 +191,13 @@ def _read_csv(path: Path) -> Dataset:
     import pandas as pd
     from datasets import Dataset
 
-    separator = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    separator, other = ("\t", ",") if path.name.lower().removesuffix(".gz").endswith(".tsv") else (",", "\t")
     try:
-        # keep_default_na: "NA", "null" and "None" are texts like any other.
-        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as fault:
+        # Everything is text, and nothing is missing but a field that is not there: "NA" and "null" are texts too.
+        frame = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False, header=None
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError, EOFError, zlib.error) as fault:
         raise DataError(
             message(
                 "cannot read the table",
@@ -183,16 +206,33 @@ def _read_csv(path: Path) -> Dataset:
                 found=" ".join(str(fault).split()),
             )
         ) from fault
-    if len(frame.columns) == 1 and any(mark in frame.columns[0] for mark in ";\t|"):
+    header = frame.iloc[0].tolist()
+    if len(header) == 1 and any(mark in header[0] for mark in (";", other, "|")):
         raise DataError(
             message(
                 "one column whose name holds a separator",
                 where=str(path),
                 expected=f"fields divided by {separator!r}",
-                found=repr(frame.columns[0]),
-                remedy="Save the file with commas, or as .tsv with tabs.",
+                found=repr(header[0]),
+                remedy="Save the file with commas as .csv, or with tabs as .tsv.",
             )
         )
+    twice = [name for name, times in Counter(header).items() if times > 1]
+    if twice:
+        raise DataError(message(f"the column {twice[0]!r} stands twice", where=str(path)))
+    short = frame.isna().any(axis=1)
+    if short.any():
+        row = int(short.to_numpy().argmax())
+        raise DataError(
+            message(
+                "a row with too few fields",
+                where=f"{path}, line {row + 1}",
+                expected=f"{len(header)} fields",
+                found=int(frame.iloc[row].notna().sum()),
+            )
+        )
+    frame = frame.iloc[1:]
+    frame.columns = pd.Index(header)
     return Dataset.from_dict({str(name): frame[name].tolist() for name in frame.columns})
 
 
@@ -200,9 +240,9 @@ def _read_json(path: Path) -> Dataset:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     rows: list[Any] = []
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
             text = stream.read()
-    except (UnicodeDecodeError, OSError) as fault:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as fault:
         raise DataError(message("cannot read the file", where=str(path), found=fault)) from fault
     if text.lstrip().startswith("["):
         try:
@@ -210,7 +250,7 @@ def _read_json(path: Path) -> Dataset:
         except ValueError as fault:
             raise DataError(message("broken JSON", where=str(path), found=fault)) from fault
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -283,7 +323,7 @@ def _from_dicts(rows: list[Any], where: str) -> Dataset:
             )
     try:
         return Dataset.from_list([dict(row) for row in rows])
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as fault:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as fault:
         raise DataError(message("rows of different shapes", where=where, found=fault)) from fault
 
 

@@ -31,7 +31,7 @@ def split(
     import numpy as np
 
     total = len(rows)
-    if not 0 < sum(parts.values()) < 1:
+    if not 0 < sum(parts.values()) < 1 or min(parts.values()) <= 0:
         raise RequestError(
             message("wrong shares", where="split", expected="shares > 0, below 1 in sum", found=dict(parts))
         )

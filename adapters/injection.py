@@ -88,6 +88,10 @@ def choose(
     if exclude is not None:
         dropped = set(_named(exclude, known, model, head, option="exclude_modules"))
         chosen = [path for path in chosen if path not in dropped]
+    if layers is not None and not isinstance(layers, int) and len(layers) == 0:
+        raise RequestError(
+            message("no blocks are named", where="layers_to_transform", remedy="Name one, or leave it out.")
+        )
     if layers is not None:
         chosen = _in_layers(model, chosen, [layers] if isinstance(layers, int) else list(layers))
     if not chosen:

@@ -204,7 +204,7 @@ def fetch(folder_or_id: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(folder_or_id)
-    if isinstance(folder_or_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if isinstance(folder_or_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise FolderError(message("there is no such adapter folder", where=name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -188,7 +188,7 @@ def _refuse_output(target: Path) -> None:
 
 
 def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:
-    from adapters.backbones import local_folder
+    from adapters.backbones import is_path, local_folder
 
     name = str(base) if base is not None else document["backbone"]["name"]
     if not name:
@@ -196,8 +196,11 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
             message("the adapter was made on a live model without a name", where=where, remedy="Give base=folder.")
         )
     options = {} if base is not None else {"revision": document["backbone"]["revision"]}
-    found = local_folder(name, options)
-    if found is None and (base is not None or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    found = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
+    if found is None and (isinstance(base, Path) or is_path(name) or (base is not None and "/" not in name)):
+        raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
+    found = found or local_folder(name, options)
+    if found is None and base is not None:
         raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
     if found is None:
         from huggingface_hub import snapshot_download

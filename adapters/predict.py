@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from adapters.contracts import Adapted
-from adapters.data import read
-from adapters.errors import DataError, message
+from adapters.data import one
+from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,10 @@ def logits_of(
     import torch
 
     model = adapted.model
+    if batch_size < 1:
+        raise RequestError(
+            message("a wrong value", where="batch_size", expected="a whole number > 0", found=batch_size)
+        )
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     was_training = model.training
@@ -73,7 +77,7 @@ def predict(
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str):
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    source = read(rows)["train"]
+    source = one(rows)
     prepared, _ = adapted.task.prepare(source, adapted.processor, adapted.model, labelled=False)
     return adapted.task.decode(logits_of(adapted, prepared, batch_size=batch_size, device=device))
 
@@ -91,12 +95,11 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     import numpy as np
     import torch
 
-    source = read(dataset)["train"]
-    if len(source) == 0:
-        raise DataError(message("nothing to evaluate", where="dataset", found="0 rows"))
+    source = one(dataset)
     prepared, _ = adapted.task.prepare(source, adapted.processor, adapted.model, labelled=True)
     logits = logits_of(adapted, prepared, batch_size=batch_size)
     labels = np.asarray(prepared["labels"])
     wanted = torch.float32 if labels.dtype.kind == "f" else torch.long
-    loss = adapted.task.loss(SimpleNamespace(logits=torch.as_tensor(logits)), torch.as_tensor(labels, dtype=wanted))
+    task = adapted.record.task or adapted.task
+    loss = task.loss(SimpleNamespace(logits=torch.as_tensor(logits)), torch.as_tensor(labels, dtype=wanted))
     return {"loss": float(loss), **adapted.task.metrics(logits, labels)}

@@ -6,14 +6,14 @@ modules and whatever trains stay out of it by construction (QLoRA: Dettmers et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from adapters.anatomy import LinearMap
+from adapters.anatomy import LinearMap, is_tuner_layer
 from adapters.edits import Edit
 from adapters.errors import MissingPackageError, RequestError, message, nearest
 
@@ -53,7 +53,7 @@ def is_packed(module: nn.Module) -> bool:
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The packed linear maps of a model, by path."""
-    return {path: module for path, module in model.named_modules() if is_packed(module)}
+    return {path: module for path, module in model.named_modules() if is_packed(module) and not is_tuner_layer(module)}
 
 
 def _bitsandbytes() -> Any:
@@ -70,6 +70,22 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def refuse_nothing(maps: Sequence[LinearMap], storage: Storage) -> None:
+    """Refuse a packing that would pack nothing.
+
+    Raises:
+        RequestError: every linear map trains.
+    """
+    if storage.quantization is not None and not maps:
+        raise RequestError(
+            message(
+                "nothing to pack: every linear map inside the blocks trains",
+                where=f"quantization={storage.quantization!r}",
+                remedy="Take a strategy that leaves weights frozen, or leave quantization out.",
+            )
+        )
+
+
 def pack(model: PreTrainedModel, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
@@ -84,20 +100,14 @@ def pack(model: PreTrainedModel, maps: Iterable[LinearMap], storage: Storage) ->
     if storage.quantization is None:
         return []
     bnb = _bitsandbytes()
+    maps = list(maps)
+    refuse_nothing(maps, storage)
     done = []
     for described in maps:
         module = model.get_submodule(described.path)
         if not is_packed(module):
             model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
         done.append(described.path)
-    if not done:
-        raise RequestError(
-            message(
-                "nothing to pack: every linear map inside the blocks trains",
-                where=f"quantization={storage.quantization!r}",
-                remedy="Take a strategy that leaves weights frozen, or leave quantization out.",
-            )
-        )
     # peft chooses its 4-bit layer by this attribute, and falls back to a plain one without it.
     vars(model)["is_loaded_in_4bit"] = True
     return done
@@ -202,8 +212,12 @@ def repacked_differs(model: PreTrainedModel, read: Callable[[str], Tensor | None
             quant_type=state.quant_type,
             blocksize=state.blocksize,
         ).to(weight.device)
-        same = torch.equal(again.data.reshape(-1), weight.data.reshape(-1))
-        same = same and torch.equal(again.quant_state.absmax, state.absmax)
-        if not same:
+        pairs = [(again.data.reshape(-1), weight.data.reshape(-1)), (again.quant_state.absmax, state.absmax)]
+        if state.nested:  # the scales are packed in turn: a weight times two differs in theirs alone
+            pairs += [
+                (again.quant_state.offset, state.offset),
+                (again.quant_state.state2.absmax, state.state2.absmax),
+            ]
+        if not all(torch.equal(one, other) for one, other in pairs):
             wrong.append(name)
     return wrong

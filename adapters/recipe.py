@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapters.contracts import divide_options
-from adapters.errors import RequestError, message, nearest
+from adapters.errors import DataError, RequestError, message, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,10 +67,17 @@ class Recipe(BaseModel):
         """Options and settings must exist; nothing of torch is needed to tell."""
         from adapters.adapt import row_of, task_class
 
-        kinds = [
-            (f"strategy {self.strategy!r}", row_of(self.strategy).strategy),
-            (f"task {self.task!r}", task_class(self.task)),
-        ]
+        kinds, faults = [], []
+        for label, name, find in (
+            ("strategy", self.strategy, lambda name: row_of(name).strategy),
+            ("task", self.task, task_class),
+        ):
+            try:
+                kinds.append((f"{label} {name!r}", find(name)))
+            except RequestError as fault:
+                faults.append(str(fault))
+        if faults:
+            raise RequestError(" ".join(faults))
         divide_options(self.options, kinds)
         return self
 
@@ -101,7 +108,11 @@ class Recipe(BaseModel):
         path = Path(file)
         if not path.is_file():
             raise RequestError(message("there is no such recipe", where=str(path)))
-        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as fault:
+            raise RequestError(message("not utf-8 text", where=str(path), found=fault)) from fault
+        document = parse_yaml(text, str(path))
         if not isinstance(document, dict):
             raise RequestError(message("not a recipe", where=str(path), expected="keys and values"))
         return cls.make(changed(document, changes or {}), str(path))
@@ -182,6 +193,10 @@ def parse_yaml(text: str, where: str) -> Any:
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise RequestError(
+                    message("a key that is no word", where=f"{where}, line {key_node.start_mark.line + 1}", found=key)
+                )
             if key in result:
                 raise RequestError(
                     message(f"the key {key!r} stands twice", where=f"{where}, line {key_node.start_mark.line + 1}")
@@ -201,19 +216,28 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
+    """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
+    from adapters import shards, storage
+
+    output = Path(recipe.output).expanduser()
+    storage.refuse_foreign(output)
+    work = output.with_name(f".{output.name}.run")
+    try:
+        return _steps(recipe, say, resume, output, work)
+    except BaseException:
+        if not any(work.glob("checkpoint-*")):
+            shards.remove(work)
+        raise
+
+
+def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, output: Path, work: Path) -> dict[str, Any]:
     import sys
 
     from adapters import data, division, manifest, shards, storage
     from adapters.adapt import adapt, task_class
-    from adapters.arguments import check_fields
     from adapters.predict import evaluate
-    from adapters.trainer import Trainer
 
     started = time.monotonic()
-    check_fields(recipe.train)
-    output = Path(recipe.output).expanduser()
-    storage.refuse_foreign(output)
-    work = output.with_name(f".{output.name}.run")
     interrupted = any(work.glob("checkpoint-*"))
     if interrupted and resume is None:
         raise RequestError(
@@ -228,14 +252,17 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
     splits = data.read(recipe.data)
     columns = task_class(recipe.task).columns
     splits = {name: data.rename(rows, recipe.columns, columns) for name, rows in splits.items()}
+    if "train" not in splits:
+        raise DataError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
+    options = _checked(recipe, splits)
     splits, remarks = _divided(recipe, splits)
-    options = dict(recipe.options)
-    if recipe.labels is not None:
-        options["labels"] = recipe.labels
-    elif "labels" not in options:
-        options["labels"] = _labels(recipe, splits["train"])
     if recipe.limit is not None:
         splits["train"] = division.sample(splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(recipe, splits))
+    # torch and transformers take seconds to import: the data has spoken before.
+    from adapters.arguments import check_fields
+    from adapters.trainer import Trainer
+
+    check_fields(recipe.train)
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
@@ -246,7 +273,7 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
         quantization=recipe.quantization,
         load=recipe.load,
         seed=recipe.seed,
-        **{name: value for name, value in options.items() if value != [] and value != ()},
+        **options,
     )
     say(str(adapted))
     record = adapted.record
@@ -307,16 +334,35 @@ def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: boo
     return all(ours > other if greater else ours < other for other in others)
 
 
-def _labels(recipe: Recipe, rows: Dataset) -> tuple[str, ...]:
+def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> dict[str, Any]:
+    """The options with the labels read from the rows, after every row has been looked at.
+
+    Raises:
+        DataError: naming the part, the row and the column.
+    """
     from adapters.adapt import task_class
     from adapters.contracts import field_names
 
     kind = task_class(recipe.task)
-    options = {name: value for name, value in recipe.options.items() if name in field_names(kind)}
-    if isinstance(options.get("class_weights"), Mapping):
-        options.pop("class_weights")  # checked against the labels once they are known
-    labels: tuple[str, ...] = kind(**options).labels_in(rows)
-    return labels
+    options = dict(recipe.options)
+    if recipe.labels is not None:
+        options["labels"] = recipe.labels
+    own = {name: value for name, value in options.items() if name in field_names(kind)}
+    if not own.get("labels"):
+        weights = own.pop("class_weights", None)  # checked against the labels once they are known
+        labels = kind(**own).labels_in(splits["train"])
+        own["labels"] = labels
+        if labels:
+            options["labels"] = labels
+        if weights is not None:
+            own["class_weights"] = weights
+    task = kind(**own)
+    for name, rows in splits.items():
+        try:
+            task.check(rows, labelled=True)
+        except DataError as fault:
+            raise DataError(f"{name} part: {fault}") from fault
+    return options
 
 
 def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:

@@ -78,6 +78,9 @@ def refuse_foreign(target: Path) -> None:
     Raises:
         FolderError: with what was found.
     """
+    below = next((parent for parent in target.parents if parent.exists()), None)
+    if below is not None and not below.is_dir():
+        raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
@@ -179,7 +182,7 @@ def _manifest(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "format": FORMAT,
         "holdfast": _version("holdfast"),
         "strategy": {"name": adapted.strategy.name, "options": options_of(adapted.strategy)},
-        "task": {"name": adapted.task.name, "options": options_of(adapted.task)},
+        "task": {"name": adapted.task.name, "options": options_of(record.task or adapted.task)},
         "backbone": {
             "name": record.backbone or None,
             "revision": record.revision or None,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from adapters.edits import Edit
 
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 @final
 @dataclass(frozen=True)
 class Step:
@@ -51,8 +54,8 @@ def plan(
     names: Mapping[str, str] = backbone["names"]
     saved_as: Mapping[str, str] = backbone["saved_as"]
     known = set(backbone["fingerprint"]["tensors"])
-    if dtype is not None and dtype not in shards.NAMES:
-        raise RequestError(message(f"unknown dtype {dtype!r}", where="dtype", expected=", ".join(sorted(shards.NAMES))))
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise RequestError(message(f"unknown dtype {dtype!r}", where="dtype", expected=", ".join(WEIGHT_DTYPES)))
     edits = _on_packed(backbone, edits)
     pending = {names.get(name, name): edit for name, edit in edits.items()}
     head = {names.get(name, name) for name in document["head"]}

@@ -74,7 +74,7 @@ class Trainer(transformers.Trainer):
             eval_dataset = {name: self._prepared(self._rows_of(part)) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepared(self._rows_of(eval_dataset))
-        self.task = task
+        self.task = adapted.record.task = task
         others.setdefault("data_collator", functools.partial(task.collate, model=adapted.model))
         others.setdefault("compute_loss_func", task.loss)
         others.setdefault("compute_metrics", lambda found: task.metrics(found.predictions, found.label_ids))
@@ -113,8 +113,7 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ rows
 
     def _rows_of(self, source: Any) -> Dataset:
-        splits = data.read(source)
-        return data.rename(splits["train"], self.columns, self.adapted.task.columns)
+        return data.rename(data.one(source), self.columns, self.adapted.task.columns)
 
     def _prepared(self, rows: Dataset) -> Dataset:
         prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
@@ -146,6 +145,12 @@ class Trainer(transformers.Trainer):
         return {"row", "length"} <= set(getattr(rows, "column_names", ()))
 
     # ------------------------------------------------------------------ steps
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Label entries of the global batch; transformers' count would leave a regression's -100 out."""
+        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return sum(batch["labels"].numel() for batch in batch_samples)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The task's loss, with the frozen part below the lowest trained module in eval mode."""

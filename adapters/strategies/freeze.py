@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters.contracts import check_types
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -34,8 +36,9 @@ class Freeze:
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", (self.pattern,))
-        elif self.pattern is not None:
+        elif isinstance(self.pattern, list):
             object.__setattr__(self, "pattern", tuple(self.pattern))
+        check_types(self)
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Make the number of blocks concrete and check it.
@@ -51,6 +54,10 @@ class Freeze:
         if self.layers is not None and self.pattern is not None:
             raise RequestError(message("layers and pattern exclude each other", where=where, remedy="Give one."))
         if self.pattern is not None:
+            if not self.pattern:
+                raise RequestError(
+                    message("no pattern is given", where=f"{where}: pattern", remedy="Give one, or layers.")
+                )
             self._found(model)
             return self
         lists = block_lists(model)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters.contracts import RESOLVED, check_types
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -61,8 +63,11 @@ class Lora:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
-    modules_to_save: Sequence[str] = ()
-    modules: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = field(default=(), metadata=RESOLVED)
+    modules: Mapping[str, Sequence[Any]] = field(default_factory=dict, metadata=RESOLVED)
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Find the target modules in the model's graph and check every option against them.
@@ -130,6 +135,12 @@ class Lora:
 
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as fault:
+                    raise RequestError(
+                        message(f"{pattern!r} is no regular expression", where=option, found=fault)
+                    ) from fault
                 if not any(_pattern_matches(pattern, path) for path in chosen):
                     raise RequestError(
                         message(

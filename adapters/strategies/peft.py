@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters.contracts import RESOLVED, check_types
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -28,8 +30,11 @@ class Peft:
     defaults: ClassVar[Mapping[str, object]] = {"learning_rate": 1e-3, "num_train_epochs": 6}
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    modules_to_save: Sequence[str] = ()
-    modules: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = field(default=(), metadata=RESOLVED)
+    modules: Mapping[str, Sequence[Any]] = field(default_factory=dict, metadata=RESOLVED)
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Find the target modules and check that each pattern matches.
@@ -40,6 +45,7 @@ class Peft:
         from adapters.anatomy import shortest_suffixes
         from adapters.injection import candidates, choose, layout, whole_modules
 
+        self._object()  # an unknown method or option speaks first
         asked = {"patterns": self.config.get("target_modules"), "exclude": self.config.get("exclude_modules")}
         every_layer = choose(model, head, **asked)
         chosen = choose(model, head, **asked, layers=self.config.get("layers_to_transform"))
@@ -63,16 +69,29 @@ class Peft:
     def _object(self) -> Any:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        from adapters.errors import RequestError, nearest
+        from adapters.errors import RequestError, message, nearest
 
         options = dict(self.config)
         kind = options.pop("peft_type", "")
         known = {str(getattr(entry, "value", entry)): entry for entry in PEFT_TYPE_TO_CONFIG_MAPPING}
         if kind not in known:
-            raise RequestError(f"unknown peft type {kind!r}. {nearest(str(kind), known)}")
+            raise RequestError(
+                message(
+                    f"unknown peft_type {kind!r}", where="strategy 'peft': config", remedy=nearest(str(kind), known)
+                )
+            )
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
         if "fan_in_fan_out" in config_class.__dataclass_fields__:
             options["fan_in_fan_out"] = any(t and bias for _, _, t, bias in self.modules.values())
+        unknown = sorted(set(options) - set(config_class.__dataclass_fields__))
+        if unknown:
+            raise RequestError(
+                message(
+                    f"{config_class.__name__} has no option {unknown[0]!r}",
+                    where=f"strategy 'peft': config of {kind}",
+                    remedy=nearest(unknown[0], config_class.__dataclass_fields__),
+                )
+            )
         return config_class(**options)
 
     def apply(self, model: PreTrainedModel) -> set[str]:

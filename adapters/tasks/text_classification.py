@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 
+from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
 
@@ -56,11 +57,13 @@ class TextClassification:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        faults = []
         if isinstance(self.labels, str):
-            faults.append(message("one text instead of names", where="labels", found=repr(self.labels)))
-        else:
+            raise RequestError(message("one text instead of names", where="labels", found=repr(self.labels)))
+        if isinstance(self.labels, list | tuple):
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
+        check_types(self)
+        faults = []
+        if self.labels:
             twice = [label for label, times in Counter(self.labels).items() if times > 1]
             if twice:
                 faults.append(message("a label twice", where="labels", found=repr(twice[0])))
@@ -92,6 +95,12 @@ class TextClassification:
                             found=repr(self.class_weights),
                         )
                     )
+            elif not all(0 <= weight < float("inf") for weight in self.class_weights.values()):
+                faults.append(
+                    message(
+                        "a wrong value", where="class_weights", expected="weights >= 0", found=dict(self.class_weights)
+                    )
+                )
             elif self.labels and set(self.class_weights) != set(self.labels):
                 faults.append(
                     message(
@@ -185,7 +194,7 @@ class TextClassification:
         if self.problem == "regression":
             return ()
         need_column(rows, "label")
-        names = getattr(rows.features["label"], "names", None)
+        names = _class_names(rows)
         if names:
             return tuple(names)
         found: set[str] = set()
@@ -203,12 +212,33 @@ class TextClassification:
 
     def with_data(self, rows: Dataset) -> Self:
         """Class weights "balanced" made concrete for these training rows."""
-        if self.class_weights != "balanced" or "label" not in rows.column_names:
+        if self.class_weights != "balanced":
             return self
-        counts = Counter(self._names(self._value(rows, value), number)[0] for number, value in enumerate(rows["label"]))
+        if "input_ids" in rows.column_names:
+            counts = Counter(self.labels[number] for number in rows["labels"])
+        else:
+            need_column(rows, "label")
+            counts = Counter(
+                self._names(self._value(rows, value), number)[0] for number, value in enumerate(rows["label"])
+            )
         present = [label for label in self.labels if counts[label]]
         weights = {label: len(rows) / (len(present) * counts[label]) for label in present}
         return replace(self, class_weights={label: weights.get(label, 0.0) for label in self.labels})
+
+    def check(self, rows: Dataset, *, labelled: bool) -> None:
+        """Look at every raw row before anything is loaded.
+
+        Raises:
+            DataError: a missing column, a row that is not text, a label that is missing or unknown.
+        """
+        need_column(rows, "text")
+        for column in ("text", "text_pair"):
+            if column in rows.column_names:
+                texts_in(rows[column], column)
+        if labelled:
+            need_column(rows, "label")
+            for number, value in enumerate(rows["label"]):
+                self._target(self._value(rows, value), number)
 
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
@@ -227,14 +257,12 @@ class TextClassification:
         from adapters.anatomy import longest_input
 
         if "input_ids" in rows.column_names:
-            return self._prepared(rows, labelled), []
+            return self._prepared(rows, model, labelled), []
         if processor is None:
             raise RequestError(
                 message("raw rows need a tokenizer", where="processor", remedy="Pass processor=AutoTokenizer....")
             )
-        need_column(rows, "text")
-        if labelled:
-            need_column(rows, "label")
+        self.check(rows, labelled=labelled)
         limit = min(self.max_length or 1 << 20, longest_input(processor, model))
         vocabulary = model.config.get_text_config().vocab_size
         cut = 0
@@ -242,8 +270,7 @@ class TextClassification:
         pair = "text_pair" in rows.column_names
         for start in range(0, len(rows), CHUNK):
             batch = rows[start : start + CHUNK]
-            texts = texts_in(batch["text"], "text", start)
-            seconds = texts_in(batch["text_pair"], "text_pair", start) if pair else None
+            texts, seconds = list(batch["text"]), list(batch["text_pair"]) if pair else None
             encoded = dict(processor(texts, seconds, truncation=True, max_length=limit))
             ids = cast("list[list[int]]", encoded["input_ids"])
             full = [index for index, row in enumerate(ids) if len(row) >= limit]
@@ -280,12 +307,33 @@ class TextClassification:
             )
         return concatenate_datasets(parts), remarks
 
-    def _prepared(self, rows: Dataset, labelled: bool) -> Dataset:
-        """A set that holds model inputs already: taken as it is, with lengths and row numbers."""
-        if labelled and "labels" not in rows.column_names:
-            raise DataError(
-                message("prepared rows without labels", where="column 'labels'", found=", ".join(rows.column_names))
-            )
+    def _prepared(self, rows: Dataset, model: PreTrainedModel, labelled: bool) -> Dataset:
+        """A set that holds model inputs already: checked, then taken as it is, with lengths and row numbers."""
+        if labelled:
+            need_column(rows, "labels")
+        vocabulary = model.config.get_text_config().vocab_size
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        for number, ids in enumerate(rows["input_ids"]):
+            if not 0 < len(ids) <= positions or min(ids) < 0 or max(ids) >= vocabulary:
+                raise DataError(
+                    message(
+                        "prepared token ids that the model does not take",
+                        where=f"row {number}, column 'input_ids'",
+                        expected=f"1 to {positions} ids from 0 to {vocabulary - 1}",
+                        found=f"{len(ids)} ids" + (f" from {min(ids)} to {max(ids)}" if ids else ""),
+                    )
+                )
+        if labelled and self.problem == "single-label":
+            for number, label in enumerate(rows["labels"]):
+                if not isinstance(label, int) or not 0 <= label < len(self.labels):
+                    raise DataError(
+                        message(
+                            "a label that is not there",
+                            where=f"row {number}, column 'labels'",
+                            expected=f"a number from 0 to {len(self.labels) - 1}",
+                            found=repr(label),
+                        )
+                    )
         keep = {"input_ids", "attention_mask", "token_type_ids", "labels"}
         rows = rows.remove_columns([name for name in rows.column_names if name not in keep])
         rows = rows.add_column("length", [len(ids) for ids in rows["input_ids"]])
@@ -294,7 +342,9 @@ class TextClassification:
     @staticmethod
     def _value(rows: Dataset, value: Any) -> Any:
         """Class numbers of a ClassLabel feature as names."""
-        names = getattr(rows.features["label"], "names", None)
+        names = _class_names(rows)
+        if names and isinstance(value, list):
+            return [names[entry] if 0 <= entry < len(names) else None for entry in value]
         if names and isinstance(value, int):
             return names[value] if 0 <= value < len(names) else None
         return value
@@ -305,7 +355,7 @@ class TextClassification:
         cell = value
         if self.problem == "multi-label":
             if isinstance(value, str):
-                cell = json.loads(value) if value.startswith("[") else [part for part in value.split(SEPARATOR) if part]
+                cell = _cell(value, where)
             if not isinstance(cell, list | tuple):
                 raise DataError(
                     message(
@@ -450,6 +500,23 @@ class TextClassification:
             counts = np.bincount(seen, minlength=len(self.labels))
             logits = np.tile(counts, (len(truth), 1))
         return self.metrics(logits, truth)
+
+
+def _cell(text: str, where: str) -> Any:
+    """The labels of a csv cell: a JSON list, or names divided by the separator."""
+    if not text.startswith("["):
+        return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+    try:
+        return json.loads(text)
+    except ValueError as fault:
+        raise DataError(message("broken JSON", where=where, found=f"{text!r}: {fault}"[:120])) from fault
+
+
+def _class_names(rows: Dataset) -> list[str]:
+    """The names of a ClassLabel feature, or of a list of them; empty for any other."""
+    feature = rows.features["label"]
+    names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
+    return names
 
 
 def _sigmoid(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
