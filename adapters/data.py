@@ -6,12 +6,13 @@ means is the task's affair.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from adapters.errors import DataError, RequestError, message, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+csv.field_size_limit(1 << 30)  # characters; a long text is one field
 Source = "str | Path | Dataset | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
 SPLIT_NAMES = {
     "train": "train",
@@ -188,25 +190,46 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _read_csv(path: Path) -> Dataset:
-    import pandas as pd
+    """A table as it is written: all is text, "NA" and "null" too, and each row has as many fields as the header."""
     from datasets import Dataset
 
-    separator, other = ("\t", ",") if path.name.lower().removesuffix(".gz").endswith(".tsv") else (",", "\t")
+    name = path.name.lower()
+    separator, other = ("\t", ",") if name.removesuffix(".gz").endswith(".tsv") else (",", "\t")
+    opener = gzip.open if name.endswith(".gz") else open
+    rows: list[list[str]] = []
     try:
-        # Everything is text, and nothing is missing but a field that is not there: "NA" and "null" are texts too.
-        frame = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False, header=None
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError, EOFError, zlib.error) as fault:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(cast("Iterable[str]", stream), delimiter=separator, strict=True)
+            for row in reader:
+                if row and rows and len(row) != len(rows[0]):
+                    raise DataError(
+                        message(
+                            "a row with another number of fields than the header",
+                            where=f"{path}, line {reader.line_num}",
+                            expected=f"{len(rows[0])} fields",
+                            found=f"saw {len(row)}",
+                            remedy="Put texts that hold the separator into double quotes.",
+                        )
+                    )
+                if row:
+                    rows.append(row)
+                if len(rows) == 1:
+                    _check_header(rows[0], path, separator, other)
+    except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as fault:
         raise DataError(
             message(
                 "cannot read the table",
-                where=str(path),
-                expected="utf-8 text, one header, the same number of fields in each row",
+                where=f"{path}, row {len(rows)}",
+                expected="utf-8 text, fields in double quotes where they hold the separator",
                 found=" ".join(str(fault).split()),
             )
         ) from fault
-    header = frame.iloc[0].tolist()
+    if len(rows) < 2:
+        raise DataError(message("the data is empty", where=str(path), found="a header and 0 rows"))
+    return Dataset.from_dict({column: [row[index] for row in rows[1:]] for index, column in enumerate(rows[0])})
+
+
+def _check_header(header: list[str], path: Path, separator: str, other: str) -> None:
     if len(header) == 1 and any(mark in header[0] for mark in (";", other, "|")):
         raise DataError(
             message(
@@ -220,20 +243,6 @@ def _read_csv(path: Path) -> Dataset:
     twice = [name for name, times in Counter(header).items() if times > 1]
     if twice:
         raise DataError(message(f"the column {twice[0]!r} stands twice", where=str(path)))
-    short = frame.isna().any(axis=1)
-    if short.any():
-        row = int(short.to_numpy().argmax())
-        raise DataError(
-            message(
-                "a row with too few fields",
-                where=f"{path}, line {row + 1}",
-                expected=f"{len(header)} fields",
-                found=int(frame.iloc[row].notna().sum()),
-            )
-        )
-    frame = frame.iloc[1:]
-    frame.columns = pd.Index(header)
-    return Dataset.from_dict({str(name): frame[name].tolist() for name in frame.columns})
 
 
 def _read_json(path: Path) -> Dataset:

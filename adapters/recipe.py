@@ -253,7 +253,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     columns = task_class(recipe.task).columns
     splits = {name: data.rename(rows, recipe.columns, columns) for name, rows in splits.items()}
     if "train" not in splits:
-        raise DataError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
+        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
     options = _checked(recipe, splits)
     splits, remarks = _divided(recipe, splits)
     if recipe.limit is not None:

@@ -606,7 +606,7 @@ def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(
     done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ")
     assert done.code == 130, done.err
     assert "Traceback" not in done.err
-    assert done.err.splitlines()[-1].startswith("adapters: interrupted")
+    assert done.err.splitlines()[-1].startswith("adapters: interrupted"), done.err
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / ".out.run").glob("checkpoint-*"))
     again = warm(*arguments, *settings, folder=tmp_path)

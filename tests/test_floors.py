@@ -17,6 +17,7 @@ FLOORS = {
     "metrics": 1,
     "data": 1,
     "division": 1,
+    "labels": 1,
     "anatomy": 2,
     "checkpoints": 2,
     "fingerprint": 3,

@@ -47,7 +47,7 @@ REFUSALS = {
     ("lokr", "gpt2"): "peft refuses",
 }
 TARGET = {"bert": "query", "roberta": "query", "gpt2": "c_attn", "llama": "q_proj"}
-KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in tiny.KINDS]
+KINDS = list(tiny.KINDS)
 PACKED = {"qlora", "probe-nf4", "freeze-nf4", "bitfit-nf4"}
 
 
@@ -134,11 +134,7 @@ def fits(kind: str) -> list[str]:
 
 
 def all_cells() -> list[Any]:
-    return [
-        pytest.param(cell, kind, marks=pytest.mark.xdist_group(kind), id=f"{cell}-{kind}")
-        for kind in tiny.KINDS
-        for cell in fits(kind)
-    ]
+    return [pytest.param(cell, kind, id=f"{cell}-{kind}") for kind in tiny.KINDS for cell in fits(kind)]
 
 
 @pytest.mark.parametrize(("cell", "kind"), list(REFUSALS), ids=lambda value: value)
@@ -335,7 +331,7 @@ PEFT_CELLS = [cell for cell, (name, _) in CELLS.items() if name == "lora" or nam
 @pytest.mark.parametrize(
     ("cell", "kind"),
     [
-        pytest.param(cell, kind, marks=pytest.mark.xdist_group(kind), id=f"{cell}-{kind}")
+        pytest.param(cell, kind, id=f"{cell}-{kind}")
         for kind in tiny.KINDS
         for cell in PEFT_CELLS
         if (cell, kind) not in REFUSALS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
+from adapters.labels import class_names, named, names_in, number_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,6 @@ PROBLEMS = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
-SEPARATOR = "|"  # between the labels of one cell, where a multi-label set comes from a csv file
 CHUNK = 1000  # rows tokenised at once
 
 
@@ -194,12 +193,12 @@ class TextClassification:
         if self.problem == "regression":
             return ()
         need_column(rows, "label")
-        names = _class_names(rows)
+        names = class_names(rows)
         if names:
             return tuple(names)
         found: set[str] = set()
         for number, value in enumerate(rows["label"]):
-            found |= set(self._names(value, number, check=False))
+            found |= set(names_in(value, number, (), many=self.problem == "multi-label", check=False))
         if len(rows) >= 20 and len(found) * 2 > len(rows) and self.problem == "single-label":
             raise DataError(
                 message(
@@ -218,9 +217,8 @@ class TextClassification:
             counts = Counter(self.labels[number] for number in rows["labels"])
         else:
             need_column(rows, "label")
-            counts = Counter(
-                self._names(self._value(rows, value), number)[0] for number, value in enumerate(rows["label"])
-            )
+            cells = enumerate(rows["label"])
+            counts = Counter(names_in(named(rows, cell), n, self.labels, many=False)[0] for n, cell in cells)
         present = [label for label in self.labels if counts[label]]
         weights = {label: len(rows) / (len(present) * counts[label]) for label in present}
         return replace(self, class_weights={label: weights.get(label, 0.0) for label in self.labels})
@@ -238,7 +236,7 @@ class TextClassification:
         if labelled:
             need_column(rows, "label")
             for number, value in enumerate(rows["label"]):
-                self._target(self._value(rows, value), number)
+                self._target(named(rows, value), number)
 
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
@@ -297,7 +295,7 @@ class TextClassification:
             encoded["row"] = list(range(start, start + len(ids)))
             if labelled:
                 encoded["labels"] = [
-                    self._target(self._value(rows, value), start + index) for index, value in enumerate(batch["label"])
+                    self._target(named(rows, value), start + index) for index, value in enumerate(batch["label"])
                 ]
             parts.append(Dataset.from_dict(encoded))
         remarks = []
@@ -339,67 +337,10 @@ class TextClassification:
         rows = rows.add_column("length", [len(ids) for ids in rows["input_ids"]])
         return rows.add_column("row", list(range(len(rows))))
 
-    @staticmethod
-    def _value(rows: Dataset, value: Any) -> Any:
-        """Class numbers of a ClassLabel feature as names."""
-        names = _class_names(rows)
-        if names and isinstance(value, list):
-            return [names[entry] if 0 <= entry < len(names) else None for entry in value]
-        if names and isinstance(value, int):
-            return names[value] if 0 <= value < len(names) else None
-        return value
-
-    def _names(self, value: Any, row: int, *, check: bool = True) -> list[str]:
-        """The label names of one cell."""
-        where = f"row {row}, column 'label'"
-        cell = value
-        if self.problem == "multi-label":
-            if isinstance(value, str):
-                cell = _cell(value, where)
-            if not isinstance(cell, list | tuple):
-                raise DataError(
-                    message(
-                        "not a list of labels",
-                        where=where,
-                        expected=f"names, or names divided by {SEPARATOR!r}",
-                        found=repr(value)[:80],
-                    )
-                )
-        else:
-            cell = [value]
-        names = []
-        for entry in cell:
-            if entry is None or entry == "":
-                raise DataError(message("the label is missing", where=where, remedy="Fill or remove the row."))
-            name = str(entry)
-            if check and name not in self.labels:
-                if isinstance(entry, int | float):
-                    raise DataError(
-                        message(
-                            f"the number {entry!r} where a label's name is needed",
-                            where=where,
-                            expected=f"one of {', '.join(self.labels[:6])}{' ...' if len(self.labels) > 6 else ''}",
-                            remedy="Use names, or a data set whose label column is a ClassLabel.",
-                        )
-                    )
-                raise DataError(message(f"unknown label {name!r}", where=where, remedy=nearest(name, self.labels)))
-            names.append(name)
-        return names
-
     def _target(self, value: Any, row: int) -> int | float | list[float]:
         if self.problem == "regression":
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = float("nan")
-            if number != number or abs(number) == float("inf"):
-                raise DataError(
-                    message(
-                        "not a number", where=f"row {row}, column 'label'", expected="a number", found=repr(value)[:80]
-                    )
-                )
-            return number
-        names = self._names(value, row)
+            return number_in(value, row)
+        names = names_in(value, row, self.labels, many=self.problem == "multi-label")
         if self.problem == "multi-label":
             return [float(label in names) for label in self.labels]
         return self.labels.index(names[0])
@@ -500,23 +441,6 @@ class TextClassification:
             counts = np.bincount(seen, minlength=len(self.labels))
             logits = np.tile(counts, (len(truth), 1))
         return self.metrics(logits, truth)
-
-
-def _cell(text: str, where: str) -> Any:
-    """The labels of a csv cell: a JSON list, or names divided by the separator."""
-    if not text.startswith("["):
-        return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
-    try:
-        return json.loads(text)
-    except ValueError as fault:
-        raise DataError(message("broken JSON", where=where, found=f"{text!r}: {fault}"[:120])) from fault
-
-
-def _class_names(rows: Dataset) -> list[str]:
-    """The names of a ClassLabel feature, or of a list of them; empty for any other."""
-    feature = rows.features["label"]
-    names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
-    return names
 
 
 def _sigmoid(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,0 +1,107 @@
+"""What stands in the label column: names, class numbers, lists of them, or numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import DataError, message, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEPARATOR = "|"  # between the labels of one cell, where a multi-label set comes from a csv file
+
+
+def named(rows: Dataset, value: Any) -> Any:
+    """Class numbers of a ClassLabel feature as names."""
+    names = class_names(rows)
+    if names and isinstance(value, list):
+        return [names[entry] if 0 <= entry < len(names) else None for entry in value]
+    if names and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    return value
+
+
+def names_in(value: Any, row: int, labels: Sequence[str], *, many: bool, check: bool = True) -> list[str]:
+    """The label names of one cell.
+
+    Args:
+        value: the cell.
+        row: its row, for the message.
+        labels: the known names.
+        many: whether a row has several labels.
+        check: refuse names that are not known.
+
+    Raises:
+        DataError: a label that is missing, unknown, or a number where a name is needed.
+    """
+    where = f"row {row}, column 'label'"
+    cell = value
+    if many:
+        if isinstance(value, str):
+            cell = _cell(value, where)
+        if not isinstance(cell, list | tuple):
+            raise DataError(
+                message(
+                    "not a list of labels",
+                    where=where,
+                    expected=f"names, or names divided by {SEPARATOR!r}",
+                    found=repr(value)[:80],
+                )
+            )
+    else:
+        cell = [value]
+    names = []
+    for entry in cell:
+        if entry is None or entry == "":
+            raise DataError(message("the label is missing", where=where, remedy="Fill or remove the row."))
+        name = str(entry)
+        if check and name not in labels:
+            if isinstance(entry, int | float):
+                raise DataError(
+                    message(
+                        f"the number {entry!r} where a label's name is needed",
+                        where=where,
+                        expected=f"one of {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}",
+                        remedy="Use names, or a data set whose label column is a ClassLabel.",
+                    )
+                )
+            raise DataError(message(f"unknown label {name!r}", where=where, remedy=nearest(name, labels)))
+        names.append(name)
+    return names
+
+
+def number_in(value: Any, row: int) -> float:
+    """The number of a regression's cell.
+
+    Raises:
+        DataError: not a finite number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number != number or abs(number) == float("inf"):
+        raise DataError(
+            message("not a number", where=f"row {row}, column 'label'", expected="a number", found=repr(value)[:80])
+        )
+    return number
+
+
+def _cell(text: str, where: str) -> Any:
+    """The labels of a csv cell: a JSON list, or names divided by the separator."""
+    if not text.startswith("["):
+        return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+    try:
+        return json.loads(text)
+    except ValueError as fault:
+        raise DataError(message("broken JSON", where=where, found=f"{text!r}: {fault}"[:120])) from fault
+
+
+def class_names(rows: Dataset) -> list[str]:
+    """The names of a ClassLabel feature, or of a list of them; empty for any other."""
+    feature = rows.features["label"]
+    names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
+    return names
