@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -24,6 +24,7 @@ from adapters.strategies.lora import Lora
 from adapters.strategies.peft import Peft
 from adapters.strategies.probe import Probe
 from adapters.tasks import TASKS
+from adapters.vocabulary import extend, planned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,6 +169,7 @@ def adapt(
     load: Mapping[str, Any] | None = None,
     processor: Any = None,
     seed: int = 0,
+    added_tokens: Sequence[str] = (),
     **options: Any,
 ) -> Adapted:
     """Apply a strategy to a model; the model stays the very object and class that it was.
@@ -181,6 +183,8 @@ def adapt(
         load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
         processor: the tokenizer or image processor; None loads the backbone's own.
         seed: of every new tensor: a new head, the adapters.
+        added_tokens: new tokens: the tokenizer and the embeddings grow, their rows train, and nothing else of the
+            embeddings is saved.
         **options: fields of the strategy and of the task, by name.
 
     Returns:
@@ -201,7 +205,7 @@ def adapt(
         chosen = make(chosen, own, f"strategy {strategy!r}")
     if isinstance(goal, type):
         goal = make(goal, goals, f"task {task!r}")
-    return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed)
+    return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
 
 
 def _task_of(model: Any) -> str:
@@ -245,6 +249,7 @@ def assemble(
     *,
     accept: Callable[[Strategy, Fingerprint], None] | None = None,
     full: bool = True,
+    added_tokens: Sequence[str] = (),
 ) -> Adapted:
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
@@ -252,6 +257,7 @@ def assemble(
         accept: called with the resolved strategy and the backbone's fingerprint before anything changes; raises
             where they are not the right ones.
         full: hash every byte of the backbone, else samples alone.
+        added_tokens: tokens that the backbone gets rows for.
     """
     import torch
 
@@ -277,6 +283,7 @@ def assemble(
         if own & (trial | head):
             _refuse_half(net)
 
+        spelt = planned(net, processor, added_tokens) if added_tokens else {}
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
             storage = Storage(packed_kind(net))
@@ -287,7 +294,12 @@ def assemble(
         note, configured = set_padding(net, processor)
         _configure(net, task)
         pack(net, maps, storage)
-        trained = strategy.apply(net) | head_names(net, head)
+        vocabulary = extend(net, processor, spelt) if spelt else None
+        trained = strategy.apply(net) | live_names(net, head)
+        if vocabulary is not None:
+            vocabulary = vocabulary.beside({own_name(name) for name in trained})
+            trained |= live_names(net, vocabulary.axes)
+            configured["vocab_size"] = vocabulary.size
     record = Record(
         backbone=net.name_or_path or "",
         revision=str(getattr(net.config, "_commit_hash", None) or ""),
@@ -298,7 +310,9 @@ def assemble(
     )
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
-    adapted = Adapted(net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record)
+    adapted = Adapted(
+        net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
+    )
     if note:
         record.notes.append(note)
         logger.warning(note)
@@ -306,11 +320,11 @@ def assemble(
     return adapted
 
 
-def head_names(model: PreTrainedModel, head: frozenset[str]) -> set[str]:
-    """The head's parameters by their names in memory, after the strategy has changed modules."""
+def live_names(model: PreTrainedModel, own: Collection[str]) -> set[str]:
+    """Parameters by their names in memory, after the strategy has changed modules, from the backbone's own names."""
     from adapters.anatomy import own_name
 
-    return {name for name, _ in model.named_parameters() if own_name(name) in head}
+    return {name for name, _ in model.named_parameters() if own_name(name) in own}
 
 
 def _refuse_adapted(model: PreTrainedModel) -> None:
@@ -356,7 +370,8 @@ def disabled(adapted: Adapted) -> Iterator[PreTrainedModel]:
     from adapters.injection import switch
 
     tuned = tuple(f"{p}." for p, module in adapted.model.named_modules() if is_tuner_layer(module))
-    own = [n for n in adapted.trained if not (tuned and n.startswith(tuned)) and own_name(n) not in adapted.head]
+    kept = set(adapted.head) | set(adapted.vocabulary.axes if adapted.vocabulary is not None else ())
+    own = [n for n in adapted.trained if not (tuned and n.startswith(tuned)) and own_name(n) not in kept]
     if own:
         raise RequestError(
             message(

@@ -78,6 +78,58 @@ class Strategy(Protocol):
 
 
 @final
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens that an adaptation added to its backbone.
+
+    Attributes:
+        tokens: as text; ids: their numbers.
+        size: entries of every tensor that follows the vocabulary's size.
+        axes: the tensors of which only the added entries train and are saved: own name -> axis.
+        whole: the tensors that have grown and train whole (heads, or everything): own name -> axis.
+    """
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    size: int
+    axes: Mapping[str, int]
+    whole: Mapping[str, int] = field(default_factory=dict)
+
+    def key(self, strategy: Strategy, name: str) -> str:
+        """The key of a tensor's added entries in the adapter file: the one that peft gives trainable tokens."""
+        path, _, leaf = name.rpartition(".")
+        return strategy.key(f"{path}.token_adapter.trainable_tokens_delta" if leaf == "weight" else f"{name}.added")
+
+    def beside(self, trained: set[str]) -> Vocabulary:
+        """The same where some of the tensors (by their own names) train whole."""
+        whole = {name: axis for name, axis in self.axes.items() if name in trained}
+        return dataclasses.replace(
+            self, axes={n: axis for n, axis in self.axes.items() if n not in whole}, whole={**self.whole, **whole}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "tokens": list(self.tokens),
+            "ids": list(self.ids),
+            "size": self.size,
+            "axes": dict(self.axes),
+            "whole": dict(self.whole),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Vocabulary:
+        """From plain data."""
+        return cls(
+            tuple(str(token) for token in entry["tokens"]),
+            tuple(int(index) for index in entry["ids"]),
+            int(entry["size"]),
+            {str(name): int(axis) for name, axis in entry["axes"].items()},
+            {str(name): int(axis) for name, axis in entry["whole"].items()},
+        )
+
+
+@final
 @dataclass
 class Draw:
     """What is random about a row: the same for the same seed, epoch and row, whatever came before.
@@ -260,6 +312,7 @@ class Adapted:
         fingerprint: identity of the backbone.
         names: backbone tensor name in memory -> name in a saved checkpoint of this model class.
         record: what happened; its one mutable part.
+        vocabulary: the tokens that were added, None for none.
     """
 
     model: PreTrainedModel
@@ -272,9 +325,13 @@ class Adapted:
     fingerprint: Fingerprint
     names: Mapping[str, str]
     record: Record
+    vocabulary: Vocabulary | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors by their keys in the adapter file; views of the live parameters, not copies."""
+        """The trained tensors by their keys in the adapter file; views of the live parameters, not copies.
+
+        Of tensors that only grew with added tokens, copies of the added entries.
+        """
         if self.record.spent:
             raise SpentError(
                 message(
@@ -283,20 +340,53 @@ class Adapted:
                     remedy="Load the adapter folder again, or adapt the merged model.",
                 )
             )
-        parameters = dict(self.model.named_parameters())
-        return {self.strategy.key(name): parameters[name].detach() for name in self.trained}
+        found = {}
+        for key, tensor, axis in self.places():
+            found[key] = tensor if axis is None else tensor.index_select(axis, self.added_ids(tensor))
+        return found
+
+    def places(self) -> list[tuple[str, Tensor, int | None]]:
+        """Where the tensors of the adapter file live: key, the live tensor, and the axis of the added entries.
+
+        An axis of None means the whole tensor.
+        """
+        from adapters.anatomy import own_name
+
+        tensors: dict[str, Tensor] = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
+        axes = self.vocabulary.axes if self.vocabulary is not None else {}
+        whole = [name for name in self.trained if own_name(name) not in axes]
+        found: list[tuple[str, Tensor, int | None]] = [
+            (self.strategy.key(name), tensors[name].detach(), None) for name in whole
+        ]
+        if self.vocabulary is not None and axes:
+            own = {own_name(name): tensor.detach() for name, tensor in tensors.items()}
+            found += [(self.vocabulary.key(self.strategy, name), own[name], axis) for name, axis in axes.items()]
+        return found
+
+    def added_ids(self, like: Tensor) -> Tensor:
+        """The ids of the added tokens, on the device of a tensor."""
+        import torch
+
+        ids = self.vocabulary.ids if self.vocabulary is not None else ()
+        return torch.tensor(ids, dtype=torch.long, device=like.device)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Elements and bytes of an element, for each tensor of the adapter file."""
+        added = len(self.vocabulary.ids) if self.vocabulary is not None else 0
+        return [
+            (tensor.numel() if axis is None else tensor.numel() // tensor.shape[axis] * added, tensor.element_size())
+            for _, tensor, axis in self.places()
+        ]
 
     @property
     def trained_count(self) -> int:
         """Parameters that train."""
-        parameters = dict(self.model.named_parameters())
-        return sum(parameters[name].numel() for name in self.trained)
+        return sum(count for count, _ in self._sizes())
 
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the trained tensors, about the size of the adapter file."""
-        parameters = dict(self.model.named_parameters())
-        return sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
+        return sum(count * width for count, width in self._sizes())
 
     def __str__(self) -> str:
         from adapters.anatomy import count

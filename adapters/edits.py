@@ -42,6 +42,41 @@ class Replace:
         return self.new.float()
 
 
+@final
+@dataclass(frozen=True)
+class PutEntries:
+    """Some entries along one axis are put in place; the tensor grows where it is too short (added tokens).
+
+    Attributes:
+        ids: which entries.
+        values: their values, with len(ids) entries along the axis.
+        axis: the axis.
+        size: entries along the axis afterwards.
+    """
+
+    ids: tuple[int, ...]
+    values: Tensor
+    axis: int
+    size: int
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None and len(self.ids) == self.size:
+            return self.values.float()  # all of it is there: a head that grew
+        if old is None or old.shape[self.axis] > self.size:
+            raise RequestError(
+                message(
+                    "added tokens do not fit the backbone's tensor",
+                    expected=f"at most {self.size} entries along axis {self.axis}",
+                    found="no tensor" if old is None else f"shape {tuple(old.shape)}",
+                )
+            )
+        shape = list(old.shape)
+        shape[self.axis] = self.size
+        new = torch.zeros(shape, dtype=torch.float32)
+        new.narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
+        return new.index_copy_(self.axis, torch.tensor(self.ids), self.values.float())
+
+
 def replace_all(state: Mapping[str, Tensor]) -> dict[str, Edit]:
     """The edits of every strategy that trains the backbone's own tensors where they stand."""
     return {name: Replace(tensor) for name, tensor in state.items()}

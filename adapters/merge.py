@@ -22,6 +22,7 @@ from adapters.errors import AdaptersError, FolderError, NumbersError, RequestErr
 from adapters.manifest import fetch, read_manifest, read_tensors
 from adapters.storage import strategy_of
 from adapters.stream import plan, verify, write
+from adapters.vocabulary import all_edits, of_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +95,10 @@ def merge(adapted: Adapted) -> PreTrainedModel:
                 "adapters.merge_on_disk(folder, output).",
             )
         )
-    edits = adapted.strategy.edits(state)
+    edits = all_edits(adapted.vocabulary, adapted.strategy, state)
     model = adapted.model
     adapted.strategy.strip(model)
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
     unknown = sorted(set(edits) - set(tensors))
     if unknown:
         raise RequestError(message("trained tensors that the model does not have", where=", ".join(unknown[:3])))
@@ -147,7 +148,7 @@ def merge_on_disk(
     where = str(adapter)
     target = Path(out).expanduser()
     _refuse_output(target)
-    edits = strategy_of(document, where).edits(read_tensors(adapter, document))
+    edits = all_edits(of_manifest(document, where), strategy_of(document, where), read_tensors(adapter, document))
     source = _base_folder(document, base, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
     with shards.staged(target) as stage:

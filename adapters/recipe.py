@@ -54,6 +54,7 @@ class Recipe(BaseModel):
     labels: list[str] | None = Field(None, description="label names in order; left out: read from the rows")
     columns: dict[str, str] = Field(default_factory=dict, description="task column -> column of the data")
     quantization: str | None = Field(None, description="nf4 or fp4: the frozen rest in 4 bits")
+    added_tokens: list[str] = Field(default_factory=list, description="new tokens: their embedding rows are trained")
     load: dict[str, Any] = Field(default_factory=dict, description="what from_pretrained takes (dtype, revision ...)")
     validation: float = Field(0.1, gt=0, lt=1, description="share of rows for validation, where the data has none")
     test: float = Field(
@@ -277,6 +278,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         quantization=recipe.quantization,
         load=recipe.load,
         seed=recipe.seed,
+        added_tokens=recipe.added_tokens,
         **options,
     )
     say(str(adapted))

@@ -34,6 +34,7 @@ from adapters.manifest import (
     read_tensors,
     refuse_other_backbone,
 )
+from adapters.vocabulary import of_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +127,7 @@ def write(adapted: Adapted, folder: Path) -> None:
     for name, document in adapted.strategy.sidecars().items():
         filled = {
             **document,
+            **_trainable_tokens(adapted, document),
             "base_model_name_or_path": adapted.record.backbone or None,
             "revision": adapted.record.revision or None,
         }
@@ -147,6 +149,15 @@ def write(adapted: Adapted, folder: Path) -> None:
     document["digest"] = shards.digest_of(document)
     shards.write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     read_manifest(folder)
+
+
+def _trainable_tokens(adapted: Adapted, document: Mapping[str, Any]) -> dict[str, Any]:
+    """peft's option for added tokens, which its LoRA has, so that plain peft reads the rows."""
+    vocabulary = adapted.vocabulary
+    if vocabulary is None or document.get("peft_type") != "LORA":
+        return {}
+    weights = [name for name in vocabulary.axes if name.endswith(".weight")]
+    return {"trainable_token_indices": {name.split(".")[-2]: list(vocabulary.ids) for name in weights}}
 
 
 def _sha(tensor: Tensor) -> str:
@@ -207,6 +218,7 @@ def _manifest(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
             }
             for name, tensor in state.items()
         },
+        "vocabulary": adapted.vocabulary.to_json() if adapted.vocabulary is not None else None,
         "seed": record.seed,
         "data": record.data,
         "metrics": record.metrics,
@@ -305,6 +317,7 @@ def load(
     tensors = read_tensors(folder, document)
     saved_strategy = strategy_of(document, where)
     task = task_of(document, where)
+    vocabulary = of_manifest(document, where)
     backbone = document["backbone"]
     base: Any = model if model is not None else backbone["name"]
     options: dict[str, Any] = dict(backbone["load"]) if model is None else {}
@@ -342,7 +355,17 @@ def load(
         int(document["seed"]),
         accept=accept,
         full=verify == "strict",
+        added_tokens=vocabulary.tokens if vocabulary is not None else (),
     )
+    if vocabulary != adapted.vocabulary:
+        raise FolderError(
+            message(
+                "the added tokens do not come out as they were saved",
+                where=where,
+                expected=f"ids {vocabulary.ids[:3] if vocabulary else ()}",
+                found=f"ids {adapted.vocabulary.ids[:3] if adapted.vocabulary else ()}",
+            )
+        )
     put(adapted, tensors, str(folder))
     fill_record(adapted.record, document, folder)
     return adapted
@@ -373,8 +396,8 @@ def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
     """
     import torch
 
-    parameters = dict(adapted.model.named_parameters())
-    wanted = {adapted.strategy.key(name): parameters[name] for name in adapted.trained}
+    places = {key: (tensor, axis) for key, tensor, axis in adapted.places()}
+    wanted = adapted.state()
     odd = sorted(set(wanted) ^ set(tensors))
     if odd:
         raise FolderError(
@@ -397,7 +420,11 @@ def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
+            live, axis = places[name]
+            if axis is None:
+                live.copy_(tensor)
+            else:
+                live.index_copy_(axis, adapted.added_ids(live), tensor.to(live))
 
 
 def fill_record(record: Record, document: Mapping[str, Any], folder: Path) -> None:

@@ -59,6 +59,7 @@ def plan(
     edits = _on_packed(backbone, edits)
     pending = {names.get(name, name): edit for name, edit in edits.items()}
     head = {names.get(name, name) for name in document["head"]}
+    grown = _grown(document, names)
     steps: list[Step] = []
     covered = set()
     for disk_name, slot in slots.items():
@@ -80,7 +81,7 @@ def plan(
                 plain if plain in known else "",
                 edit,
                 dtype if dtype and floating else slot.dtype,
-                slot.shape,
+                _shape(slot.shape, grown.get(name, grown.get(disk_name))),
             )
         )
     missing = sorted(known - covered)
@@ -98,6 +99,20 @@ def plan(
         new = edit(None)  # only a replacement can create a tensor; any other edit refuses
         steps.append(Step(name, None, "", edit, like, tuple(new.shape)))
     return steps
+
+
+def _grown(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """The tensors that added tokens make longer: name on disk -> axis, entries."""
+    vocabulary = document.get("vocabulary") or {"axes": {}, "whole": {}, "size": 0}
+    axes = {**vocabulary["axes"], **vocabulary["whole"]}
+    return {names.get(name, name): (axis, vocabulary["size"]) for name, axis in axes.items()}
+
+
+def _shape(old: tuple[int, ...], grown: tuple[int, int] | None) -> tuple[int, ...]:
+    if grown is None:
+        return old
+    axis, size = grown
+    return (*old[:axis], size, *old[axis + 1 :])
 
 
 def _on_packed(backbone: Mapping[str, Any], edits: Mapping[str, Edit]) -> dict[str, Edit]:

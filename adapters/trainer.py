@@ -228,9 +228,25 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
+        self._only_added_entries()
         if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
             self._refuse_bad_gradients()
         return loss
+
+    def _only_added_entries(self) -> None:
+        """Of tensors that grew with added tokens only the added entries train."""
+        vocabulary = self.adapted.vocabulary
+        for name, parameter in self.adapted.model.named_parameters() if vocabulary is not None else ():
+            if vocabulary is not None and own_name(name) in vocabulary.axes and parameter.grad is not None:
+                others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
+                others[list(vocabulary.ids)] = False
+                parameter.grad[others] = 0
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
+        return [name for name in names if own_name(name) not in axes]
 
     def _refuse_bad_gradients(self) -> None:
         named = [(name, p.grad) for name, p in self.adapted.model.named_parameters() if p.grad is not None]
