@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, set_padding
+from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
 from adapters.errors import RequestError, message, nearest
 from adapters.strategies.bitfit import BitFit
@@ -245,6 +245,7 @@ def assemble(
     *,
     accept: Callable[[Strategy, Fingerprint], None] | None = None,
     full: bool = True,
+    claimed: Fingerprint | None = None,
 ) -> Adapted:
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
@@ -252,6 +253,7 @@ def assemble(
         accept: called with the resolved strategy and the backbone's fingerprint before anything changes; raises
             where they are not the right ones.
         full: hash every byte of the backbone, else samples alone.
+        claimed: the fingerprint taken on the caller's word where packed weights cannot be identified.
     """
     import torch
 
@@ -277,17 +279,19 @@ def assemble(
         if own & (trial | head):
             _refuse_half(net)
 
+        padding = plan_padding(net, processor)
+
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
             storage = Storage(packed_kind(net))
-        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full)
+        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full, claimed=claimed)
         if accept is not None:
             accept(strategy, fingerprint)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
-        note, configured = set_padding(net, processor)
-        _configure(net, task)
         pack(net, maps, storage)
         trained = strategy.apply(net) | head_names(net, head)
+        _configure(net, task)
+        configured = padding.settle(net, processor) if padding else {}
     record = Record(
         backbone=net.name_or_path or "",
         revision=str(getattr(net.config, "_commit_hash", None) or ""),
@@ -299,9 +303,9 @@ def assemble(
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
     adapted = Adapted(net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record)
-    if note:
-        record.notes.append(note)
-        logger.warning(note)
+    if padding and padding.note:
+        record.notes.append(padding.note)
+        logger.warning(padding.note)
     net.train(False)
     return adapted
 

@@ -277,6 +277,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     )
     say(str(adapted))
     record = adapted.record
+    record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
     trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
@@ -295,7 +296,8 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         results["test"] = evaluate(adapted, test)
         record.metrics |= results
     for remark in record.notes:
-        say(remark)
+        if remark not in remarks:
+            say(remark)
     storage.save(adapted, output)
     shards.remove(work)
     metric, greater = adapted.task.best_metric
@@ -307,26 +309,17 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         "metric": metric,
         "rows": {name: len(rows) for name, rows in splits.items()},
         **results,
+        "notes": list(record.notes),
         "beat_baseline": _beats(results, metric, greater) if test is not None else None,
         "validation": record.metrics.get("validation"),
         "trained_parameters": adapted.trained_count,
         "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
-        "backbone_bytes": _backbone_bytes(document),
+        "backbone_bytes": sum(
+            shards.nbytes(dtype, shape) for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values()
+        ),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
-
-
-def _backbone_bytes(document: Mapping[str, Any]) -> int:
-    """Bytes of the backbone's tensors as they stand in its checkpoint."""
-    widths = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
-    total = 0
-    for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values():
-        size = widths.get(dtype, 1)
-        for length in shape:
-            size *= length
-        total += size
-    return total
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
@@ -362,6 +355,7 @@ def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> dict[str, Any]:
             task.check(rows, labelled=True)
         except DataError as fault:
             raise DataError(f"{name} part: {fault}") from fault
+    task.with_data(splits["train"])  # one label alone is said before anything is loaded
     return options
 
 
@@ -374,14 +368,16 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Data
         parts["validation"] = recipe.validation
     if "test" not in splits and recipe.test:
         parts["test"] = recipe.test
-    remarks: list[str] = []
+    order = ("train", "validation", "test")
+    given = {name: splits[name] for name in order if name in splits}
+    inputs = [c for c in ("text", "text_pair") if all(c in rows.column_names for rows in given.values())]
+    remarks = division.shared(given, inputs)
     train = splits["train"]
     if parts:
         text = "text" if "text" in train.column_names else None
-        drawn, remarks = division.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
-        splits = {**splits, **drawn}
-    order = [name for name in ("train", "validation", "test") if name in splits]
-    return {name: splits[name] for name in order}, remarks
+        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
+        splits, remarks = {**splits, **drawn}, remarks + lacking
+    return {name: splits[name] for name in order if name in splits}, remarks
 
 
 def _stratum(recipe: Recipe, splits: Mapping[str, Dataset]) -> str | None:

@@ -332,6 +332,10 @@ def load(
         if verify != "off":
             refuse_other_backbone(document, found, str(folder))
 
+    from adapters.fingerprint import Fingerprint
+
+    # Where 4-bit weights cannot be identified, "off" takes the user's word that they are the recorded backbone's.
+    claimed = Fingerprint.from_json(backbone["fingerprint"]) if verify == "off" else None
     adapted = assemble(
         base,
         saved_strategy,
@@ -342,9 +346,14 @@ def load(
         int(document["seed"]),
         accept=accept,
         full=verify == "strict",
+        claimed=claimed,
     )
     put(adapted, tensors, str(folder))
     fill_record(adapted.record, document, folder)
+    if adapted.fingerprint is claimed:
+        note = "the backbone in 4 bits was not verified (verify='off')"
+        adapted.record.notes += [note] if note not in adapted.record.notes else []
+        logger.warning(note)
     return adapted
 
 

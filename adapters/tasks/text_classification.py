@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
-from adapters.labels import class_names, named, names_in, number_in
+from adapters.labels import class_names, named, names_in, number_in, one_name, refuse_one_class
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,8 @@ class TextClassification:
             twice = [label for label, times in Counter(self.labels).items() if times > 1]
             if twice:
                 faults.append(message("a label twice", where="labels", found=repr(twice[0])))
+        if self.problem == "single-label" and (fault := one_name(self.labels)):
+            faults.append(fault)
         if self.problem not in PROBLEMS:
             faults.append(
                 message(f"unknown problem {self.problem!r}", where="problem", remedy=nearest(self.problem, PROBLEMS))
@@ -199,6 +201,8 @@ class TextClassification:
         found: set[str] = set()
         for number, value in enumerate(rows["label"]):
             found |= set(names_in(value, number, (), many=self.problem == "multi-label", check=False))
+        if self.problem == "single-label":
+            refuse_one_class(sorted(found), ())
         if len(rows) >= 20 and len(found) * 2 > len(rows) and self.problem == "single-label":
             raise DataError(
                 message(
@@ -210,16 +214,23 @@ class TextClassification:
         return tuple(sorted(found))
 
     def with_data(self, rows: Dataset) -> Self:
-        """Class weights "balanced" made concrete for these training rows."""
-        if self.class_weights != "balanced":
+        """Class weights "balanced" made concrete for these training rows.
+
+        Raises:
+            DataError: all rows have one label.
+        """
+        column = "labels" if "input_ids" in rows.column_names else "label"
+        if self.problem != "single-label" or column not in rows.column_names:  # `prepare` names a missing column
             return self
-        if "input_ids" in rows.column_names:
-            counts = Counter(self.labels[number] for number in rows["labels"])
+        if column == "labels":
+            counts = Counter(str(self.labels[n]) for n in rows["labels"] if n in range(len(self.labels)))
         else:
-            need_column(rows, "label")
             cells = enumerate(rows["label"])
             counts = Counter(names_in(named(rows, cell), n, self.labels, many=False)[0] for n, cell in cells)
         present = [label for label in self.labels if counts[label]]
+        refuse_one_class(present, self.labels)
+        if self.class_weights != "balanced":
+            return self
         weights = {label: len(rows) / (len(present) * counts[label]) for label in present}
         return replace(self, class_weights={label: weights.get(label, 0.0) for label in self.labels})
 
