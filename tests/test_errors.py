@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,24 @@ def test_a_request_that_cannot_be_leaves_the_model_as_it_was(name: str) -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     adapters.adapt(model)  # and it can still be adapted
+
+
+def test_a_fault_after_the_checks_leaves_tokenizer_and_config_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("gpt2"), tiny.tokenizer()
+    model.config.pad_token_id = None
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side = None, "[SEP]", "left"
+    before = snapshot(model)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(MissingPackageError, match="bitsandbytes"):
+            adapters.adapt(model, "qlora", labels=["x", "y", "z"], processor=tokenizer)
+    assert snapshot(model) == before
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (None, "left")
+    adapted = adapters.adapt(model, "qlora", labels=["x", "y", "z"], processor=tokenizer)
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("[SEP]", "right")
+    assert model.config.pad_token_id == 3
+    assert adapted.record.config == {"pad_token_id": 3}
+    assert any("no padding token" in note for note in adapted.record.notes)
 
 
 @pytest.mark.parametrize(
