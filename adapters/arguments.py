@@ -60,6 +60,10 @@ SETTLED: Mapping[str, tuple[object, str]] = {
     "remove_unused_columns": (False, "The task chooses what reaches the model."),
     "length_column_name": ("length", "The task counts the lengths."),
     "dataloader_drop_last": (False, "Every row is trained on and measured."),
+    "dataloader_persistent_workers": (
+        False,
+        "Workers that outlive an epoch would draw the same random rows in every one.",
+    ),
     "logging_nan_inf_filter": (False, "Numbers that are not finite stop the run."),
     "load_best_model_at_end": (True, "The best weights are put back; without an eval_dataset the last ones stay."),
     "auto_find_batch_size": (
@@ -124,9 +128,9 @@ def _refuse(given: Mapping[str, Any], own_metrics: bool) -> None:
         else:
             faults += _value_faults(name, value)
     for kind in ("eval", "save", "logging"):
-        strategy = str(getattr(given.get(f"{kind}_strategy"), "value", given.get(f"{kind}_strategy", "steps")))
-        if given.get(f"{kind}_steps") is not None and strategy != "steps":
-            found = f"{kind}_strategy {strategy!r}"
+        chosen = str(getattr(given.get(f"{kind}_strategy"), "value", given.get(f"{kind}_strategy", "steps")))
+        if given.get(f"{kind}_steps") is not None and chosen != "steps":
+            found = f"{kind}_strategy {chosen!r}"
             faults.append(
                 message(f"{kind}_steps beside another strategy", where="args", expected="'steps'", found=found)
             )
@@ -287,12 +291,12 @@ def _given(
 
 def _refuse_unheard(adapted: Adapted, given: Mapping[str, Any], own: Mapping[str, Any], evaluated: bool) -> None:
     """Refuse what could not be heard in this run: evaluations without rows, noise where nothing is noisy."""
-    strategy = str(getattr(given.get("eval_strategy"), "value", given.get("eval_strategy")))
+    chosen = str(getattr(given.get("eval_strategy"), "value", given.get("eval_strategy")))
     faults = []
-    if not evaluated and (strategy not in ("None", "no") or given.get("load_best_model_at_end")):
+    if not evaluated and (chosen not in ("None", "no") or given.get("load_best_model_at_end")):
         name = next(n for n in ("load_best_model_at_end", "eval_steps", "eval_strategy") if given.get(n))
         faults.append(message("validation without rows", where=f"args: {name}", remedy="Give an eval_dataset."))
-    if evaluated and strategy == "no":
+    if evaluated and chosen == "no":
         for name in ("early_stopping_patience", "load_best_model_at_end"):
             if given.get(name):
                 remedy = "Say eval_strategy='epoch' or 'steps'."

@@ -26,7 +26,13 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "spm.model",
+    "source.spm",
 )
+# What a task's processor is called, and the files that one of them at least must be among.
+PROCESSORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "AutoTokenizer": ("tokenizer", TOKENIZER_FILES),
+    "AutoImageProcessor": ("image processor", ("preprocessor_config.json", "processor_config.json")),
+}
 
 
 def is_path(name: str) -> bool:
@@ -44,7 +50,11 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     from safetensors import SafetensorError
 
     if live_model(model):
-        return model, set(), processor if processor is not None else _processor_of(model.name_or_path, load, quiet=True)
+        return (
+            model,
+            set(),
+            processor if processor is not None else _processor_of(task, model.name_or_path, load, quiet=True),
+        )
     name = str(model)
     path = Path(name).expanduser()
     if not path.is_dir() and (isinstance(model, Path) or is_path(name)):
@@ -78,7 +88,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         raise RequestError(
             message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
         )
-    return net, new, processor if processor is not None else _processor_of(name, load, quiet=False)
+    return net, new, processor if processor is not None else _processor_of(task, name, load, quiet=False)
 
 
 @contextlib.contextmanager
@@ -98,37 +108,38 @@ def _hushed() -> Iterator[None]:
             hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _processor_of(name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
-    """The backbone's own tokenizer; None where a live model has no place to load one from."""
+def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
+    """The backbone's own tokenizer or image processor; None where a live model has no place to load one from."""
     if not name or (quiet and not Path(name).is_dir()):
         return None
-    from transformers import AutoTokenizer
+    import transformers
 
+    kind, what, files = task.processor, *PROCESSORS[task.processor]
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+    if folder.is_dir() and not any((folder / file).exists() for file in files):
         # transformers would make an empty tokenizer up, for which all texts are the same.
         if quiet:
             return None
         raise RequestError(
             message(
-                "the backbone has no tokenizer",
+                f"the backbone has no {what}",
                 where=name,
-                expected=f"one of {', '.join(TOKENIZER_FILES[:3])} ...",
-                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
+                expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
+                remedy=f"Pass processor={kind}.from_pretrained(...).",
             )
         )
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
-        return AutoTokenizer.from_pretrained(name, **kept)
+        return getattr(transformers, kind).from_pretrained(name, **kept)
     except (OSError, ValueError, KeyError) as fault:
         if quiet or not isinstance(fault, OSError):
             return None
         raise RequestError(
             message(
-                "the backbone has no tokenizer",
+                f"the backbone has no {what}",
                 where=name,
                 found=" ".join(str(fault).split())[:300],
-                remedy="Pass processor=AutoTokenizer.from_pretrained(...).",
+                remedy=f"Pass processor={kind}.from_pretrained(...).",
             )
         ) from fault
 

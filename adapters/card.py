@@ -18,7 +18,7 @@ def card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
     data = ModelCardData(
         library_name="holdfast",
         base_model=backbone if on_hub else None,
-        pipeline_tag=adapted.task.name,
+        pipeline_tag=adapted.task.pipeline,
         tags=["adapters", adapted.strategy.name],
     )
     lines = [

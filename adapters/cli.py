@@ -192,11 +192,15 @@ def predict(
     if as_json:
         _out({"predictions": answers})
         return
-    shown = texts if texts else list(rows["text"])
-    for text, found in zip(shown, answers, strict=True):
-        label = found.get("label", found.get("labels", ""))
-        score = f"{found['score']:.4f}" if "score" in found else ""
-        print(f"{label}\t{score}\t{text}")
+    shown = texts if texts else list(rows[next(iter(adapted.task.columns))])
+    for row, found in zip(shown, answers, strict=True):
+        label, score = (
+            (found.get("label", found.get("labels")), found.get("score")) if isinstance(found, dict) else (None, None)
+        )
+        if label is None and score is None:
+            print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")
+        else:
+            print(f"{'' if label is None else label}\t{'' if score is None else f'{score:.4f}'}\t{row}")
 
 
 @app.command()

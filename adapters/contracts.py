@@ -77,20 +77,54 @@ class Strategy(Protocol):
         ...
 
 
+@final
+@dataclass
+class Draw:
+    """What is random about a row: the same for the same seed, epoch and row, whatever came before.
+
+    The trainer moves `epoch` on; a resumed run therefore draws what an uninterrupted one would have drawn.
+    """
+
+    seed: int = 0
+    epoch: int = 0
+
+    def generator(self, row: int) -> np.random.Generator:
+        """A generator for one row of the prepared data."""
+        import numpy as np
+
+        return np.random.default_rng((self.seed, self.epoch, row))
+
+
 @runtime_checkable
 class Task(Protocol):
     """What the model is for: its class and head, how rows become inputs, losses, metrics and answers.
 
-    A task is a frozen dataclass; its fields are saved with the adapter.
+    A task is a frozen dataclass; its fields are saved with the adapter. One raw row may become several prepared rows
+    (windows of a long text) or share one (packing); everything after `prepare` speaks of prepared rows.
+
+    Attributes:
+        auto_class: transformers' Auto class that makes the model.
+        pipeline: transformers' pipeline that gives the same answers.
+        processor: transformers' Auto class of tokenizer or image processor.
+        columns: what raw rows hold; the first is what a bare value given to `predict` stands for.
+        apart: columns whose equal values never stand in two parts of a split; the first that the rows have counts.
     """
 
     name: ClassVar[str]
     auto_class: ClassVar[str]
+    pipeline: ClassVar[str]
+    processor: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
+    apart: ClassVar[tuple[str, ...]]
 
     @property
     def best_metric(self) -> tuple[str, bool]:
         """The metric that chooses the best weights, and whether greater is better."""
+        ...
+
+    @property
+    def stratum(self) -> str | None:
+        """The column whose values a split keeps in proportion; None for none."""
         ...
 
     def complete(self, model: PreTrainedModel) -> Self:
@@ -102,7 +136,18 @@ class Task(Protocol):
         ...
 
     def head(self, model: PreTrainedModel) -> set[str]:
-        """The parameters of the task's head: they always train and are saved."""
+        """The parameters of the task's head: they always train and are saved.
+
+        Empty where the output layer is a part of the pretrained model (language models).
+        """
+        ...
+
+    def with_rows(self, rows: Dataset) -> Self:
+        """A copy with what raw training rows decide and the request left open (the label names)."""
+        ...
+
+    def with_data(self, rows: Dataset) -> Self:
+        """A copy with what depends on the training rows made concrete (balanced class weights)."""
         ...
 
     def check(self, rows: Dataset, *, labelled: bool) -> None:
@@ -112,31 +157,51 @@ class Task(Protocol):
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:
-        """Model inputs from raw rows, in their order, with a column "length"; and remarks to be said once."""
+        """Model inputs from raw rows, with columns "length" and "row" (0, 1, ...); and remarks to be said once."""
         ...
 
-    def collate(self, features: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[str, Any]:
-        """One batch from prepared rows, padded as the model expects it."""
+    def collate(
+        self, features: Sequence[Mapping[str, Any]], model: PreTrainedModel, processor: Any, draw: Draw | None = None
+    ) -> dict[str, Any]:
+        """One batch from prepared rows, padded as the model expects it: model inputs, "labels" and "row".
+
+        Args:
+            features: prepared rows.
+            model, processor: of the adaptation.
+            draw: what is random about a training row; None while evaluating, where nothing changes from run to run.
+        """
+        ...
+
+    def items(self, labels: Tensor) -> int:
+        """How many items the loss of a batch with these labels is a sum over."""
         ...
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss, summed over the batch and divided by the items of the whole global batch."""
         ...
 
-    def metrics(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-        """Numbers from predictions."""
+    def measured(
+        self, outputs: Any, batch: Mapping[str, Any], model: PreTrainedModel, processor: Any
+    ) -> tuple[Tensor, ...]:
+        """What the metrics need of a labelled batch, each part with the rows first; later dimensions may vary."""
         ...
 
-    def decode(self, logits: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-        """One answer a row, as the matching transformers pipeline would give it."""
+    def metrics(self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, processor: Any) -> dict[str, float]:
+        """Numbers from what was measured (padded with -100) over these prepared rows."""
         ...
 
-    def baseline(self, train: Dataset, test: Dataset) -> dict[str, float]:
+    def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
+        """What the answers to a batch need, in the same form."""
+        ...
+
+    def decode(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, processor: Any
+    ) -> list[dict[str, Any] | list[dict[str, Any]]]:
+        """One answer a raw row, as the matching transformers pipeline would give it."""
+        ...
+
+    def baseline(self, train: Dataset, test: Dataset, processor: Any) -> dict[str, float]:
         """The metrics of the best answer that never looks at the input (the majority class, the mean)."""
-        ...
-
-    def with_data(self, rows: Dataset) -> Self:
-        """A copy with what depends on the training rows made concrete (balanced class weights)."""
         ...
 
     def describe(self) -> str:

@@ -45,7 +45,7 @@ def split(
     generator = np.random.default_rng(seed)
     strata = [json.dumps(value, default=str) for value in rows[by]] if by else [""] * total
     together: dict[Any, list[int]] = {}
-    for index, key in enumerate(rows[text] if text else range(total)):
+    for index, key in enumerate(_keys(rows, text) if text else range(total)):
         together.setdefault(key, []).append(index)
     groups: dict[str, list[list[int]]] = {}
     for members in together.values():
@@ -66,6 +66,11 @@ def split(
             )
     remarks = _missing({name: {strata[row] for row in members} for name, members in chosen.items()}) if by else []
     return {name: rows.select(sorted(members)) for name, members in chosen.items()}, remarks
+
+
+def _keys(rows: Dataset, column: str) -> list[Any]:
+    """The cells of a column as what a dict can hold: a list of words by its JSON."""
+    return [json.dumps(cell) if isinstance(cell, list) else cell for cell in rows[column]]
 
 
 def _counts(sizes: Mapping[str, int], parts: Mapping[str, float], ties: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -124,7 +129,7 @@ def shared(splits: Mapping[str, Dataset], columns: Sequence[str]) -> list[str]:
     remarks = []
     for part, rows in splits.items():
         twice: dict[str, list[tuple[int, int]]] = {}
-        own = list(zip(*(rows[column] for column in columns), strict=True))
+        own = list(zip(*(_keys(rows, column) for column in columns), strict=True))
         for row, key in enumerate(own):
             if key in first:
                 other, place = first[key]

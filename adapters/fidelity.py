@@ -1,8 +1,9 @@
-"""Whether a merged folder answers as the adapted model does: logits of both, in a process of its own."""
+"""Whether a merged folder answers as the adapted model does: outputs of both, in a process of its own."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 ROWS = 8  # rows of the check
@@ -10,14 +11,14 @@ BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
 
-def compare(adapter: str, merged: str, base: str, rows: list[str] | None) -> dict[str, Any]:
-    """Max and mean difference of the logits, agreement of the best answers, spread of the logits, dtype at work.
+def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dict[str, Any]:
+    """Max and mean difference of the outputs, agreement of the best answers, spread of the outputs, dtype at work.
 
     Args:
         adapter: the adapter folder.
         merged: the plain transformers folder.
         base: the backbone's folder.
-        rows: texts; None makes token ids at random.
+        rows: raw rows of the task, or bare values of its first column; None makes inputs at random.
     """
     import torch
     import transformers
@@ -25,50 +26,87 @@ def compare(adapter: str, merged: str, base: str, rows: list[str] | None) -> dic
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    inputs = _inputs(adapted.model, adapted.processor, rows)
-    wanted = _logits(adapted.model, inputs)
+    batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+    wanted = _outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = _logits(auto.from_pretrained(merged, dtype="auto"), inputs)
-    difference = (wanted - found).abs()
-    if wanted.shape[-1] > 1:
-        agreement = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
-    else:
-        agreement = float(torch.isclose(wanted, found, rtol=1e-3, atol=1e-5).float().mean())
+    found = _outputs(auto.from_pretrained(merged, dtype="auto"), batches)
+    difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
-        "agreement": agreement,
-        "spread": float(wanted.std()),
+        "agreement": float(torch.cat([_agree(one, other) for one, other in zip(wanted, found, strict=True)]).mean()),
+        "spread": float(torch.cat([one.flatten() for one in wanted]).std()),
         "dtype": dtype,
     }
 
 
-def _logits(model: Any, inputs: dict[str, Any]) -> Any:
+def _agree(one: Any, other: Any) -> Any:
+    """1 where the best answer is the same: the last dimension's greatest, or for a single number its value."""
+    import torch
+
+    if one.shape[-1] > 1:
+        return (one.argmax(-1) == other.argmax(-1)).float().flatten()
+    return torch.isclose(one, other, rtol=1e-3, atol=1e-5).float().flatten()
+
+
+def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
+    """What the head gives for each batch: logits, or the start and end logits of an answer."""
     import torch
 
     model.eval()
-    rows = len(next(iter(inputs.values())))
+    found = []
     with torch.inference_mode():
-        parts = [
-            model(**{name: value[start : start + BATCH] for name, value in inputs.items()}).logits.float()
-            for start in range(0, rows, BATCH)
-        ]
-    return torch.cat(parts)
+        for batch in batches:
+            outputs = model(**batch)
+            found += [outputs[name].float() for name in outputs if name.endswith("logits")]
+    return found
 
 
-def _inputs(model: Any, processor: Any, rows: list[str] | None) -> dict[str, Any]:
+def _of_rows(adapted: Any, rows: list[Any]) -> list[dict[str, Any]]:
+    """The task's own batches from raw rows, without labels."""
+    from datasets import Dataset
+
+    first = next(iter(adapted.task.columns))
+    raw = Dataset.from_list([row if isinstance(row, dict) else {first: row} for row in rows])
+    prepared, _ = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=False)
+    batches = []
+    for start in range(0, len(prepared), BATCH):
+        features = [prepared[index] for index in range(start, min(start + BATCH, len(prepared)))]
+        batch = adapted.task.collate(features, adapted.model, adapted.processor)
+        batches.append(_complete(adapted.model, {n: v for n, v in batch.items() if n not in ("row", "labels")}))
+    return batches
+
+
+def synthetic(model: Any) -> dict[str, Any]:
+    """Inputs at random that the model takes: pixels, or token ids from its vocabulary."""
     import torch
 
-    if rows and processor is not None:
-        return dict(processor(rows, return_tensors="pt", padding=True, truncation=True, max_length=128))
-    config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", LENGTH) or LENGTH
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.randn((ROWS, config.num_channels, height, width), generator=generator)}
     length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH) or LENGTH)
     low = min(8, config.vocab_size - 1)  # the first ids are padding and the like
     ids = torch.randint(low, config.vocab_size, (ROWS, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    end = config.eos_token_id
+    if config.is_encoder_decoder and isinstance(end, int):
+        ids[:, -1] = end  # encoder-decoders classify by the state at the end token
+    return _complete(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's first token, for models that generate and were given no target."""
+    import torch
+
+    if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in batch:
+        start = model.config.get_text_config().decoder_start_token_id
+        rows = len(batch["input_ids"])
+        batch["decoder_input_ids"] = torch.full((rows, 1), 0 if start is None else start)
+    return batch
 
 
 def main(request: str) -> None:

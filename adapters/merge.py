@@ -121,7 +121,7 @@ def merge_on_disk(
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
-    rows: list[str] | None = None,
+    rows: list[Any] | None = None,
     check_logits: bool = True,
 ) -> MergeReport:
     """Write a plain transformers folder: the backbone with the adapter's edits in it.
@@ -131,7 +131,7 @@ def merge_on_disk(
         out: the folder to write; must be new, empty, or a merge of ours.
         base: the backbone's folder, where it is not the one that the adapter names.
         dtype: of the written tensors, e.g. "bfloat16"; None keeps each tensor's own.
-        rows: texts for the logits check; None makes synthetic ones.
+        rows: raw rows of the task (or texts) for the logits check; None makes synthetic ones.
         check_logits: compare the logits of the merged and the adapted model in a child process.
 
     Returns:
@@ -249,7 +249,7 @@ def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[st
 
 
 def _with_fidelity(
-    report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[str] | None
+    report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
 ) -> MergeReport:
     """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
     free = _free_memory()

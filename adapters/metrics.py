@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Array = np.ndarray[Any, Any]
+    Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def classification(predicted: Array, truth: Array, classes: int) -> dict[str, float]:
@@ -16,6 +17,7 @@ def classification(predicted: Array, truth: Array, classes: int) -> dict[str, fl
         predicted, truth: class numbers, shape (rows,).
         classes: how many classes there are; a class that occurs in neither is left out of the macro F1.
     """
+    import numpy as np
     from sklearn.metrics import accuracy_score, f1_score
 
     present = np.union1d(predicted, truth)
@@ -48,6 +50,7 @@ def regression(predicted: Array, truth: Array) -> dict[str, float]:
     Args:
         predicted, truth: values, shape (rows,).
     """
+    import numpy as np
     from scipy.stats import pearsonr
     from sklearn.metrics import mean_squared_error
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapters.contracts import Adapted
@@ -13,73 +13,117 @@ from adapters.errors import RequestError, message
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 BATCH = 32  # rows per forward pass
 
 
-def logits_of(
-    adapted: Adapted, prepared: Dataset, *, batch_size: int = BATCH, device: str | None = None
-) -> np.ndarray[Any, Any]:
-    """The model's outputs for prepared rows, in their order: shape (rows, ...), float32.
+def is_prepared(rows: Any) -> bool:
+    """Whether rows have been through the task's `prepare` already."""
+    features = getattr(rows, "features", None) or {}
+    return all(getattr(features.get(name), "dtype", None) == "int64" for name in ("row", "length"))
 
-    Rows of like length go together, so that little is padded.
-    """
+
+def _prepared(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
+    if is_prepared(source):
+        rows: Dataset = source
+        return rows
+    prepared, remarks = adapted.task.prepare(one(source), adapted.processor, adapted.model, labelled=labelled)
+    for remark in remarks:
+        logger.warning(remark)
+    return prepared
+
+
+def _over_batches(
+    adapted: Adapted, prepared: Dataset, batch_size: int, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+) -> tuple[np.ndarray[Any, Any], ...]:
+    """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100."""
     import numpy as np
     import torch
 
-    model = adapted.model
     if batch_size < 1:
         raise RequestError(
             message("a wrong value", where="batch_size", expected="a whole number > 0", found=batch_size)
         )
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+    model = adapted.model
     was_training = model.training
     model.train(False)
     order = np.argsort(prepared["length"], kind="stable")[::-1]
-    answers: list[Any] = [None] * len(prepared)
+    places: list[int] = []
+    parts: list[tuple[np.ndarray[Any, Any], ...]] = []
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
-                picks = order[start : start + batch_size]
-                features = [prepared[int(index)] for index in picks]
-                batch = adapted.task.collate(features, model)
+                picks = [int(index) for index in order[start : start + batch_size]]
+                batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
                 batch.pop("row", None)
-                batch.pop("labels", None)
-                outputs = model(**{name: value.to(model.device) for name, value in batch.items()})
-                for index, row in zip(picks, outputs.logits.float().cpu().numpy(), strict=True):
-                    answers[int(index)] = row
+                batch = {name: value.to(model.device) for name, value in batch.items()}
+                parts.append(tuple(_array(part) for part in act(batch)))
+                places += picks
     finally:
         model.train(was_training)
-    return np.stack(answers)
+    back = np.argsort(places)
+    return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
+
+
+def _array(part: Tensor) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = (part.float() if part.is_floating_point() else part).cpu().numpy()
+    return found
+
+
+def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Batches one after the other; where later dimensions differ, the shorter ones are filled up with -100."""
+    import numpy as np
+
+    shape = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    filled = [
+        np.pad(
+            part,
+            [(0, 0), *((0, most - size) for most, size in zip(shape, part.shape[1:], strict=True))],
+            constant_values=-100,
+        )
+        for part in parts
+    ]
+    return np.concatenate(filled)
 
 
 def predict(
     adapted: Adapted,
-    rows: Sequence[str | Mapping[str, Any]] | Any,
+    rows: Sequence[Any] | Any,
     *,
     batch_size: int = BATCH,
     device: str | None = None,
-) -> list[dict[str, Any]]:
-    """What the model answers, row by row, in their order.
+) -> list[Any]:
+    """What the model answers, row by row, in their order, as the matching transformers pipeline would.
 
     Args:
         adapted: the adapted model.
-        rows: texts, dicts with the task's columns, a `Dataset`, or a file.
+        rows: bare values of the task's first column (texts, images), dicts with the task's columns, a `Dataset`, or
+            a file.
         batch_size: rows per forward pass.
         device: where to compute; None leaves the model where it is.
 
     Returns:
-        One dict a row, e.g. {"label": "pos", "score": 0.98}.
+        One answer a row, e.g. {"label": "pos", "score": 0.98}.
 
     Raises:
         DataError: a row that is not what the task takes, with its number.
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str):
-        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    source = one(rows)
-    prepared, _ = adapted.task.prepare(source, adapted.processor, adapted.model, labelled=False)
-    return adapted.task.decode(logits_of(adapted, prepared, batch_size=batch_size, device=device))
+        first = next(iter(adapted.task.columns))
+        rows = [row if isinstance(row, Mapping) else {first: row} for row in rows]
+    if device is not None:
+        adapted.model.to(device)  # type: ignore[arg-type]
+    prepared = _prepared(adapted, rows, labelled=False)
+    task, model, processor = adapted.task, adapted.model, adapted.processor
+
+    def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        return task.answered(model, {name: value for name, value in batch.items() if name != "labels"}, processor)
+
+    found = _over_batches(adapted, prepared, batch_size, act)
+    return task.decode(found, prepared, processor)
 
 
 def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict[str, float]:
@@ -87,19 +131,24 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
 
     Args:
         adapted: the adapted model.
-        dataset: rows with labels, in any form that `predict` takes.
+        dataset: rows with labels, in any form that `predict` takes, raw or prepared.
+        batch_size: rows per forward pass.
 
     Raises:
         DataError: rows without labels, or with unknown ones.
     """
-    import numpy as np
-    import torch
-
-    source = one(dataset)
-    prepared, _ = adapted.task.prepare(source, adapted.processor, adapted.model, labelled=True)
-    logits = logits_of(adapted, prepared, batch_size=batch_size)
-    labels = np.asarray(prepared["labels"])
-    wanted = torch.float32 if labels.dtype.kind == "f" else torch.long
+    prepared = _prepared(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
-    loss = task.loss(SimpleNamespace(logits=torch.as_tensor(logits)), torch.as_tensor(labels, dtype=wanted))
-    return {"loss": float(loss), **adapted.task.metrics(logits, labels)}
+    model, processor = adapted.model, adapted.processor
+    total, items = 0.0, 0
+
+    def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        nonlocal total, items
+        labels = batch["labels"]
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        total += float(task.loss(outputs, labels, 1))
+        items += task.items(labels)
+        return task.measured(outputs, batch, model, processor)
+
+    found = _over_batches(adapted, prepared, batch_size, act)
+    return {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}

@@ -20,6 +20,8 @@ from adapters.errors import DataError, RequestError, message, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from adapters.contracts import Task
+
 logger = logging.getLogger(__name__)
 
 KEY_ALIASES = {
@@ -254,10 +256,12 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     splits = {name: data.rename(rows, recipe.columns, columns) for name, rows in splits.items()}
     if "train" not in splits:
         raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    options = _checked(recipe, splits)
-    splits, remarks = _divided(recipe, splits)
+    task, options = _checked(recipe, splits)
+    splits, remarks = _divided(recipe, splits, task)
     if recipe.limit is not None:
-        splits["train"] = division.sample(splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(recipe, splits))
+        splits["train"] = division.sample(
+            splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
+        )
     # torch and transformers take seconds to import: the data has spoken before.
     from adapters.arguments import check_fields
     from adapters.trainer import Trainer
@@ -269,7 +273,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     adapted = adapt(
         recipe.model,
         recipe.strategy,
-        task=recipe.task,
+        task=task,
         quantization=recipe.quantization,
         load=recipe.load,
         seed=recipe.seed,
@@ -285,9 +289,8 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     results: dict[str, Any] = {}
     test = splits.get("test")
     if test is not None:
-        task = adapted.task
-        prepared, _ = task.prepare(test, adapted.processor, adapted.model, labelled=True)
-        results["majority"] = task.baseline(trainer.train_dataset, prepared)
+        test = trainer.prepared(test)
+        results["majority"] = task.baseline(trainer.train_dataset, test, adapted.processor)
         results["untrained"] = evaluate(adapted, test)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=True if interrupted and resume else None)
@@ -323,43 +326,36 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
-    ours, others = results["test"][metric], [results[name][metric] for name in ("majority", "untrained")]
+    ours = results["test"][metric]
+    others = [results[name][metric] for name in ("majority", "untrained") if metric in results[name]]
     return all(ours > other if greater else ours < other for other in others)
 
 
-def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> dict[str, Any]:
-    """The options with the labels read from the rows, after every row has been looked at.
+def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
+    """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
 
     Raises:
         DataError: naming the part, the row and the column.
     """
     from adapters.adapt import task_class
-    from adapters.contracts import field_names
+    from adapters.contracts import field_names, make
 
     kind = task_class(recipe.task)
-    options = dict(recipe.options)
+    known = field_names(kind)
+    own = {name: value for name, value in recipe.options.items() if name in known}
     if recipe.labels is not None:
-        options["labels"] = recipe.labels
-    own = {name: value for name, value in options.items() if name in field_names(kind)}
-    if not own.get("labels"):
-        weights = own.pop("class_weights", None)  # checked against the labels once they are known
-        labels = kind(**own).labels_in(splits["train"])
-        own["labels"] = labels
-        if labels:
-            options["labels"] = labels
-        if weights is not None:
-            own["class_weights"] = weights
-    task = kind(**own)
+        own["labels"] = recipe.labels
+    task: Task = make(kind, own, f"task {recipe.task!r}").with_rows(splits["train"])
     for name, rows in splits.items():
         try:
             task.check(rows, labelled=True)
         except DataError as fault:
             raise DataError(f"{name} part: {fault}") from fault
     task.with_data(splits["train"])  # one label alone is said before anything is loaded
-    return options
+    return task, {name: value for name, value in recipe.options.items() if name not in known}
 
 
-def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
+def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
     """The splits that the data has, and those that are missing drawn from the training rows."""
     from adapters import division
 
@@ -370,20 +366,19 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset]) -> tuple[dict[str, Data
         parts["test"] = recipe.test
     order = ("train", "validation", "test")
     given = {name: splits[name] for name in order if name in splits}
-    inputs = [c for c in ("text", "text_pair") if all(c in rows.column_names for rows in given.values())]
-    remarks = division.shared(given, inputs)
     train = splits["train"]
+    apart = next((column for column in task.apart if column in train.column_names), None)
+    inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
+    remarks = division.shared(given, inputs)
     if parts:
-        text = "text" if "text" in train.column_names else None
-        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(recipe, splits), text=text)
+        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
         splits, remarks = {**splits, **drawn}, remarks + lacking
     return {name: splits[name] for name in order if name in splits}, remarks
 
 
-def _stratum(recipe: Recipe, splits: Mapping[str, Dataset]) -> str | None:
+def _stratum(task: Task, rows: Dataset) -> str | None:
     """The column whose classes are kept in proportion."""
-    single = recipe.options.get("problem", "single-label") == "single-label"
-    return "label" if single and "label" in splits["train"].column_names else None
+    return task.stratum if task.stratum in rows.column_names else None
 
 
 def _narrate(trainer: Any, say: Callable[[str], None]) -> None:

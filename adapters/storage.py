@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
-from adapters.backbones import live_model
+from adapters.backbones import PROCESSORS, live_model
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, make
 from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
@@ -342,7 +342,7 @@ def load(
         task,
         _quantization_for(base, backbone["quantization"]),
         options,
-        _saved_processor(folder, document),
+        _saved_processor(folder, document, task),
         int(document["seed"]),
         accept=accept,
         full=verify == "strict",
@@ -366,12 +366,12 @@ def _quantization_for(base: Any, quantization: str | None) -> str | None:
     return None if packed_modules(base) else quantization
 
 
-def _saved_processor(folder: Path, document: Mapping[str, Any]) -> Any:
-    if "tokenizer_config.json" not in document["files"]:
+def _saved_processor(folder: Path, document: Mapping[str, Any], task: Task) -> Any:
+    if not set(PROCESSORS[task.processor][1]) & set(document["files"]):
         return None
-    from transformers import AutoTokenizer
+    import transformers
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    return getattr(transformers, task.processor).from_pretrained(str(folder))
 
 
 def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:

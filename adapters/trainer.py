@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from adapters import checkpoints, data, manifest, shards, storage
 from adapters.anatomy import frozen_below, own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
-from adapters.contracts import Adapted
+from adapters.contracts import Adapted, Draw
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +65,7 @@ class Trainer(transformers.Trainer):
         self.adapted = adapted
         self.columns = columns
         self.remarks: list[str] = []
-        own_metrics = others.get("compute_metrics") is not None
+        self._own_metrics = own_metrics = others.get("compute_metrics") is not None
         parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
         arguments, own = settings(
             adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
@@ -72,17 +73,20 @@ class Trainer(transformers.Trainer):
         task = adapted.task
         if train_dataset is not None:
             rows = self._rows_of(train_dataset)
-            task = task.with_data(rows)
             adapted.record.data = data.fingerprint(rows)
-            train_dataset = self._prepared(rows)
+            train_dataset = self._inputs(rows)
+            task = task.with_data(rows)
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._prepared(self._rows_of(part)) for name, part in eval_dataset.items()}
+            eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self._prepared(self._rows_of(eval_dataset))
+            eval_dataset = self.prepared(eval_dataset)
         self.task = adapted.record.task = task
-        others.setdefault("data_collator", functools.partial(task.collate, model=adapted.model))
+        self._draw = Draw(arguments.seed) if others.get("data_collator") is None else None
+        others.setdefault(
+            "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
+        )
         others.setdefault("compute_loss_func", task.loss)
-        others.setdefault("compute_metrics", lambda found: task.metrics(found.predictions, found.label_ids))
+        others.setdefault("compute_metrics", self._metrics)
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
@@ -106,6 +110,9 @@ class Trainer(transformers.Trainer):
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
         self._batch_rows: list[int] | None = None
+        self._evaluated: Any = None
+        if self._draw is not None:
+            self.add_callback(_Epochs(self._draw))
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
@@ -118,9 +125,15 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ rows
 
     def _rows_of(self, source: Any) -> Dataset:
-        return data.rename(data.one(source), self.columns, self.adapted.task.columns)
+        return source if is_prepared(source) else data.rename(data.one(source), self.columns, self.adapted.task.columns)
 
-    def _prepared(self, rows: Dataset) -> Dataset:
+    def prepared(self, source: Any) -> Dataset:
+        """Model inputs from raw rows in any form; what is prepared already stays as it is."""
+        return self._inputs(self._rows_of(source))
+
+    def _inputs(self, rows: Dataset) -> Dataset:
+        if is_prepared(rows):
+            return rows
         prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
         for remark in remarks:
             self._say(remark)
@@ -135,27 +148,54 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
-        if eval_dataset is not None and not (isinstance(eval_dataset, str) or self._is_prepared(eval_dataset)):
+        if eval_dataset is not None and not (isinstance(eval_dataset, str) or is_prepared(eval_dataset)):
             if isinstance(eval_dataset, Mapping):
-                eval_dataset = {
-                    name: part if self._is_prepared(part) else self._prepared(self._rows_of(part))
-                    for name, part in eval_dataset.items()
-                }
+                eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
             else:
-                eval_dataset = self._prepared(self._rows_of(eval_dataset))
+                eval_dataset = self.prepared(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    @staticmethod
-    def _is_prepared(rows: Any) -> bool:
-        return {"row", "length"} <= set(getattr(rows, "column_names", ()))
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
+        plain: Any = self.data_collator
+        if self._draw is not None:
+            self.data_collator = functools.partial(plain, draw=self._draw)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop; the task's metrics need the rows that are being evaluated."""
+        self._evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
+        if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        numbers = torch.as_tensor(inputs["row"], device=self.args.device)
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
+            found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
+        return loss.detach(), tuple(part.contiguous() for part in found), numbers
+
+    def _metrics(self, found: Any) -> dict[str, float]:
+        parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
+        place = {number: position for position, number in enumerate(self._evaluated["row"])}
+        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
+        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
 
     # ------------------------------------------------------------------ steps
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """Label entries of the global batch; transformers' count would leave a regression's -100 out."""
+        """Loss items of the global batch, as the task counts them."""
         if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        return sum(batch["labels"].numel() for batch in batch_samples)
+        return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The task's loss, with the frozen part below the lowest trained module in eval mode."""
@@ -337,6 +377,18 @@ class Trainer(transformers.Trainer):
         manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
         storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
         self._run = checkpoints.run_of(folder) or self._run
+
+
+@final
+class _Epochs(TrainerCallback):
+    """Moves the draw of random rows on with the epochs, before the epoch's batches are made."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The number of whole epochs behind us."""
+        self.draw.epoch = int(state.epoch or 0)
 
 
 @final

@@ -22,6 +22,8 @@ FLOORS = {
     "checkpoints": 2,
     "fingerprint": 3,
     "quantize": 3,
+    "classes": 3,
+    "tokens": 3,
     "injection": 3,
     "contracts": 4,
     "manifest": 4,

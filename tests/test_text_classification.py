@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import adapters
-from adapters import data
+from adapters import data, tokens
 from adapters.errors import DataError, RequestError
-from adapters.tasks import text_classification
 from adapters.tasks.text_classification import TextClassification
 
 LABELS = ("a", "b", "c")
@@ -73,7 +72,7 @@ def test_a_pair_is_encoded_as_one_row() -> None:
 def test_rows_are_the_same_however_many_are_tokenised_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tiny.rows(8)
     wanted = prepared(TextClassification(LABELS), *rows).to_list()
-    monkeypatch.setattr(text_classification, "CHUNK", chunk)
+    monkeypatch.setattr(tokens, "CHUNK", chunk)
     assert prepared(TextClassification(LABELS), *rows).to_list() == wanted
     rows[7]["label"] = "d"
     with pytest.raises(DataError, match="row 7"):
@@ -186,19 +185,19 @@ def class_numbers(names: list[str], numbers: list[int]) -> Dataset:
 
 def test_label_names_are_read_from_the_rows_and_sorted() -> None:
     rows = rows_of({"text": "x", "label": "b"}, {"text": "y", "label": "a"}, {"text": "z", "label": "b"})
-    assert TextClassification().labels_in(rows) == ("a", "b")
+    assert TextClassification().with_rows(rows).labels == ("a", "b")
 
 
 def test_numbers_as_labels_become_names() -> None:
     rows = rows_of({"text": "x", "label": 1}, {"text": "y", "label": 0})
-    task = TextClassification(TextClassification().labels_in(rows))
+    task = TextClassification(TextClassification().with_rows(rows).labels)
     assert task.labels == ("0", "1")
     assert list(task.prepare(rows, tiny.tokenizer(), tiny.model("bert"), labelled=True)[0]["labels"]) == [1, 0]
 
 
 def test_a_class_label_column_keeps_its_own_order() -> None:
     rows = class_numbers(["zebra", "ant", "bee"], [0, 2])
-    assert TextClassification().labels_in(rows) == ("zebra", "ant", "bee")
+    assert TextClassification().with_rows(rows).labels == ("zebra", "ant", "bee")
     task = TextClassification(("ant", "bee", "zebra"))
     assert list(task.prepare(rows, tiny.tokenizer(), tiny.model("bert"), labelled=True)[0]["labels"]) == [2, 1]
 
@@ -213,7 +212,7 @@ def test_a_class_label_of_minus_one_is_a_missing_label() -> None:
 def test_a_list_of_class_labels_has_names_too() -> None:
     features = Features({"text": Value("string"), "label": List(ClassLabel(names=["x", "y", "z"]))})
     rows = Dataset.from_dict({"text": ["parcel", "refund"], "label": [[2], [0, 1]]}, features=features)
-    assert TextClassification(problem="multi-label").labels_in(rows) == ("x", "y", "z")
+    assert TextClassification(problem="multi-label").with_rows(rows).labels == ("x", "y", "z")
     task = TextClassification(("x", "y", "z"), "multi-label")
     found = task.prepare(rows, tiny.tokenizer(), tiny.model("bert"), labelled=True)[0]
     assert list(found["labels"]) == [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
@@ -238,8 +237,8 @@ def test_several_labels_a_row(cells: list[Any], wanted: list[list[int]]) -> None
 
 def test_the_labels_of_multi_label_rows_are_read_one_by_one() -> None:
     task = TextClassification(problem="multi-label")
-    assert task.labels_in(rows_of({"text": "x", "label": "b|a"}, {"text": "y", "label": "c"})) == LABELS
-    assert task.labels_in(rows_of({"text": "x", "label": ["b", "a"]}, {"text": "y", "label": ["c"]})) == LABELS
+    assert task.with_rows(rows_of({"text": "x", "label": "b|a"}, {"text": "y", "label": "c"})).labels == LABELS
+    assert task.with_rows(rows_of({"text": "x", "label": ["b", "a"]}, {"text": "y", "label": ["c"]})).labels == LABELS
 
 
 def test_numbers_and_their_texts_are_targets_of_a_regression() -> None:
@@ -249,7 +248,7 @@ def test_numbers_and_their_texts_are_targets_of_a_regression() -> None:
         2.5,
         -1e-3,
     ]
-    assert task.labels_in(rows_of({"text": "x", "label": 2})) == ()
+    assert task.with_rows(rows_of({"text": "x", "label": 2})).labels == ()
 
 
 FAULTS: dict[str, tuple[TextClassification, Any, str]] = {
@@ -286,7 +285,7 @@ def test_a_label_that_cannot_be_is_named_with_its_row(name: str) -> None:
 def test_so_many_labels_that_they_are_numbers_are_said() -> None:
     rows = rows_of(*({"text": f"t{number}", "label": str(number / 7)} for number in range(30)))
     with pytest.raises(DataError, match=r"30 different labels in 30 rows.*problem='regression'"):
-        TextClassification().labels_in(rows)
+        TextClassification().with_rows(rows)
 
 
 # ---------------------------------------------------------------------- options and heads
@@ -371,7 +370,7 @@ def test_the_head_is_what_lies_outside_the_backbone(kind: str) -> None:
 def test_a_batch_is_padded_on_the_right_to_its_longest_row() -> None:
     task = TextClassification(LABELS)
     found = prepared(task, {"text": "my parcel is late", "label": "a"}, {"text": "refund", "label": "c"})
-    batch = task.collate([found[0], found[1]], tiny.model("bert"))
+    batch = task.collate([found[0], found[1]], tiny.model("bert"), None)
     assert batch["input_ids"].tolist()[1] == [2, *tiny.tokenizer()("refund")["input_ids"][1:], 0, 0, 0]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [0, 2]
@@ -384,13 +383,13 @@ def test_targets_that_are_no_class_numbers_are_floats(problem: str) -> None:
     task = TextClassification(LABELS if problem == "multi-label" else (), problem)
     label = "a|b" if problem == "multi-label" else "2"
     found = prepared(task, {"text": "parcel", "label": label}, {"text": "refund", "label": label})
-    batch = task.collate([found[0], found[1]], tiny.model("bert"))
+    batch = task.collate([found[0], found[1]], tiny.model("bert"), None)
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"].tolist() == ([[1, 1, 0]] * 2 if problem == "multi-label" else [2, 2])
 
 
 def test_rows_without_a_mask_attend_to_all_of_themselves() -> None:
-    batch = TextClassification(LABELS).collate([{"input_ids": [5, 6, 7]}, {"input_ids": [5]}], tiny.model("bert"))
+    batch = TextClassification(LABELS).collate([{"input_ids": [5, 6, 7]}, {"input_ids": [5]}], tiny.model("bert"), None)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
@@ -556,22 +555,22 @@ def test_minus_one_hundred_is_a_number_like_any_other(tmp_path: Any) -> None:
 
 def test_one_label_is_answered_with_its_probability() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
-    found = TextClassification(LABELS).decode(logits + np.array([[5.0], [-900.0]]))
+    found = TextClassification(LABELS).decode([logits + np.array([[5.0], [-900.0]])], None, None)
     assert [entry["label"] for entry in found] == ["a", "c"]
     assert [entry["score"] for entry in found] == pytest.approx([0.7, 0.6])
 
 
 def test_several_labels_are_answered_over_the_threshold() -> None:
     logits = np.array([[2.0, -2.0, 0.1], [-9.0, -9.0, -9.0]])
-    found = TextClassification(LABELS, "multi-label").decode(logits)
+    found = TextClassification(LABELS, "multi-label").decode([logits], None, None)
     assert [entry["labels"] for entry in found] == [["a", "c"], []]
     assert found[0]["scores"] == pytest.approx(dict(zip(LABELS, 1 / (1 + np.exp(-logits[0])), strict=True)))
-    strict = TextClassification(LABELS, "multi-label", threshold=0.6).decode(logits)
+    strict = TextClassification(LABELS, "multi-label", threshold=0.6).decode([logits], None, None)
     assert [entry["labels"] for entry in strict] == [["a"], []]
 
 
 def test_a_number_is_answered_as_it_is() -> None:
-    assert TextClassification(problem="regression").decode(np.array([[1.5], [-2.0]])) == [
+    assert TextClassification(problem="regression").decode([np.array([[1.5], [-2.0]])], None, None) == [
         {"score": 1.5},
         {"score": -2.0},
     ]
@@ -610,20 +609,20 @@ def test_answers_come_in_the_order_of_the_rows(batch_size: int) -> None:
 def test_the_baseline_is_the_majority_of_the_training_rows() -> None:
     train = Dataset.from_dict({"labels": [2, 2, 2, 0, 1]})
     test = Dataset.from_dict({"labels": [0, 0, 2, 1]})
-    found = TextClassification(LABELS).baseline(train, test)
+    found = TextClassification(LABELS).baseline(train, test, None)
     assert found == pytest.approx({"accuracy": 1 / 4, "macro_f1": (2 / 5) / 3})
 
 
 def test_the_baseline_of_several_labels_is_those_that_most_rows_have() -> None:
     train = Dataset.from_dict({"labels": [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]})
     test = Dataset.from_dict({"labels": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]})
-    found = TextClassification(LABELS, "multi-label").baseline(train, test)
+    found = TextClassification(LABELS, "multi-label").baseline(train, test, None)
     assert found == pytest.approx({"accuracy": 1 / 2, "macro_f1": (2 / 3) / 3, "micro_f1": 2 / 4})
 
 
 def test_the_baseline_of_numbers_is_their_mean() -> None:
     found = TextClassification(problem="regression").baseline(
-        Dataset.from_dict({"labels": [1.0, 3.0]}), Dataset.from_dict({"labels": [2.0, 5.0]})
+        Dataset.from_dict({"labels": [1.0, 3.0]}), Dataset.from_dict({"labels": [2.0, 5.0]}), None
     )
     assert found == pytest.approx({"mse": 9 / 2, "pearson": 0.0})
 
@@ -642,8 +641,9 @@ def test_the_metric_that_chooses_is_one_that_is_measured(task: TextClassificatio
     width = len(task.labels) or 1
     right = np.eye(width)[[0, 1, 2]] if task.labels else np.array([[1.0], [2.0], [3.0]])
     labels = {"single-label": np.array([0, 1, 2]), "multi-label": right, "regression": right.reshape(-1)}[task.problem]
-    best = task.metrics(20 * right - 10 if task.labels else right, labels)
-    worst = task.metrics(10 - 20 * right if task.labels else -right, labels)
+    rows = Dataset.from_dict({"labels": labels.tolist()})
+    best = task.metrics([20 * right - 10 if task.labels else right], rows, None)
+    worst = task.metrics([10 - 20 * right if task.labels else -right], rows, None)
     assert (best[metric] > worst[metric]) == greater
     assert best[metric] == (1.0 if greater else 0.0)
 

@@ -462,7 +462,7 @@ def test_callbacks_and_own_collators_keep_working(tmp_path: Path) -> None:
             calls.append("step")
 
     adapted = adapted_on()
-    collate = lambda features: adapted.task.collate(features, adapted.model)  # noqa: E731
+    collate = lambda features: adapted.task.collate(features, adapted.model, None)  # noqa: E731
     trainer_for(
         tmp_path, adapted, args={"max_steps": 2}, eval_dataset=None, callbacks=[Spy()], data_collator=collate
     ).train()
