@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, set_padding
+from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
 from adapters.errors import RequestError, message, nearest
 from adapters.strategies.bitfit import BitFit
@@ -250,6 +250,7 @@ def assemble(
     accept: Callable[[Strategy, Fingerprint], None] | None = None,
     full: bool = True,
     added_tokens: Sequence[str] = (),
+    claimed: Fingerprint | None = None,
 ) -> Adapted:
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
@@ -258,6 +259,7 @@ def assemble(
             where they are not the right ones.
         full: hash every byte of the backbone, else samples alone.
         added_tokens: tokens that the backbone gets rows for.
+        claimed: the fingerprint taken on the caller's word where packed weights cannot be identified.
     """
     import torch
 
@@ -284,18 +286,20 @@ def assemble(
             _refuse_half(net)
 
         spelt = planned(net, processor, added_tokens) if added_tokens else {}
+        padding = plan_padding(net, processor)
+
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
             storage = Storage(packed_kind(net))
-        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full)
+        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full, claimed=claimed)
         if accept is not None:
             accept(strategy, fingerprint)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
-        note, configured = set_padding(net, processor)
-        _configure(net, task)
         pack(net, maps, storage)
         vocabulary = extend(net, processor, spelt) if spelt else None
         trained = strategy.apply(net) | live_names(net, head)
+        _configure(net, task)
+        configured = padding.settle(net, processor) if padding else {}
         if vocabulary is not None:
             vocabulary = vocabulary.beside({own_name(name) for name in trained})
             trained |= live_names(net, vocabulary.axes)
@@ -313,9 +317,9 @@ def assemble(
     adapted = Adapted(
         net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
     )
-    if note:
-        record.notes.append(note)
-        logger.warning(note)
+    if padding and padding.note:
+        record.notes.append(padding.note)
+        logger.warning(padding.note)
     net.train(False)
     return adapted
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from adapters.anatomy import frozen_below
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message, nearest
 
@@ -28,6 +30,7 @@ HOUSE: Mapping[str, object] = {
     "save_total_limit": 2,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
+    "restore_callback_states_from_checkpoint": True,  # a resumed run goes on counting its patience
 }
 OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
@@ -46,14 +49,60 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type",
 }
 
+_SMALLER = "It would cast the trained weights. Load the backbone in fewer bits: load={'dtype': 'bfloat16'}."
+_PUSH = "Push the finished folder: huggingface_hub.upload_folder(...)."
+_WHOLE = "The task measures all rows at once; a compute_metrics of your own may ask for it."
+_TEXTS = "Only transformers.Seq2SeqTrainer reads it."
+# Fields that would do nothing here, or break what is promised: the one value that holds, and what to do instead.
+SETTLED: Mapping[str, tuple[object, str]] = {
+    "label_smoothing_factor": (0, "Say it as the task's own option label_smoothing."),
+    "label_names": (None, "The task names the labels."),
+    "remove_unused_columns": (False, "The task chooses what reaches the model."),
+    "length_column_name": ("length", "The task counts the lengths."),
+    "dataloader_drop_last": (False, "Every row is trained on and measured."),
+    "dataloader_persistent_workers": (
+        False,
+        "Workers that outlive an epoch would draw the same random rows in every one.",
+    ),
+    "logging_nan_inf_filter": (False, "Numbers that are not finite stop the run."),
+    "load_best_model_at_end": (True, "The best weights are put back; without an eval_dataset the last ones stay."),
+    "auto_find_batch_size": (
+        False,
+        "Give a smaller per_device_train_batch_size; with gradient_accumulation_steps the gradient is the same.",
+    ),
+    "fp16_full_eval": (False, _SMALLER),
+    "bf16_full_eval": (False, _SMALLER),
+    "enable_jit_checkpoint": (False, "Say save_strategy and save_steps, and go on with resume_from_checkpoint."),
+    "resume_from_checkpoint": (None, "Say it to train: trainer.train(resume_from_checkpoint=...), or --resume."),
+    "push_to_hub": (False, _PUSH),
+    "hub_model_id": (None, _PUSH),
+    "hub_strategy": ("every_save", _PUSH),
+    "hub_always_push": (False, _PUSH),
+    "hub_revision": (None, _PUSH),
+    "batch_eval_metrics": (False, _WHOLE),
+    "eval_do_concat_batches": (True, _WHOLE),
+    "include_for_metrics": ([], _WHOLE),
+    "predict_with_generate": (False, _TEXTS),
+    "sortish_sampler": (False, _TEXTS),
+    "generation_max_length": (None, _TEXTS),
+    "generation_num_beams": (None, _TEXTS),
+    "generation_config": (None, _TEXTS),
+}
+SAMPLING = ("group_by_length", "random", "sequential", "batch_rebalance")
+WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the metric of the best weights
+
 _PLAIN: dict[str, dict[str, Any]] = {}
 
 
-def check_fields(given: Mapping[str, Any]) -> None:
-    """Refuse training settings that do not exist.
+def check_fields(given: Mapping[str, Any], *, own_metrics: bool = False) -> None:
+    """Refuse training settings that do not exist, cannot be, or would do nothing here.
+
+    Args:
+        given: names and values, taken literally.
+        own_metrics: the caller computes metrics.
 
     Raises:
-        RequestError: with the right name, or the nearest ones.
+        RequestError: every fault at once, with the right names.
     """
     known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init} | set(OWN)
     faults = []
@@ -62,11 +111,43 @@ def check_fields(given: Mapping[str, Any]) -> None:
             right = ALIASES.get(name)
             remedy = f"The name is {right}." if right else nearest(name, known)
             faults.append(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
-        else:
-            faults += _value_faults(name, given[name])
     if faults:
         raise RequestError(" ".join(faults))
-    made(TrainingArguments, {"output_dir": "unused", **{n: v for n, v in given.items() if n not in OWN}})
+    _refuse(given, own_metrics)
+    made(TrainingArguments, {"output_dir": "unused", **HOUSE, **_taken(given)})
+
+
+def _refuse(given: Mapping[str, Any], own_metrics: bool) -> None:
+    faults = []
+    for name, value in given.items():
+        holds, remedy = SETTLED.get(name, (value, ""))
+        if value != holds and not (own_metrics and remedy == _WHOLE):
+            what = "this setting is fixed here"
+            where = f"args: {name}"
+            faults.append(message(what, where=where, expected=repr(holds), found=repr(value), remedy=remedy))
+        else:
+            faults += _value_faults(name, value)
+    for kind in ("eval", "save", "logging"):
+        chosen = str(getattr(given.get(f"{kind}_strategy"), "value", given.get(f"{kind}_strategy", "steps")))
+        if given.get(f"{kind}_steps") is not None and chosen != "steps":
+            found = f"{kind}_strategy {chosen!r}"
+            faults.append(
+                message(f"{kind}_steps beside another strategy", where="args", expected="'steps'", found=found)
+            )
+    if given.get("greater_is_better") is not None and given.get("metric_for_best_model") is None:
+        remedy = "Say metric_for_best_model as well."
+        faults.append(message("greater_is_better without its metric", where="args", remedy=remedy))
+    if faults:
+        raise RequestError(" ".join(faults))
+
+
+def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the given goes to transformers: without our own settings and those that are settled here."""
+    taken = {name: value for name, value in given.items() if name not in OWN and name not in SETTLED}
+    for kind in ("eval", "save"):  # a number of steps asks for steps
+        if taken.get(f"{kind}_steps") is not None:
+            taken.setdefault(f"{kind}_strategy", "steps")
+    return taken
 
 
 def _value_faults(name: str, value: Any) -> list[str]:
@@ -76,8 +157,22 @@ def _value_faults(name: str, value: Any) -> list[str]:
         expected = "a whole number > 0, or null"
     elif name == "frozen_dropout":
         fine, expected = isinstance(value, bool), "true or false"
+    elif name == "train_sampling_strategy":
+        fine, expected = value in SAMPLING, f"one of {', '.join(SAMPLING)}"
+    elif name == "use_liger_kernel":
+        from transformers.utils.import_utils import is_liger_kernel_available
+
+        fine = not value or is_liger_kernel_available()
+        expected = "the package liger-kernel, which is not installed"
+    elif name == "report_to":
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        installed: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+        wanted = [value] if isinstance(value, str) else value
+        fine = wanted is None or set(wanted) <= {*installed, "all", "none"}
+        expected = f"of what is installed: {', '.join([*installed, 'none'])}"
     else:
-        default = _plain(TrainingArguments)[name]
+        default = _plain(TrainingArguments).get(name)
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         fine = not numeric or (isinstance(value, int | float) and not isinstance(value, bool))
         expected = "a number"
@@ -94,8 +189,15 @@ def _value_faults(name: str, value: Any) -> list[str]:
 
 def made(kind: type[TrainingArguments], options: Mapping[str, Any]) -> TrainingArguments:
     """Training arguments, with transformers' own complaints as errors of ours."""
-    try:
+    with complaints():
         return kind(**options)
+
+
+@contextlib.contextmanager
+def complaints() -> Iterator[None]:
+    """What transformers refuses about the settings, as an error of ours."""
+    try:
+        yield
     except (ValueError, TypeError) as fault:
         raise RequestError(
             message(
@@ -105,7 +207,12 @@ def made(kind: type[TrainingArguments], options: Mapping[str, Any]) -> TrainingA
 
 
 def settings(
-    adapted: Adapted, args: TrainingArguments | Mapping[str, Any] | None, *, evaluated: bool, own_metrics: bool
+    adapted: Adapted,
+    args: TrainingArguments | Mapping[str, Any] | None,
+    *,
+    evaluated: bool,
+    own_metrics: bool,
+    parts: Sequence[str] = (),
 ) -> tuple[TrainingArguments, dict[str, Any]]:
     """The training arguments of a run, and our own settings beside them.
 
@@ -115,15 +222,53 @@ def settings(
             None for the defaults alone.
         evaluated: there are validation rows: evaluate and save once an epoch, keep the best, stop early.
         own_metrics: the caller computes metrics: the loss chooses the best weights unless said otherwise.
+        parts: names of the validation sets where there are several; the first chooses unless said otherwise.
+
+    Raises:
+        RequestError: settings that do not exist, cannot be, or would do nothing here.
     """
-    kind: type[TrainingArguments] = TrainingArguments
-    _plain(kind)
+    kind, given = _given(args, own_metrics)
+    own = {name: given[name] for name in OWN if name in given}
+    literal = _taken(given)
+    _refuse_unheard(adapted, {**given, **literal}, own, evaluated)
+    merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}
+    for name, value in adapted.strategy.defaults.items():
+        merged[name] = value(adapted.model) if callable(value) else value
+    merged["dataloader_pin_memory"] = torch.cuda.is_available()
+    if not evaluated:
+        merged["eval_strategy"] = "no"
+    filled = {name: value for name, value in merged.items() if name not in literal}
+    if args is not None and not isinstance(args, Mapping) and filled:
+        logger.info(
+            "settings at transformers' defaults are taken as not set; used instead: %s (a dict is taken literally)",
+            ", ".join(f"{name}={value}" for name, value in sorted(filled.items())),
+        )
+    merged |= literal
+    # Checkpoints follow evaluations unless the caller says when to save.
+    if "save_strategy" not in literal and merged["eval_strategy"] != "no":
+        merged["save_strategy"] = merged["eval_strategy"]
+        if literal.get("eval_steps") is not None:
+            merged["save_steps"] = literal["eval_steps"]
+    if evaluated:
+        merged |= _best(adapted, merged, own_metrics, parts)
+    # transformers would delete, reload and choose columns by its own rules; here that is the trainer's and the task's.
+    merged |= {name: given[name] for name in SETTLED if name in given}
+    merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
+    return made(kind, merged), own
+
+
+def _given(
+    args: TrainingArguments | Mapping[str, Any] | None, own_metrics: bool
+) -> tuple[type[TrainingArguments], dict[str, Any]]:
+    """The class of the arguments, and what the caller said, checked."""
+    _plain(TrainingArguments)
     if args is None:
-        given: dict[str, Any] = {}
-    elif isinstance(args, Mapping):
-        given = dict(args)
-        check_fields(given)
-    elif not isinstance(args, TrainingArguments):
+        return TrainingArguments, {}
+    if isinstance(args, Mapping):
+        check_fields(args, own_metrics=own_metrics)
+        return TrainingArguments, dict(args)
+    if not isinstance(args, TrainingArguments):
         raise RequestError(
             message(
                 "not training settings",
@@ -132,41 +277,56 @@ def settings(
                 found=type(args).__name__,
             )
         )
-    else:
-        kind = type(args)
-        plain = _plain(kind)
-        given = {
-            entry.name: getattr(args, entry.name)
-            for entry in dataclasses.fields(args)
-            if entry.init and getattr(args, entry.name) != plain[entry.name]
-        }
-        given["output_dir"] = args.output_dir
-    own = {name: given.pop(name) for name in OWN if name in given}
-    merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}
-    for name, value in adapted.strategy.defaults.items():
-        merged[name] = value(adapted.model) if callable(value) else value
-    merged["dataloader_pin_memory"] = torch.cuda.is_available()
-    if not evaluated:
-        merged["eval_strategy"] = "no"
-    filled = {name: value for name, value in merged.items() if name not in given}
-    if args is not None and not isinstance(args, Mapping) and filled:
-        logger.info(
-            "settings at transformers' defaults are taken as not set; used instead: %s (a dict is taken literally)",
-            ", ".join(f"{name}={value}" for name, value in sorted(filled.items())),
-        )
-    merged |= given
-    # Checkpoints follow evaluations unless the caller says when to save.
-    if "save_strategy" not in given and merged["eval_strategy"] != "no":
-        merged["save_strategy"] = merged["eval_strategy"]
-        if "eval_steps" in given and "save_steps" not in given:
-            merged["save_steps"] = given["eval_steps"]
-    if evaluated and "metric_for_best_model" not in merged:
-        metric, greater = ("loss", False) if own_metrics else adapted.task.best_metric
-        merged["metric_for_best_model"], merged["greater_is_better"] = metric, greater
-    # transformers would delete and reload by its own rules; both are done here.
-    merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
-    merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
-    return made(kind, merged), own
+    plain = _plain(type(args))
+    given = {
+        entry.name: getattr(args, entry.name)
+        for entry in dataclasses.fields(args)
+        if entry.init and getattr(args, entry.name) != plain[entry.name]
+    }
+    if given.get("greater_is_better") == (not str(given.get("metric_for_best_model")).endswith("loss")):
+        given.pop("greater_is_better", None)  # filled in by transformers from the metric's name: not set
+    _refuse(given, own_metrics)
+    return type(args), {**given, "output_dir": args.output_dir}
+
+
+def _refuse_unheard(adapted: Adapted, given: Mapping[str, Any], own: Mapping[str, Any], evaluated: bool) -> None:
+    """Refuse what could not be heard in this run: evaluations without rows, noise where nothing is noisy."""
+    chosen = str(getattr(given.get("eval_strategy"), "value", given.get("eval_strategy")))
+    faults = []
+    if not evaluated and (chosen not in ("None", "no") or given.get("load_best_model_at_end")):
+        name = next(n for n in ("load_best_model_at_end", "eval_steps", "eval_strategy") if given.get(n))
+        faults.append(message("validation without rows", where=f"args: {name}", remedy="Give an eval_dataset."))
+    if evaluated and chosen == "no":
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if given.get(name):
+                remedy = "Say eval_strategy='epoch' or 'steps'."
+                faults.append(message("the run is never evaluated", where=f"args: {name}", remedy=remedy))
+    if given.get("neftune_noise_alpha") and not own.get("frozen_dropout"):
+        embeddings = adapted.model.get_input_embeddings()
+        if any(module is embeddings for module in frozen_below(adapted.model, adapted.trained)):
+            what = "noise on embeddings that lie below all that trains, where everything runs as in evaluation"
+            remedy = "Say frozen_dropout=True as well."
+            faults.append(message(what, where="args: neftune_noise_alpha", remedy=remedy))
+    if faults:
+        raise RequestError(" ".join(faults))
+
+
+def _best(adapted: Adapted, merged: Mapping[str, Any], own_metrics: bool, parts: Sequence[str]) -> dict[str, Any]:
+    """What chooses the best weights, and which way is better; the schedules that watch it are told so, too."""
+    loss_alone = own_metrics or bool(merged.get("prediction_loss_only"))
+    best, up = ("loss", False) if loss_alone else adapted.task.best_metric
+    metric, greater = merged.get("metric_for_best_model"), merged.get("greater_is_better")
+    if metric is None:
+        metric, greater = f"{parts[0]}_{best}" if parts else best, up
+    elif greater is None:
+        known = {"loss": False} | dict([adapted.task.best_metric])
+        bare = next((name for name in known if str(metric) == name or str(metric).endswith(f"_{name}")), None)
+        greater = known[bare] if bare else None
+    chosen: dict[str, Any] = {"metric_for_best_model": metric, "greater_is_better": greater}
+    if str(getattr(merged.get("lr_scheduler_type"), "value", merged.get("lr_scheduler_type"))) in WATCHING:
+        up = greater if greater is not None else True
+        chosen["lr_scheduler_kwargs"] = {"mode": "max" if up else "min", **(merged.get("lr_scheduler_kwargs") or {})}
+    return chosen
 
 
 def _fresh(stem: str) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, RequestError, message
@@ -162,7 +163,13 @@ def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
 
 
 def identify(
-    model: PreTrainedModel, head: frozenset[str], folder: Path | None, *, trust: bool, full: bool = True
+    model: PreTrainedModel,
+    head: frozenset[str],
+    folder: Path | None,
+    *,
+    trust: bool,
+    full: bool = True,
+    claimed: Fingerprint | None = None,
 ) -> Fingerprint:
     """The backbone's fingerprint: from its checkpoint where there is one, else from memory.
 
@@ -172,12 +179,13 @@ def identify(
         folder: where its checkpoint may lie.
         trust: the model has just been loaded from there; a live model is compared with it first.
         full: hash every byte.
+        claimed: the caller's word, taken where packed weights cannot be identified; None refuses them.
 
     Raises:
         BackboneError: packed weights whose full-precision checkpoint is not at hand or is another one.
     """
     from adapters import fingerprint as prints
-    from adapters.quantize import packed_modules, repacked_differs
+    from adapters.quantize import packed_modules
 
     packed = {f"{path}.weight".replace(".base_layer.", ".") for path in packed_modules(model)}
     on_disk = None
@@ -185,39 +193,56 @@ def identify(
         with contextlib.suppress(FolderError):  # older checkpoints hold no safetensors: identified from memory
             on_disk = prints.of_folder(model, head | packed if not trust else head, folder, full=full)
     if packed and not trust:
-        if on_disk is None:
-            raise BackboneError(
-                message(
-                    "a model in 4 bits can only be identified beside its full-precision checkpoint",
-                    where=type(model).__name__,
-                    expected="a name_or_path that opens",
-                    found=repr(model.name_or_path),
-                    remedy="Adapt the id or folder with quantization='nf4', or load with verify='off'.",
-                )
-            )
-        assert folder is not None
-        slots = prints.disk_slots(model, folder)
-        wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
-        if wrong:
-            raise BackboneError(
-                message(
-                    "the packed weights are not those of the model's own checkpoint",
-                    where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
-                    found=f"{len(wrong)} of {len(packed)} differ",
-                )
-            )
-        in_memory = prints.of_model(model, head, skip=packed, full=full)
-        if prints.differences(on_disk, in_memory):
-            raise BackboneError(
-                message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path))
-            )
-        return prints.of_folder(model, head, folder, full=full)
+        try:
+            return _of_packed(model, head, packed, folder, on_disk, full=full)
+        except BackboneError:
+            if claimed is None:
+                raise
+            return claimed
     if on_disk is not None and trust:
         return on_disk
     in_memory = prints.of_model(model, head, full=full)
     if on_disk is not None and not prints.differences(on_disk, in_memory):
         return on_disk  # the finer of the two, where the live model was loaded in fewer bits
     return in_memory
+
+
+def _of_packed(
+    model: PreTrainedModel,
+    head: frozenset[str],
+    packed: set[str],
+    folder: Path | None,
+    on_disk: Fingerprint | None,
+    *,
+    full: bool,
+) -> Fingerprint:
+    """The fingerprint of a live model in 4 bits: its checkpoint's, once packing that gives the same bytes."""
+    from adapters import fingerprint as prints
+    from adapters.quantize import repacked_differs
+
+    if folder is None or on_disk is None:
+        raise BackboneError(
+            message(
+                "a model in 4 bits can only be identified beside its full-precision checkpoint",
+                where=type(model).__name__,
+                expected="a name_or_path that opens",
+                found=repr(model.name_or_path),
+                remedy="Adapt the id or folder with quantization='nf4', or say adapters.load(..., verify='off').",
+            )
+        )
+    slots = prints.disk_slots(model, folder)
+    wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
+    if wrong:
+        raise BackboneError(
+            message(
+                "the packed weights are not those of the model's own checkpoint",
+                where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
+                found=f"{len(wrong)} of {len(packed)} differ",
+            )
+        )
+    if prints.differences(on_disk, prints.of_model(model, head, skip=packed, full=full)):
+        raise BackboneError(message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path)))
+    return prints.of_folder(model, head, folder, full=full)
 
 
 def packed_kind(model: PreTrainedModel) -> str:
@@ -228,22 +253,42 @@ def packed_kind(model: PreTrainedModel) -> str:
     return str(state.quant_state.quant_type)
 
 
-def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, Any]]:
-    """One padding token for tokenizer and model, on the right; the end token where there is none.
+@final
+@dataclass(frozen=True)
+class Padding:
+    """How rows are padded, on the right: the token, its id, and a remark to be said once (empty where none is due)."""
+
+    token: str
+    id: int
+    note: str
+
+    def settle(self, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+        """Give tokenizer and model the token; returns the config fields that were set."""
+        if processor.pad_token is None:
+            processor.pad_token = self.token
+        processor.padding_side = "right"
+        config = model.config.get_text_config()
+        if config.pad_token_id == self.id:
+            return {}
+        config.pad_token_id = model.config.pad_token_id = self.id
+        return {"pad_token_id": self.id}
+
+
+def plan_padding(model: PreTrainedModel, processor: Any) -> Padding | None:
+    """One padding token for tokenizer and model; the end token where there is none. Changes neither.
 
     Models that pool the last token look for the id in their config, so both must name the same.
 
     Returns:
-        A remark to be said once (empty where nothing was missing), and the config fields that were set.
+        None where the processor pads nothing.
 
     Raises:
         RequestError: no token to pad with, or a tokenizer whose padding the model's positions contradict.
     """
     if processor is None or not hasattr(processor, "pad_token"):
-        return "", {}
+        return None
     from adapters.anatomy import counted_from
 
-    note = ""
     token = processor.pad_token or processor.eos_token
     if token is None:
         raise RequestError(
@@ -254,7 +299,6 @@ def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, 
             )
         )
     pad = int(processor.convert_tokens_to_ids(token))
-    config = model.config.get_text_config()
     start = counted_from(model)
     if start is not None and start != pad:
         raise RequestError(
@@ -266,11 +310,6 @@ def set_padding(model: PreTrainedModel, processor: Any) -> tuple[str, dict[str, 
                 remedy="Use the tokenizer that belongs to the model.",
             )
         )
-    if processor.pad_token is None:
-        note = f"no padding token: the end token {token!r} is used, rows are padded on the right"
-        processor.pad_token = token
-    processor.padding_side = "right"
-    if config.pad_token_id == pad:
-        return note, {}
-    config.pad_token_id = model.config.pad_token_id = pad
-    return note, {"pad_token_id": pad}
+    missing = processor.pad_token is None
+    note = f"no padding token: the end token {token!r} is used, rows are padded on the right" if missing else ""
+    return Padding(str(token), pad, note)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, final
 from adapters import metrics
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message, nearest
-from adapters.labels import class_names, named, names_in, number_in
+from adapters.labels import class_names, named, names_in, number_in, one_name, refuse_one_class
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,8 @@ class Classes:
         twice = [label for label, times in Counter(self.labels).items() if times > 1]
         if twice:
             found.append(message("a label twice", where="labels", found=repr(twice[0])))
+        if self.problem == "single-label" and (fault := one_name(self.labels)):
+            found.append(fault)
         if self.problem not in PROBLEMS:
             found.append(
                 message(f"unknown problem {self.problem!r}", where="problem", remedy=nearest(self.problem, PROBLEMS))
@@ -170,6 +172,8 @@ class Classes:
         found: set[str] = set()
         for number, value in enumerate(rows["label"]):
             found |= set(names_in(value, number, (), many=self.problem == "multi-label", check=False))
+        if self.problem == "single-label":
+            refuse_one_class(sorted(found), ())
         if len(rows) >= 20 and len(found) * 2 > len(rows) and self.problem == "single-label":
             raise DataError(
                 message(
@@ -181,8 +185,12 @@ class Classes:
         return tuple(sorted(found))
 
     def balanced(self, rows: Dataset) -> Mapping[str, float] | str | None:
-        """The class weights, "balanced" made concrete for these training rows (raw, or prepared with "labels")."""
-        if self.class_weights != "balanced":
+        """The class weights, "balanced" made concrete for these training rows (raw, or prepared with "labels").
+
+        Raises:
+            DataError: all rows have one label.
+        """
+        if self.problem != "single-label":
             return self.class_weights
         if "label" in rows.column_names:
             cells = enumerate(rows["label"])
@@ -191,6 +199,9 @@ class Classes:
             need_column(rows, "labels")
             counts = Counter(self.labels[number] for number in rows["labels"])
         present = [label for label in self.labels if counts[label]]
+        refuse_one_class(present, self.labels)
+        if self.class_weights != "balanced":
+            return self.class_weights
         weights = {label: len(rows) / (len(present) * counts[label]) for label in present}
         return {label: weights.get(label, 0.0) for label in self.labels}
 

@@ -45,10 +45,6 @@ def main() -> NoReturn:
     except USAGE as fault:
         print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, typer.Abort, typer.Exit) as end:
-        if isinstance(end, typer.Exit) and end.exit_code != 130:
-            raise SystemExit(end.exit_code) from None
-        code = 130
     if code == 130:  # typer turns Ctrl-C into this code and says nothing
         rest = (
             "; the checkpoint of the last whole epoch is kept, go on with --resume" if arguments[0] == "train" else ""

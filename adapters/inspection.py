@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters import shards
 from adapters.manifest import WEIGHTS, read_manifest
-
-WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -23,11 +22,10 @@ def describe(folder: Path) -> dict[str, Any]:
     groups: dict[str, dict[str, int]] = {}
     for name, entry in document["tensors"].items():
         group = _group(name, head)
-        size = math.prod(entry["shape"])
         found = groups.setdefault(group, {"tensors": 0, "parameters": 0, "bytes": 0})
         found["tensors"] += 1
-        found["parameters"] += size
-        found["bytes"] += size * WIDTHS.get(entry["dtype"], 1)
+        found["parameters"] += math.prod(entry["shape"])
+        found["bytes"] += shards.nbytes(entry["dtype"], entry["shape"])
     backbone = document["backbone"]
     return {
         "folder": str(folder),

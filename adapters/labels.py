@@ -24,6 +24,41 @@ def named(rows: Dataset, value: Any) -> Any:
     return value
 
 
+def one_name(labels: Sequence[str]) -> str:
+    """The fault of a choice between one label, in words; empty where there are more."""
+    if len(labels) != 1:
+        return ""
+    return message(
+        "one label alone: every answer would be the same",
+        where="labels",
+        expected="two or more",
+        found=repr(labels[0]),
+        remedy="Name the other label too, or say problem='multi-label' for a label that a row has or has not.",
+    )
+
+
+def refuse_one_class(present: Sequence[str], labels: Sequence[str]) -> None:
+    """Refuse training rows that all have one label: there is nothing to tell apart, and the loss is 0 at once.
+
+    Args:
+        present: the labels that the rows have, each once.
+        labels: all that the task knows.
+
+    Raises:
+        DataError: naming the label.
+    """
+    if len(present) == 1:
+        others = [label for label in labels if label not in present]
+        raise DataError(
+            message(
+                f"every training row has the label {present[0]!r}",
+                where="column 'label'",
+                expected=f"rows of {', '.join(others[:6])} too" if others else "rows of two labels or more",
+                remedy="Look at the column and at which rows are taken (columns, limit).",
+            )
+        )
+
+
 def names_in(value: Any, row: int, labels: Sequence[str], *, many: bool, check: bool = True) -> list[str]:
     """The label names of one cell.
 

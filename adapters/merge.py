@@ -192,32 +192,33 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
     from adapters.backbones import is_path, local_folder
 
     name = str(base) if base is not None else document["backbone"]["name"]
+    revision = document["backbone"]["revision"]
     if not name:
         raise RequestError(
             message("the adapter was made on a live model without a name", where=where, remedy="Give base=folder.")
         )
-    options = {} if base is not None else {"revision": document["backbone"]["revision"]}
-    found = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
-    if found is None and (isinstance(base, Path) or is_path(name) or (base is not None and "/" not in name)):
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    place = isinstance(base, Path) or is_path(name) or (base is not None and "/" not in name)
+    cached = None if place else local_folder(name, {} if base is not None else {"revision": revision})
+    if cached is not None:
+        return cached
+    if place or base is not None:
         raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
-    found = found or local_folder(name, options)
-    if found is None and base is not None:
-        raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
-    if found is None:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
 
-        try:
-            found = Path(snapshot_download(name, revision=document["backbone"]["revision"] or None))
-        except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
-            raise RequestError(
-                message(
-                    "the backbone is neither here nor to be had from the hub",
-                    where=name,
-                    found=" ".join(str(fault).split())[:200],
-                    remedy="Give base=folder.",
-                )
-            ) from fault
-    return found
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
+        raise RequestError(
+            message(
+                "the backbone is neither here nor to be had from the hub",
+                where=name,
+                found=" ".join(str(fault).split())[:200],
+                remedy="Give base=folder.",
+            )
+        ) from fault
 
 
 def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None) -> None:

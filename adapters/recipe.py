@@ -283,6 +283,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     )
     say(str(adapted))
     record = adapted.record
+    record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
     trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
@@ -300,7 +301,8 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         results["test"] = evaluate(adapted, test)
         record.metrics |= results
     for remark in record.notes:
-        say(remark)
+        if remark not in remarks:
+            say(remark)
     storage.save(adapted, output)
     shards.remove(work)
     metric, greater = adapted.task.best_metric
@@ -312,26 +314,17 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         "metric": metric,
         "rows": {name: len(rows) for name, rows in splits.items()},
         **results,
+        "notes": list(record.notes),
         "beat_baseline": _beats(results, metric, greater) if test is not None else None,
         "validation": record.metrics.get("validation"),
         "trained_parameters": adapted.trained_count,
         "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
-        "backbone_bytes": _backbone_bytes(document),
+        "backbone_bytes": sum(
+            shards.nbytes(dtype, shape) for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values()
+        ),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
-
-
-def _backbone_bytes(document: Mapping[str, Any]) -> int:
-    """Bytes of the backbone's tensors as they stand in its checkpoint."""
-    widths = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
-    total = 0
-    for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values():
-        size = widths.get(dtype, 1)
-        for length in shape:
-            size *= length
-        total += size
-    return total
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
@@ -360,6 +353,7 @@ def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[
             task.check(rows, labelled=True)
         except DataError as fault:
             raise DataError(f"{name} part: {fault}") from fault
+    task.with_data(splits["train"])  # one label alone is said before anything is loaded
     return task, {name: value for name, value in recipe.options.items() if name not in known}
 
 
@@ -372,14 +366,16 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[di
         parts["validation"] = recipe.validation
     if "test" not in splits and recipe.test:
         parts["test"] = recipe.test
-    remarks: list[str] = []
+    order = ("train", "validation", "test")
+    given = {name: splits[name] for name in order if name in splits}
     train = splits["train"]
+    apart = next((column for column in task.apart if column in train.column_names), None)
+    inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
+    remarks = division.shared(given, inputs)
     if parts:
-        apart = next((column for column in task.apart if column in train.column_names), None)
-        drawn, remarks = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
-        splits = {**splits, **drawn}
-    order = [name for name in ("train", "validation", "test") if name in splits]
-    return {name: splits[name] for name in order}, remarks
+        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
+        splits, remarks = {**splits, **drawn}, remarks + lacking
+    return {name: splits[name] for name in order if name in splits}, remarks
 
 
 def _stratum(task: Task, rows: Dataset) -> str | None:

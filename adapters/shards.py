@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
@@ -26,21 +27,28 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 CHUNK = 4 << 20  # bytes per read when a tensor passes through untouched
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format itself
+# The format's code -> torch's name and bytes per value.
 DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-NAMES = {dtype: code for code, dtype in DTYPES.items()}
+NAMES = {dtype: code for code, (dtype, _) in DTYPES.items()}
+WIDTHS = dict(DTYPES.values())
 
 
 @final
@@ -53,6 +61,17 @@ class Slot:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """The bytes of a tensor: torch's name of its dtype, and its shape.
+
+    Raises:
+        FolderError: a dtype that safetensors files of ours do not hold.
+    """
+    if dtype not in WIDTHS:
+        raise FolderError(message(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(WIDTHS)}"))
+    return math.prod(shape) * WIDTHS[dtype]
 
 
 def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
@@ -90,9 +109,10 @@ def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         begin, stop = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES or begin != end or stop < begin:
+        dtype, width = DTYPES.get(entry["dtype"], ("", 0))
+        if not dtype or begin != end or stop - begin != width * math.prod(entry["shape"]):
             raise FolderError(message("a broken safetensors entry", where=f"{file}: {name}", found=entry))
-        slots[name] = Slot(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, stop - begin)
+        slots[name] = Slot(file, dtype, tuple(entry["shape"]), 8 + length + begin, stop - begin)
         end = stop
     if 8 + length + end != size:
         raise FolderError(

@@ -345,6 +345,10 @@ def load(
         if verify != "off":
             refuse_other_backbone(document, found, str(folder))
 
+    from adapters.fingerprint import Fingerprint
+
+    # Where 4-bit weights cannot be identified, "off" takes the user's word that they are the recorded backbone's.
+    claimed = Fingerprint.from_json(backbone["fingerprint"]) if verify == "off" else None
     adapted = assemble(
         base,
         saved_strategy,
@@ -356,6 +360,7 @@ def load(
         accept=accept,
         full=verify == "strict",
         added_tokens=vocabulary.tokens if vocabulary is not None else (),
+        claimed=claimed,
     )
     if vocabulary != adapted.vocabulary:
         raise FolderError(
@@ -368,6 +373,10 @@ def load(
         )
     put(adapted, tensors, str(folder))
     fill_record(adapted.record, document, folder)
+    if adapted.fingerprint is claimed:
+        note = "the backbone in 4 bits was not verified (verify='off')"
+        adapted.record.notes += [note] if note not in adapted.record.notes else []
+        logger.warning(note)
     return adapted
 
 

@@ -37,12 +37,7 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        import torch
-
-        total: int = torch.tensor([], dtype=getattr(torch, self.dtype)).element_size()
-        for size in self.shape:
-            total *= size
-        return total
+        return shards.nbytes(self.dtype, self.shape)
 
 
 def plan(

@@ -22,15 +22,17 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from adapters import checkpoints, data, manifest, shards, storage
 from adapters.anatomy import frozen_below, own_name
-from adapters.arguments import PATIENCE, changed, settings
+from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.errors import NumbersError, RequestError, message
+from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+OPTIMIZER = "optimizer.pt"  # in a checkpoint, unless save_only_model left it out
 
 
 @final
@@ -64,13 +66,16 @@ class Trainer(transformers.Trainer):
         self.columns = columns
         self.remarks: list[str] = []
         self._own_metrics = own_metrics = others.get("compute_metrics") is not None
-        arguments, own = settings(adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics)
+        parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
+        arguments, own = settings(
+            adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
+        )
         task = adapted.task
         if train_dataset is not None:
             rows = self._rows_of(train_dataset)
-            task = task.with_data(rows)
             adapted.record.data = data.fingerprint(rows)
             train_dataset = self._inputs(rows)
+            task = task.with_data(rows)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -82,18 +87,10 @@ class Trainer(transformers.Trainer):
         )
         others.setdefault("compute_loss_func", task.loss)
         others.setdefault("compute_metrics", self._metrics)
-        if arguments.dataloader_persistent_workers:
-            raise RequestError(
-                message(
-                    "workers that outlive an epoch would draw the same random rows in every one",
-                    where="args: dataloader_persistent_workers",
-                    remedy="Leave it out.",
-                )
-            )
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with _accepted(adapted.model):
+        with _accepted(adapted.model), complaints():
             super().__init__(
                 model=adapted.model,
                 args=arguments,
@@ -321,6 +318,11 @@ class Trainer(transformers.Trainer):
         return result
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = str(self.args.metric_for_best_model)
+        known = [found.removeprefix("eval_") for found in metrics]
+        if self.args.metric_for_best_model is not None and name.removeprefix("eval_") not in known:
+            remedy = nearest(name.removeprefix("eval_"), known)
+            raise RequestError(message("no such metric", where=f"metric_for_best_model {name!r}", remedy=remedy))
         better: bool = super()._determine_best_metric(metrics, trial)
         if better:
             self.state.best_global_step = self.state.global_step
@@ -378,6 +380,15 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.verify(folder)
+        if not (folder / OPTIMIZER).is_file():
+            raise FolderError(
+                message(
+                    "the checkpoint holds no optimizer: training cannot go on as if nothing had been",
+                    where=str(folder),
+                    expected=OPTIMIZER,
+                    remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
+                )
+            )
         document = manifest.read_manifest(folder)
         manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
         storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
@@ -402,6 +413,11 @@ class _EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing to check: `settings` has chosen the metric."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Count the evaluations that choose the best weights: of several validation sets one does."""
+        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

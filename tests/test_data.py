@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -240,9 +241,70 @@ def test_each_class_is_divided_in_proportion(counts: list[int], seed: int) -> No
     parts, remarks = division.split(made(labels), {"validation": 0.1, "test": 0.2}, seed=seed, by="label", text="text")
     assert remarks == []
     for name, share in (("validation", 0.1), ("test", 0.2)):
+        assert len(parts[name]) == round(share * len(labels))
         found = Counter(parts[name]["label"])
         for label, count in enumerate(counts):
-            assert abs(found[str(label)] - share * count) <= 0.5 + 1e-9
+            assert found[str(label)] in (math.floor(share * count + 1e-9), math.ceil(share * count - 1e-9))
+
+
+@QUICK
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=2, max_size=30),
+    shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
+    seed=st.integers(0, 2**16),
+)
+def test_small_classes_keep_a_row_in_train_and_the_missing_ones_are_named(
+    counts: list[int], shares: tuple[float, float], seed: int
+) -> None:
+    labels = [f"class-{label}-" for label, count in enumerate(counts) for _ in range(count)]
+    try:
+        parts, remarks = division.split(
+            made(labels), {"validation": shares[0], "test": shares[1]}, seed=seed, by="label", text="text"
+        )
+    except DataError:
+        assert max(shares) * len(labels) < len(counts) + 1
+        return
+    assert set(parts["train"]["label"]) == set(labels)
+    lacking = {name: set(labels) - set(part["label"]) for name, part in parts.items()}
+    for name, classes in lacking.items():
+        assert (f"{name} lacks {len(classes)} " in " ".join(remarks)) == bool(classes)
+    assert len(remarks) == any(lacking.values())
+
+
+def test_many_small_classes_give_every_part_its_share() -> None:
+    rows = made([f"c{index % 50}" for index in range(200)])
+    parts, remarks = division.split(rows, {"validation": 0.1, "test": 0.1}, seed=0, by="label", text="text")
+    assert {name: len(part) for name, part in parts.items()} == {"validation": 20, "test": 20, "train": 160}
+    for name in ("validation", "test"):
+        assert max(Counter(parts[name]["label"]).values()) == 1
+        assert f"{name} lacks 30 " in remarks[0]
+    assert not set(parts["validation"]["label"]) & set(parts["test"]["label"])  # no class gives twice while others wait
+    assert min(Counter(parts["train"]["label"]).values()) == 3
+    again, _ = division.split(rows, {"validation": 0.1, "test": 0.1}, seed=1, by="label", text="text")
+    assert set(again["test"]["label"]) != set(parts["test"]["label"])
+
+
+def test_where_small_classes_leave_too_little_every_part_is_short_alike() -> None:
+    rows = made([f"c{index % 40}" for index in range(80)])  # one of each two stays in train: 40 for both parts
+    parts, _ = division.split(rows, {"validation": 0.4, "test": 0.4}, seed=0, by="label", text="text")
+    assert {name: len(part) for name, part in parts.items()} == {"validation": 20, "test": 20, "train": 40}
+
+
+def test_rows_in_two_given_parts_are_counted_and_the_first_is_named() -> None:
+    train = made(["a", "b", "a"], ["one", "two", "three"])
+    test = made(["a", "b", "b", "a"], ["new", "two", "two", "three"])
+    assert division.shared({"train": train, "test": made(["a"], ["other"])}, ["text"]) == []
+    assert division.shared({"train": made(["a", "a"], ["one", "one"])}, ["text"]) == []
+    remarks = division.shared({"train": train, "validation": made(["a"], ["new"]), "test": test}, ["text"])
+    assert len(remarks) == 2
+    assert "1 of 4 test rows stand in validation too (first: test row 0, validation row 0)" in remarks[0]
+    assert "3 of 4 test rows stand in train too (first: test row 1, train row 1)" in remarks[1]
+    pairs = [
+        rows.add_column("text_pair", [f"{part} {i}" for i in range(len(rows))])
+        for part, rows in (("train", train), ("test", test))
+    ]
+    assert division.shared(dict(zip(("train", "test"), pairs, strict=True)), ["text", "text_pair"]) == []
+    assert division.shared({"train": train, "test": test}, []) == []
 
 
 def test_the_seed_alone_decides_who_goes_where() -> None:

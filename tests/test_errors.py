@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,24 @@ def test_a_request_that_cannot_be_leaves_the_model_as_it_was(name: str) -> None:
     adapters.adapt(model)  # and it can still be adapted
 
 
+def test_a_fault_after_the_checks_leaves_tokenizer_and_config_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("gpt2"), tiny.tokenizer()
+    model.config.pad_token_id = None
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side = None, "[SEP]", "left"
+    before = snapshot(model)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(MissingPackageError, match="bitsandbytes"):
+            adapters.adapt(model, "qlora", labels=["x", "y", "z"], processor=tokenizer)
+    assert snapshot(model) == before
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (None, "left")
+    adapted = adapters.adapt(model, "qlora", labels=["x", "y", "z"], processor=tokenizer)
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("[SEP]", "right")
+    assert model.config.pad_token_id == 3
+    assert adapted.record.config == {"pad_token_id": 3}
+    assert any("no padding token" in note for note in adapted.record.notes)
+
+
 @pytest.mark.parametrize(
     ("kind", "strategy", "said"), [("llama", "bitfit", "no biases"), ("albert", "freeze", "share one set of weights")]
 )
@@ -242,6 +261,77 @@ def test_a_batch_size_that_cannot_be_is_refused(size: Any) -> None:
 def test_an_unknown_training_setting_is_refused_with_the_right_name(wrong: str, right: str, tmp_path: Path) -> None:
     adapted = adapted_on(strategy="probe")
     refused(RequestError, lambda: adapters.Trainer(adapted, {wrong: 1}, tiny.rows(6)), f"'{wrong}'", right)
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ({"label_smoothing_factor": 0.1}, "own option label_smoothing"),
+        ({"push_to_hub": True}, "upload_folder"),
+        ({"hub_model_id": "me/mine"}, "upload_folder"),
+        ({"resume_from_checkpoint": "run/checkpoint-3"}, "trainer.train(resume_from_checkpoint=...)"),
+        ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
+        ({"label_names": ["answers"]}, "The task names the labels"),
+        ({"length_column_name": "words"}, "'length'"),
+        ({"dataloader_drop_last": True}, "Every row"),
+        ({"enable_jit_checkpoint": True}, "save_steps"),
+        ({"bf16_full_eval": True, "use_cpu": True}, "dtype"),
+        ({"batch_eval_metrics": True}, "compute_metrics of your own"),
+        ({"eval_do_concat_batches": False}, "compute_metrics of your own"),
+        ({"include_for_metrics": ["inputs"]}, "compute_metrics of your own"),
+        ({"neftune_noise_alpha": 5.0}, "frozen_dropout=True"),
+        ({"train_sampling_strategy": "shuffled"}, "group_by_length"),
+        ({"report_to": "paper"}, "installed"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "eval_strategy 'epoch'"),
+        ({"save_steps": 5, "eval_strategy": "epoch", "save_strategy": "epoch"}, "save_strategy 'epoch'"),
+        ({"fsdp": "full_shard"}, "distributed"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_do_nothing_is_refused_as_a_dict_and_as_an_object(
+    given: dict[str, Any], right: str, tmp_path: Path
+) -> None:
+    from transformers import TrainingArguments
+
+    adapted = adapted_on(strategy="probe")
+    for args in ({"output_dir": str(tmp_path), **given}, TrainingArguments(output_dir=str(tmp_path), **given)):
+        refused(
+            RequestError,
+            lambda args=args: adapters.Trainer(adapted, args, tiny.rows(6), tiny.rows(6, seed=1)),
+            next(iter(given)),
+            right,
+        )
+    assert adapted.record.settings == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluated", "right"),
+    [
+        ({"load_best_model_at_end": False}, True, "The best weights are put back"),
+        ({"remove_unused_columns": True}, True, "The task chooses"),
+        ({"logging_nan_inf_filter": True}, True, "not finite"),
+        ({"load_best_model_at_end": True}, False, "Give an eval_dataset"),
+        ({"eval_strategy": "epoch"}, False, "Give an eval_dataset"),
+        ({"eval_steps": 5}, False, "Give an eval_dataset"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, True, "never evaluated"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, True, "never evaluated"),
+        ({"greater_is_better": False}, True, "metric_for_best_model"),
+    ],
+    ids=str,
+)
+def test_a_dict_that_asks_for_what_is_not_done_is_refused(
+    given: dict[str, Any], evaluated: bool, right: str, tmp_path: Path
+) -> None:
+    adapted = adapted_on(strategy="probe")
+    rows = tiny.rows(6, seed=1) if evaluated else None
+    args = {"output_dir": str(tmp_path), **given}
+    refused(RequestError, lambda: adapters.Trainer(adapted, args, tiny.rows(6), rows), next(iter(given)), right)
+
+
+def test_a_metric_that_is_not_there_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    args = {"output_dir": str(tmp_path), "metric_for_best_model": "acuracy", "num_train_epochs": 1}
+    trainer = adapters.Trainer(adapted_on(strategy="probe"), args, tiny.rows(6), tiny.rows(6, seed=1))
+    refused(RequestError, trainer.train, "acuracy", "Did you mean 'accuracy'")
 
 
 @pytest.mark.parametrize("given", [5, "fast", ["learning_rate"]])

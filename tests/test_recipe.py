@@ -345,6 +345,48 @@ def test_the_splits_that_the_data_has_are_kept(base: str, tmp_path: Path) -> Non
     assert results["rows"] == {"train": 18, "validation": 6, "test": 12}
 
 
+def test_texts_that_stand_in_two_given_parts_are_said_and_stay(base: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder / "train.csv", tiny.rows(24))
+    write_rows(folder / "test.csv", [*tiny.rows(6, seed=2), *tiny.rows(24)[4:8]])
+    said: list[str] = []
+    results = made(base, str(folder), tmp_path, strategy="probe").run(said.append)
+    remark = next(line for line in said if "stand in train too" in line)
+    assert remark.startswith("4 of 10 test rows stand in train too (first: test row 6, train row 4)")
+    assert said.count(remark) == 1
+    assert remark in results["notes"]
+    assert results["rows"]["test"] == 10
+    assert remark in json.loads((tmp_path / "out" / "adapter.json").read_text())["notes"]
+
+
+def test_many_small_classes_are_divided_and_trained_on(base: str, tmp_path: Path) -> None:
+    labels = [f"c{number}" for number in range(20)]
+    rows = [{**row, "label": labels[number % 20]} for number, row in enumerate(tiny.rows(80))]
+    said: list[str] = []
+    results = made(base, write_rows(tmp_path / "rows.csv", rows), tmp_path, strategy="probe").run(said.append)
+    assert results["rows"] == {"train": 64, "validation": 8, "test": 8}
+    assert any("validation lacks 12 " in line and "test lacks 12 " in line for line in said)
+
+
+ONE_LABEL: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "in all rows": (["a"] * 40, {}, "every training row has the label 'a'"),
+    "in all rows, two are known": (["a"] * 40, {"labels": ["a", "b"]}, "every training row has the label 'a'.*b too"),
+    "is known": (["a"] * 40, {"labels": ["a"]}, "one label alone"),
+    "in the one row that is drawn": (["a", "b"] * 20, {"limit": 1}, "every training row has the label.*limit"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_LABEL)
+def test_a_choice_between_one_label_is_refused(name: str, base: str, tmp_path: Path) -> None:
+    labels, change, said = ONE_LABEL[name]
+    rows = [{**row, "label": label} for row, label in zip(tiny.rows(40), labels, strict=True)]
+    data = write_rows(tmp_path / "rows.csv", rows)
+    with pytest.raises((DataError, RequestError), match=said):
+        made(base, data, tmp_path, strategy="probe", **change).run(lambda line: None)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.csv"]
+
+
 def test_a_run_without_a_test_measures_none(base: str, rows: str, tmp_path: Path) -> None:
     results = made(base, rows, tmp_path, strategy="probe", test=0).run(lambda line: None)
     assert results["rows"] == {"train": 54, "validation": 6}

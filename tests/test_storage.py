@@ -221,6 +221,60 @@ def test_training_goes_on_after_load(saved: tuple[Path, str, torch.Tensor], tmp_
     assert not torch.equal(tiny.logits(adapted.model), logits)
 
 
+def test_a_packed_live_model_without_its_checkpoint_loads_on_the_callers_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from adapters import anatomy, quantize
+
+    base = tiny.folder("bert", tmp_path / "base")
+    adapted = adapters.adapt(base, "qlora", labels=list(tiny.LABELS))
+    tiny.shake(adapted)
+    adapters.save(adapted, tmp_path / "adapter")
+
+    def live() -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        maps = [m for path, m in anatomy.linear_maps(model).items() if path.startswith("bert.encoder")]
+        quantize.pack(model, maps, quantize.Storage("nf4"))
+        model.name_or_path = ""
+        return model
+
+    for verify in ("strict", "fast"):
+        with pytest.raises(adapters.BackboneError, match=r"beside its full-precision checkpoint.*verify='off'"):
+            adapters.load(tmp_path / "adapter", live(), verify=verify)
+    loaded = adapters.load(tmp_path / "adapter", live(), verify="off")
+    assert torch.equal(tiny.logits(loaded.model), tiny.logits(adapted.model))
+    assert loaded.fingerprint == adapted.fingerprint
+    assert loaded.storage.quantization == "nf4"
+    assert any("was not verified" in note for note in loaded.record.notes)
+    assert "was not verified" in caplog.text
+    adapters.save(loaded, tmp_path / "again")
+    again = adapters.load(tmp_path / "again", base)  # on the checkpoint itself the word is checked
+    assert torch.equal(tiny.logits(again.model), tiny.logits(adapted.model))
+    with pytest.raises(adapters.BackboneError):
+        adapters.load(tmp_path / "again", tiny.folder("bert", tmp_path / "other", seed=1))
+
+
+def test_every_dtype_has_torchs_own_width(tmp_path: Path) -> None:
+    for dtype in shards.WIDTHS:
+        tensor = torch.zeros(2, 3, dtype=torch.uint8).to(getattr(torch, dtype))
+        assert shards.nbytes(dtype, tensor.shape) == tensor.numel() * tensor.element_size()
+        file = tmp_path / f"{dtype}.safetensors"
+        shards.save_tensors(file, {"x": tensor}, {})
+        slots, _ = shards.read_header(file)
+        assert (slots["x"].dtype, slots["x"].nbytes) == (dtype, shards.nbytes(dtype, (2, 3)))
+    with pytest.raises(adapters.FolderError, match="unknown dtype 'int4'"):
+        shards.nbytes("int4", (2, 3))
+
+
+def test_a_header_whose_shape_does_not_fill_its_bytes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(shards.header_bytes({"x": ("float32", (2, 3), 20)}, {}) + bytes(20))
+    with pytest.raises(adapters.FolderError, match=r"broken safetensors entry.*x"):
+        shards.read_header(file)
+
+
 def test_a_live_model_needs_its_backbone_named(tmp_path: Path) -> None:
     adapted = adapters.adapt(tiny.model("bert"))
     tiny.shake(adapted)

@@ -496,6 +496,28 @@ def test_balanced_weights_of_class_numbers_and_of_a_class_that_does_not_occur() 
     assert weights == pytest.approx({"x": 4 / 6, "y": 0.0, "z": 2.0})
 
 
+@pytest.mark.parametrize("weights", [None, "balanced"])
+def test_training_rows_of_one_class_are_refused_by_name(weights: str | None, tmp_path: Any) -> None:
+    rows = [{"text": f"t {i}", "label": "b"} for i in range(6)]
+    adapted = adapters.adapt(
+        tiny.model("bert"), "probe", labels=LABELS, class_weights=weights, processor=tiny.tokenizer()
+    )
+    with pytest.raises(DataError, match=r"every training row has the label 'b'.*a, c too"):
+        adapters.Trainer(adapted, {"output_dir": str(tmp_path)}, rows)
+    ready = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 6, "labels": [2] * 6})
+    with pytest.raises(DataError, match=r"every training row has the label 'c'"):
+        adapters.Trainer(adapted, {"output_dir": str(tmp_path)}, ready)
+    adapters.Trainer(adapted, {"output_dir": str(tmp_path)}, [*rows, {"text": "t", "label": "a"}], rows)
+
+
+def test_one_label_alone_is_refused_unless_a_row_has_it_or_has_not() -> None:
+    with pytest.raises(RequestError, match=r"one label alone.*'spam'"):
+        TextClassification(("spam",))
+    assert TextClassification(("spam",), problem="multi-label").labels == ("spam",)
+    several = rows_of({"text": "t", "label": "spam"}, {"text": "u", "label": "spam"})
+    TextClassification(("spam",), problem="multi-label").with_data(several)
+
+
 def test_balanced_weights_of_prepared_rows_are_not_forgotten(tmp_path: Any) -> None:
     adapted = adapters.adapt(tiny.model("bert"), "probe", labels=LABELS, class_weights="balanced")
     rows = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 4, "labels": [0, 0, 1, 2]})

@@ -101,6 +101,67 @@ def test_checkpoints_follow_the_evaluations(tmp_path: Path) -> None:
     assert trainer.args.save_steps == 2
 
 
+@pytest.mark.parametrize("kind", ["dict", "object"])
+def test_a_number_of_steps_asks_for_steps(kind: str, tmp_path: Path) -> None:
+    given = {"output_dir": str(tmp_path), "eval_steps": 2, "report_to": "none"}
+    args = given if kind == "dict" else TrainingArguments(**given)
+    trainer = adapters.Trainer(adapted_on(), args, tiny.rows(12), tiny.rows(6, seed=1))
+    assert (trainer.args.eval_strategy, trainer.args.eval_steps) == ("steps", 2)
+    assert (trainer.args.save_strategy, trainer.args.save_steps) == ("steps", 2)
+    given = {"output_dir": str(tmp_path), "save_steps": 3, "report_to": "none"}
+    args = given if kind == "dict" else TrainingArguments(**given)
+    trainer = adapters.Trainer(adapted_on(), args, tiny.rows(12), tiny.rows(6, seed=1))
+    assert (trainer.args.eval_strategy, trainer.args.save_strategy, trainer.args.save_steps) == ("epoch", "steps", 3)
+
+
+@pytest.mark.parametrize("kind", ["dict", "object"])
+def test_a_known_metric_knows_which_way_is_better(kind: str, tmp_path: Path) -> None:
+    given = {"output_dir": str(tmp_path), "metric_for_best_model": "eval_mse", "report_to": "none"}
+    args = given if kind == "dict" else TrainingArguments(**given)
+    adapted = adapters.adapt(tiny.model("bert", labels=1), "probe", processor=tiny.tokenizer(), problem="regression")
+    rows = [{"text": row["text"], "label": float(n % 3)} for n, row in enumerate(tiny.rows(12))]
+    assert adapters.Trainer(adapted, args, rows, rows).args.greater_is_better is False
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min")])
+def test_a_schedule_that_watches_a_metric_is_told_which_way_is_better(metric: str, mode: str, tmp_path: Path) -> None:
+    args = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": metric, "num_train_epochs": 1}
+    trainer = trainer_for(tmp_path, adapted_on(strategy="probe"), args=args)
+    trainer.train()
+    assert trainer.lr_scheduler.mode == mode
+
+
+def test_the_loss_chooses_where_it_alone_is_measured(tmp_path: Path) -> None:
+    args = {"prediction_loss_only": True, "num_train_epochs": 1, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path, adapted_on(strategy="probe"), args=args)
+    trainer.train()
+    assert trainer.adapted.record.metrics["validation"].keys() == {"loss"}
+
+
+def test_of_several_validation_sets_the_first_chooses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sets = {"one": tiny.rows(9, seed=1), "two": tiny.rows(9, seed=2)}
+    adapted = adapted_on(strategy="probe")
+    trainer = trainer_for(tmp_path, adapted, args={"num_train_epochs": 3}, eval_dataset=sets)
+    trainer.train()
+    assert adapted.record.metrics["validation"].keys() == {"one_accuracy"}
+    assert "early stopping" not in caplog.text
+    args = {"num_train_epochs": 1, "metric_for_best_model": "two_loss"}
+    trainer = trainer_for(tmp_path / "two", adapted_on(strategy="probe"), args=args, eval_dataset=sets)
+    trainer.train()
+    assert trainer.args.greater_is_better is False
+    assert trainer.state.best_metric == trainer.evaluate()["eval_two_loss"]
+
+
+def test_noise_on_embeddings_is_heard_where_dropout_stays_on(tmp_path: Path) -> None:
+    losses = []
+    for noise in (None, 50.0):
+        args = {"max_steps": 1, "frozen_dropout": True, "neftune_noise_alpha": noise}
+        net = tiny.model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        adapted = adapters.adapt(net, "probe", processor=tiny.tokenizer(), labels=list(tiny.LABELS))
+        losses.append(trainer_for(tmp_path / str(noise), adapted, args=args, eval_dataset=None).train().training_loss)
+    assert losses[0] != losses[1]
+
+
 def test_columns_are_the_only_renaming(tmp_path: Path) -> None:
     rows = [{"review": row["text"], "stars": row["label"]} for row in tiny.rows(12)]
     trainer = trainer_for(tmp_path, train_dataset=rows, eval_dataset=None, columns={"text": "review", "label": "stars"})
@@ -234,6 +295,39 @@ def test_law_9_interrupted_and_resumed_is_uninterrupted(strategy: str, accumulat
     assert same(again.state(), whole.state())
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (first, second)]
     assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_goes_on_counting_its_patience(tmp_path: Path) -> None:
+    script = [0.5, 0.4, 0.3, 0.2, 0.1, 0.05]
+    args = {**BY_SCORE, "num_train_epochs": 6, "early_stopping_patience": 3, "save_total_limit": 6}
+
+    def run(folder: str, scores: list[float], *callbacks: TrainerCallback) -> adapters.Trainer:
+        return trainer_for(
+            tmp_path / folder,
+            adapted_on(strategy="probe"),
+            args=args,
+            compute_metrics=Scripted(scores),
+            callbacks=list(callbacks),
+        )
+
+    whole = run("whole", script)
+    whole.train()
+    assert whole.state.epoch == 4
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", script, Cut(8)).train()  # in the third epoch, after two evaluations
+    again = run("cut", script[2:])
+    again.train(resume_from_checkpoint=True)
+    assert again.state.epoch == 4
+    assert same(again.adapted.state(), whole.adapted.state())
+
+
+def test_a_checkpoint_without_an_optimizer_is_no_place_to_go_on_from(tmp_path: Path) -> None:
+    args = {"max_steps": 2, "save_steps": 1, "save_only_model": True}
+    trainer_for(tmp_path, args=args, eval_dataset=None).train()
+    again = trainer_for(tmp_path, args={**args, "max_steps": 4}, eval_dataset=None)
+    with pytest.raises(adapters.FolderError, match=r"holds no optimizer.*checkpoint-2.*save_only_model"):
+        again.train(resume_from_checkpoint=True)
+    assert adapters.load(tmp_path / "run" / "checkpoint-2", tiny.model("bert")).trained == again.adapted.trained
 
 
 def test_resume_takes_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
