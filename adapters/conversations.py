@@ -41,7 +41,7 @@ def is_sharegpt(cells: list[Any]) -> bool:
 def read_turns(rows: Dataset, column: str, *, sharegpt: bool) -> tuple[list[list[dict[str, str]]], set[str]]:
     """Conversations of role and content.
 
-    An empty system turn is left out; sharegpt's column "system" opens the conversation.
+    An empty system turn is left out; a column "system" beside the turns opens the conversation.
 
     Args:
         rows: the source.
@@ -56,7 +56,7 @@ def read_turns(rows: Dataset, column: str, *, sharegpt: bool) -> tuple[list[list
     """
     who, what = ("from", "value") if sharegpt else ("role", "content")
     names = SPEAKERS if sharegpt else ROLES
-    systems = rows["system"] if sharegpt and "system" in rows.column_names else [None] * len(rows)
+    systems = rows["system"] if "system" in rows.column_names else [None] * len(rows)
     made: list[list[dict[str, str]]] = []
     dropped: set[str] = set()
     for number, (cell, system) in enumerate(zip(rows[column], systems, strict=True)):
@@ -73,6 +73,15 @@ def read_turns(rows: Dataset, column: str, *, sharegpt: bool) -> tuple[list[list
                     expected=f"a list of turns with {who!r} and {what!r}",
                     found=repr(cell)[:80],
                     remedy="Fill or remove the row.",
+                )
+            )
+        if system and turns[0]["role"] == "system":
+            raise DataError(
+                message(
+                    "two system texts",
+                    where=f"row {number}, columns 'system' and {column!r}",
+                    found=f"{system!r} and {turns[0]['content']!r}"[:120],
+                    remedy="Empty one of them.",
                 )
             )
         if system:

@@ -81,7 +81,9 @@ def detect(
     found = {columns: form for columns, form in whole.items() if not any(columns < other for other in used)}
     found = found or {columns: form for columns, form in bare.items() if not any(columns < other for other in used)}
     if len(found) > 1 and chosen:
-        scores = {columns: len((columns | form.gives) & set(chosen)) for columns, form in found.items()}
+        scores = {
+            columns: (len(columns & set(chosen)), len(form.gives & set(chosen))) for columns, form in found.items()
+        }
         found = {columns: form for columns, form in found.items() if scores[columns] == max(scores.values())}
     if len(found) > 1:
         (columns, form), *_ = found.items()
@@ -122,6 +124,8 @@ def normalise(rows: Dataset, known: Collection[str], chosen: Collection[str] = (
     detail = ""
     if form.convert is not None:
         rows, detail = form.convert(rows, form)
+    # What was read otherwise, or not chosen, must not be found again by the task or by a second look.
+    rows = rows.remove_columns([name for name in rows.column_names if name in _readable(known) - form.gives])
     return rows, f"detected: {form.name}, {len(rows)} rows{detail}"
 
 
@@ -159,19 +163,27 @@ def arrange(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str
     Raises:
         DataError, RequestError: as `rename` and `normalise` do.
     """
-    readable = set().union(*(form.needs | form.may for form in FORMATS if form.gives <= set(known)))
     if columns:
         rows = _unfolded(rows, set(columns.values()))
-        rows = rename(rows, columns, {**dict.fromkeys(sorted(readable), ""), **known})
+        rows = rename(rows, columns, {**dict.fromkeys(sorted(_readable(known)), ""), **known})
     return normalise(rows, known, tuple(columns or ()))
+
+
+def _readable(known: Collection[str]) -> set[str]:
+    """Every column that some format reads for a task with these columns."""
+    return set().union(*(form.needs | form.may for form in FORMATS if form.gives <= set(known)))
 
 
 # ---------------------------------------------------------------------- from format to task
 
 
-def _put(rows: Dataset, drop: Collection[str], name: str, values: list[Any]) -> Dataset:
-    """Rows with some columns replaced by one."""
-    return rows.remove_columns([c for c in rows.column_names if c in drop or c == name]).add_column(name, values)
+def _put(rows: Dataset, name: str, values: list[Any]) -> Dataset:
+    """Rows with a column set."""
+    if name not in rows.column_names:
+        return rows.add_column(name, values)
+    # The new column first: a data set that loses its last column loses its rows.
+    free = "_" + max(rows.column_names, key=len)
+    return rows.add_column(free, values).remove_columns(name).rename_column(free, name)
 
 
 def _turns(rows: Dataset, form: Format) -> tuple[Dataset, str]:
@@ -182,12 +194,12 @@ def _turns(rows: Dataset, form: Format) -> tuple[Dataset, str]:
         detail += f", not read of a turn: {', '.join(sorted(dropped))}"
     if column == "messages" and made == list(rows[column]):
         return rows, detail
-    return _put(rows, {column} | (form.may if form.sharegpt else set()), "messages", made), detail
+    return _put(rows, "messages", made), detail
 
 
 def _alpaca(rows: Dataset, form: Format) -> tuple[Dataset, str]:
     made = conversations.read_alpaca(rows)
-    return _put(rows, form.needs | form.may, "messages", made), f", median {statistics.median(map(len, made)):g} turns"
+    return _put(rows, "messages", made), f", median {statistics.median(map(len, made)):g} turns"
 
 
 def _tags(rows: Dataset, form: Format) -> tuple[Dataset, str]:
@@ -218,13 +230,13 @@ def _answers(rows: Dataset, form: Format) -> tuple[Dataset, str]:
                 message(f"the id {name!r} stands twice", where=f"rows {seen[name]} and {number}, column 'id'")
             )
     if "id" not in rows.column_names or list(rows["id"]) != ids:
-        rows = _put(rows, (), "id", ids)
+        rows = _put(rows, "id", ids)
     if "answers" not in rows.column_names:
         return rows, ""
     cells = list(rows["answers"])
     made = [squad.as_lists(cell, f"row {number}, column 'answers'") for number, cell in enumerate(cells)]
     without = sum(not cell["text"] for cell in made)
-    return rows if made == cells else _put(rows, (), "answers", made), f", {without} without an answer"
+    return rows if made == cells else _put(rows, "answers", made), f", {without} without an answer"
 
 
 def _languages(rows: Dataset, form: Format) -> tuple[Dataset, str]:
@@ -245,10 +257,12 @@ def _unfolded(rows: Dataset, wanted: Collection[str]) -> Dataset:
     if "translation" not in rows.column_names or set(wanted) <= set(rows.column_names):
         return rows
     cells = list(rows["translation"])
-    names = [name for name in cells[0] if name in wanted] if isinstance(cells[0], Mapping) else []
-    for name in names:
-        rows = _put(rows, (), name, [cell[name] for cell in cells])
-    return rows.remove_columns("translation") if names else rows
+    languages = list(cells[0]) if isinstance(cells[0], Mapping) else []
+    if not set(languages) & set(wanted):
+        return rows
+    for language in languages:
+        rows = _put(rows, language, [cell[language] for cell in cells])
+    return rows.remove_columns("translation")
 
 
 # ---------------------------------------------------------------------- the table
