@@ -117,7 +117,9 @@ def from_classes(folder: Path) -> tuple[Dataset, list[str]]:
 
     Raises:
         DataError: a class without pictures, folders inside a class, pictures beside class folders.
+        MissingPackageError: Pillow is not installed.
     """
+    _pillow()
     from datasets import Dataset, Features, Image, Value
 
     children = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
@@ -133,7 +135,8 @@ def from_classes(folder: Path) -> tuple[Dataset, list[str]]:
                 remedy="Put every picture into its class's folder, or write a metadata.csv.",
             )
         )
-    paths, labels = loose, []
+    paths: list[str] = list(loose)
+    labels: list[str] = []
     for child in classes:
         files = [file for file in sorted(child.iterdir()) if not file.name.startswith(".")]
         pictures = [str(file) for file in files if _is_picture(file)]
@@ -169,7 +172,9 @@ def from_metadata(table: Dataset, file: Path) -> tuple[Dataset, list[str]]:
 
     Raises:
         DataError: no column "file_name", a column "image" besides, a file that is not there; with the row.
+        MissingPackageError: Pillow is not installed.
     """
+    _pillow()
     from datasets import Dataset, Features, Image
 
     if "file_name" not in table.column_names or "image" in table.column_names:
@@ -276,14 +281,14 @@ def _open(value: Any, where: str) -> Any:
     pillow = _pillow()
     if isinstance(value, pillow.Image.Image):
         return value
-    if isinstance(value, str | os.PathLike):
-        return pillow.Image.open(value)
     cell = {"bytes": value} if isinstance(value, bytes) else value
+    if isinstance(value, str | os.PathLike):
+        cell = {"path": value}
     if not isinstance(cell, Mapping) or not (cell.get("bytes") or cell.get("path")):
         raise DataError(
             message("not a picture", where=where, expected="a path, bytes or an image", found=repr(value)[:80])
         )
-    return pillow.Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+    return pillow.Image.open(io.BytesIO(cell.get("bytes") or Path(str(cell["path"])).read_bytes()))
 
 
 def _too_large(where: str, found: str) -> DataError:
