@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, final
 from adapters import metrics
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message, nearest
-from adapters.labels import class_names, named, names_in, number_in, one_name, refuse_one_class
+from adapters.labels import class_names, named, names_in, number_in, one_kind, one_name, refuse_one_class
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,9 +169,11 @@ class Classes:
         names = class_names(rows)
         if names:
             return tuple(names)
-        found: set[str] = set()
+        found: dict[str, int] = {}
         for number, value in enumerate(rows["label"]):
-            found |= set(names_in(value, number, (), many=self.problem == "multi-label", check=False))
+            for name in names_in(value, number, (), many=self.problem == "multi-label", check=False):
+                found.setdefault(name, number)
+        one_kind(found)
         if self.problem == "single-label":
             refuse_one_class(sorted(found), ())
         if len(rows) >= 20 and len(found) * 2 > len(rows) and self.problem == "single-label":

@@ -148,14 +148,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics of an adapter on labelled rows (the test part, where the data has parts)."""
-    from adapters.data import read, rename
+    from adapters.data import read
+    from adapters.formats import arrange
     from adapters.predict import evaluate as measure
     from adapters.storage import load
 
     adapted = load(folder, model)
-    splits = read(data)
+    splits = read(data, _say)
     part = "test" if "test" in splits else "train"
-    rows = rename(splits[part], {k: str(v) for k, v in _pairs(columns or [], "--column").items()}, adapted.task.columns)
+    renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
+    rows, _ = arrange(splits[part], renamed, adapted.task.columns)
     numbers = measure(adapted, rows)
     if as_json:
         _out({"rows": len(rows), "split": part, **numbers})
@@ -177,7 +179,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """What an adapter answers to texts, or to the rows of a file."""
-    from adapters.data import read, rename
+    from adapters.data import read
+    from adapters.formats import arrange
     from adapters.predict import predict as answer
     from adapters.storage import load
 
@@ -187,7 +190,7 @@ def predict(
     rows: Any = texts
     if data is not None:
         renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
-        rows = rename(read(data)["train"], renamed, adapted.task.columns)
+        rows, _ = arrange(read(data, _say)["train"], renamed, adapted.task.columns)
     answers = answer(adapted, rows)
     if as_json:
         _out({"predictions": answers})

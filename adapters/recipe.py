@@ -236,7 +236,7 @@ def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dic
 def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, output: Path, work: Path) -> dict[str, Any]:
     import sys
 
-    from adapters import data, division, manifest, shards, storage
+    from adapters import data, division, formats, manifest, shards, storage
     from adapters.adapt import adapt, task_class
     from adapters.predict import evaluate
 
@@ -252,9 +252,11 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         )
     if interrupted and not resume:
         shards.remove(work)
-    splits = data.read(recipe.data)
-    columns = task_class(recipe.task).columns
-    splits = {name: data.rename(rows, recipe.columns, columns) for name, rows in splits.items()}
+    splits = data.read(recipe.data, say)
+    for name, rows in splits.items():
+        splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+        if remark:
+            say(f"{name}: {remark}")
     if "train" not in splits:
         raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
     task, options = _checked(recipe, splits)

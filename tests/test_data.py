@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import data, division
+from adapters import data, division, labels
 from adapters.errors import DataError, RequestError
 
 ROWS = [
@@ -166,6 +167,222 @@ def test_a_line_of_json_ends_at_a_newline_and_nowhere_else(tmp_path: Path, mark:
 def test_whole_numbers_and_fractions_may_share_a_column() -> None:
     rows = data.read([{"text": "a", "label": 1}, {"text": "b", "label": 2.5}])["train"]
     assert list(rows["label"]) == [1.0, 2.5]
+
+
+# ---------------------------------------------------------------------- plain text, tagged sentences
+
+
+def said(source: Any) -> tuple[Dataset, list[str]]:
+    lines: list[str] = []
+    return data.one(source, lines.append), lines
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_plain_text_is_a_row_a_paragraph(tmp_path: Path, packed: bool) -> None:
+    content = "\ufeff\n\nFirst line\r\nsecond line\r\n \r\n\r\nNA\n\n\n  indented\n".encode()
+    path = tmp_path / ("text.txt.gz" if packed else "text.txt")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    rows, lines = said(path)
+    assert rows.to_list() == [{"text": "First line\nsecond line"}, {"text": "NA"}, {"text": "indented"}]
+    assert lines == [f"{path}: one row a paragraph, blank lines divide them: 3 rows"]
+
+
+def test_plain_text_without_blank_lines_is_a_row_a_line(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "test.txt").write_text("four\n\nfive\n")
+    rows, lines = said(tmp_path / "train.txt")
+    assert list(rows["text"]) == ["one", "two", "three"]
+    assert "no blank lines, so one row a line: 3 rows" in lines[0]
+    assert {part: len(rows) for part, rows in data.read(tmp_path).items()} == {"train": 3, "test": 2}
+
+
+CONLL = "\n".join(
+    [
+        "-DOCSTART- -X- -X- O",
+        "",
+        "# id 7",
+        "Ada NNP B-NP B-PER",
+        "writes VBZ B-VP O",
+        "",
+        "",
+        "# CD B-NP O",
+        "NA NNP I-NP O",
+    ]
+)
+
+
+@pytest.mark.parametrize("suffix", ["conll", "iob", "bio", "conll.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tagged_sentences_are_tokens_and_tags(tmp_path: Path, suffix: str, end: str) -> None:
+    content = CONLL.replace("\n", end).encode()
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    rows, lines = said(path)
+    assert rows.to_list() == [
+        {"tokens": ["Ada", "writes"], "tags": ["B-PER", "O"]},
+        {"tokens": ["#", "NA"], "tags": ["O", "O"]},
+    ]
+    assert lines == [f"{path}: 2 sentences, 2 different tags; tokens from the first of 4 columns, tags from the last"]
+
+
+def test_where_tabs_divide_a_token_may_hold_spaces(tmp_path: Path) -> None:
+    (tmp_path / "rows.bio").write_text("New York\tB-LOC\nsleeps\tO\n")
+    assert data.one(tmp_path / "rows.bio").to_list() == [{"tokens": ["New York", "sleeps"], "tags": ["B-LOC", "O"]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("Ada B-PER\nwrites\nwell O\n", r"rows\.conll, line 2\); expected 2 columns.*found 'writes'"),
+        ("Ada\nwrites\n", r"rows\.conll, line 1\); expected 2 columns"),
+        ("Ada\tB-PER\nwrites\t\n", r"rows\.conll, line 2"),
+        ("-DOCSTART- O\n\n", "0 sentences"),
+        ("\n\n", "0 sentences"),
+    ],
+)
+def test_a_line_that_is_no_token_with_its_tag_is_named(tmp_path: Path, content: str, match: str) -> None:
+    (tmp_path / "rows.conll").write_text(content)
+    with pytest.raises(DataError, match=match):
+        data.read(tmp_path / "rows.conll")
+
+
+# ---------------------------------------------------------------------- traps of loaders
+
+TRAPS: dict[str, tuple[str, bytes, str]] = {
+    "latin-1 deep in a table": (
+        "rows.csv",
+        b"text,label\n" + b"hello,a\n" * 5000 + b"caf\xe9,b\n" + b"you,a\n" * 5000,
+        r"rows\.csv, line 5002, byte 4\); expected utf-8 text; found the byte 0xe9",
+    ),
+    "latin-1 in text": ("rows.txt", b"one\n\ncaf\xe9\n", r"rows\.txt, line 3, byte 4"),
+    "utf-16": ("rows.csv", "text,label\nhello,a\n".encode("utf-16"), r"line 1, byte 1.*Save the file as utf-8"),
+    "a key twice": (
+        "rows.jsonl",
+        b'{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n',
+        r"line 2\); found the key 'label' stands twice",
+    ),
+    "NaN on a line": (
+        "rows.jsonl",
+        b'{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}\n',
+        r"rows\.jsonl, row 1, column 'label'\).*found NaN",
+    ),
+    "Infinity in a list": (
+        "rows.json",
+        b'[{"text": "a", "label": [1.0]}, {"text": "b", "label": [-Infinity]}]',
+        r"rows\.json, row 1, column 'label'\).*found -Infinity",
+    ),
+    "rows under a key": (
+        "rows.json",
+        b'{"version": 1, "data": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]}',
+        r"one record that holds the rows \(.*rows\.json, column 'data'\).*list under 'data'",
+    ),
+    "rows under a key, over several lines": (
+        "rows.json",
+        b'{\n "reviews": [\n  {"text": "a", "label": "x"}\n ]\n}\n',
+        r"one record that holds the rows \(.*column 'reviews'\)",
+    ),
+    "a header alone": ("rows.csv", b"text,label\n", r"rows\.csv\); found a header and 0 rows"),
+    "nothing": ("rows.txt", b"", r"rows\.txt\); found 0 bytes"),
+    "blank lines alone": ("rows.txt", b"\n \n", r"rows\.txt\); found no text"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_named_with_file_row_and_column(name: str, tmp_path: Path) -> None:
+    file, content, match = TRAPS[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=match) as caught:
+        data.read(tmp_path / file)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_row_that_is_a_conversation_is_no_wrapper(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert data.one(tmp_path / "rows.jsonl").to_list() == [row]
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
+    for kind in ("json", "jsonl"):
+        (tmp_path / f"rows.{kind}").write_bytes("\ufeff".encode() + json.dumps([{"text": "a"}]).encode())
+        assert data.one(tmp_path / f"rows.{kind}").to_list() == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_edit_is_seen_though_size_and_time_stay(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, [{"text": "AA", "label": "x"}])
+    before = path.stat()
+    assert data.one(path)["text"][0] == "AA"
+    WRITERS[kind](path, [{"text": "BB", "label": "x"}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert data.one(path)["text"][0] == "BB"
+
+
+def test_a_parquet_file_keeps_its_class_names_and_a_column_that_is_no_text_is_named(tmp_path: Path) -> None:
+    features = Features({"text": Value("int64"), "label": ClassLabel(names=["x", "y"])})
+    Dataset.from_dict({"text": [7], "label": [1]}, features=features).to_parquet(tmp_path / "rows.parquet")
+    rows = data.one(tmp_path / "rows.parquet")
+    assert rows.features["label"].names == ["x", "y"]
+    with pytest.raises(DataError, match=r"not text \(row 0, column 'text'\).*found 7"):
+        data.texts_in(rows["text"], "text")
+
+
+def test_labels_that_are_numbers_and_words_are_refused_where_they_are_read_off_the_rows(tmp_path: Path) -> None:
+    from adapters.tasks.text_classification import TextClassification
+
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,neg\nc,2\n")
+    rows = data.one(tmp_path / "rows.csv")
+    match = r"'neg' among numbers \(row 1, column 'label'\).*found 1, 2 and neg.*labels="
+    with pytest.raises(DataError, match=match):
+        TextClassification().labels_in(rows)
+    TextClassification(labels=("1", "2", "neg")).check(rows, labelled=True)
+    labels.one_kind({"1": 0, "-2.5": 1})
+    labels.one_kind({"007 films": 0, "3M": 1})
+
+
+# ---------------------------------------------------------------------- sets of the hub
+
+
+def from_hub(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> tuple[dict[str, Dataset], list[str]]:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict(parts))
+    lines: list[str] = []
+    return data.read("some/set", lines.append), lines
+
+
+def test_splits_of_the_hub_that_are_not_known_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = made(["a", "b"])
+    splits, lines = from_hub(monkeypatch, train=rows, dev=rows, unsupervised=rows)
+    assert list(splits) == ["train", "validation"]
+    assert len(lines) == 1
+    assert "some/set: left out the split 'unsupervised'" in lines[0]
+    with pytest.raises(DataError, match=r"no split to train on \(some/set\).*found unsupervised, test"):
+        from_hub(monkeypatch, unsupervised=rows, test=rows)
+
+
+def test_splits_of_the_hub_without_labels_are_left_out_and_no_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters.tasks.text_classification import TextClassification
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    given, hidden = (
+        Dataset.from_dict({"text": ["a", "b"], "label": numbers}, features=features) for numbers in ([0, 1], [-1, -1])
+    )
+    splits, lines = from_hub(monkeypatch, train=given, test=hidden)
+    assert list(splits) == ["train"]
+    assert "left out the split 'test', whose column 'label' holds no labels" in lines[0]
+    splits, _ = from_hub(monkeypatch, train=hidden, test=given)
+    with pytest.raises(DataError, match=r"label is missing \(row 0, column 'label'\)"):
+        TextClassification(labels=("x", "y")).check(splits["train"], labelled=True)
+
+
+def test_what_is_chosen_is_logged_where_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "rows.txt").write_text("one\n\ntwo\n")
+    with caplog.at_level("INFO", logger="adapters.data"):
+        data.read(tmp_path / "rows.txt")
+    assert "one row a paragraph" in caplog.text
 
 
 # ---------------------------------------------------------------------- renaming
