@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, final
 from adapters import metrics
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message, nearest
-from adapters.labels import class_names, named, names_in, number_in
+from adapters.labels import class_names, named, names_in, number_in, one_kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,9 +167,11 @@ class Classes:
         names = class_names(rows)
         if names:
             return tuple(names)
-        found: set[str] = set()
+        found: dict[str, int] = {}
         for number, value in enumerate(rows["label"]):
-            found |= set(names_in(value, number, (), many=self.problem == "multi-label", check=False))
+            for name in names_in(value, number, (), many=self.problem == "multi-label", check=False):
+                found.setdefault(name, number)
+        one_kind(found)
         if len(rows) >= 20 and len(found) * 2 > len(rows) and self.problem == "single-label":
             raise DataError(
                 message(

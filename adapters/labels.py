@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import DataError, message, nearest
@@ -11,12 +12,13 @@ from adapters.errors import DataError, message, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 SEPARATOR = "|"  # between the labels of one cell, where a multi-label set comes from a csv file
 
 
-def named(rows: Dataset, value: Any) -> Any:
+def named(rows: Dataset, value: Any, column: str = "label") -> Any:
     """Class numbers of a ClassLabel feature as names."""
-    names = class_names(rows)
+    names = class_names(rows, column)
     if names and isinstance(value, list):
         return [names[entry] if 0 <= entry < len(names) else None for entry in value]
     if names and isinstance(value, int):
@@ -73,6 +75,33 @@ def names_in(value: Any, row: int, labels: Sequence[str], *, many: bool, check: 
     return names
 
 
+def one_kind(first: Mapping[str, int]) -> None:
+    """Refuse labels read off the rows of which some are numbers and some are words: two codings in one column.
+
+    Args:
+        first: label name -> the first row that has it.
+
+    Raises:
+        DataError: with the first row of the rarer kind.
+    """
+    numbers = [name for name in first if NUMBER.fullmatch(name)]
+    words = [name for name in first if name not in numbers]
+    if numbers and words:
+        rare = min(numbers, words, key=len)
+        shown = " and ".join(
+            ", ".join(sorted(kind)[:3]) + (" ..." if len(kind) > 3 else "") for kind in (numbers, words)
+        )
+        raise DataError(
+            message(
+                f"the label {rare[0]!r} among {'words' if rare is numbers else 'numbers'}",
+                where=f"row {first[rare[0]]}, column 'label'",
+                expected="names of one kind",
+                found=shown,
+                remedy="Mend the rows, or give labels=[...] if all of these are meant.",
+            )
+        )
+
+
 def number_in(value: Any, row: int) -> float:
     """The number of a regression's cell.
 
@@ -100,8 +129,8 @@ def _cell(text: str, where: str) -> Any:
         raise DataError(message("broken JSON", where=where, found=f"{text!r}: {fault}"[:120])) from fault
 
 
-def class_names(rows: Dataset) -> list[str]:
+def class_names(rows: Dataset, column: str = "label") -> list[str]:
     """The names of a ClassLabel feature, or of a list of them; empty for any other."""
-    feature = rows.features["label"]
+    feature = rows.features[column]
     names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
     return names
