@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import DataError, RequestError, message
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def split(
-    rows: Dataset, parts: Mapping[str, float], *, seed: int, by: str | None = None, text: str | None = None
+    rows: Dataset,
+    parts: Mapping[str, float],
+    *,
+    seed: int,
+    by: str | None = None,
+    text: str | Sequence[Any] | None = None,
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Divide rows at random, each class in proportion, no text in two parts.
 
@@ -23,7 +28,7 @@ def split(
         parts: part name -> share of all rows, e.g. {"validation": 0.1, "test": 0.1}.
         seed: of the shuffle.
         by: the column whose values are kept in proportion; None divides without regard to any.
-        text: the column whose equal values stay together.
+        text: the column whose equal values stay together, or these values themselves, one a row.
 
     Returns:
         The parts, and remarks to be said: classes too small to divide, which stay in train.
@@ -37,7 +42,7 @@ def split(
         )
     generator = np.random.default_rng(seed)
     groups: dict[Any, list[list[int]]] = {}
-    keys = rows[text] if text else range(total)
+    keys: Any = range(total) if text is None else rows[text] if isinstance(text, str) else text
     strata = rows[by] if by else [None] * total
     together: dict[Any, list[int]] = {}
     for index, key in enumerate(keys):

@@ -363,7 +363,7 @@ def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[
 
 def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
     """The splits that the data has, and those that are missing drawn from the training rows."""
-    from adapters import division
+    from adapters import data, division
 
     parts = {}
     if "validation" not in splits:
@@ -374,7 +374,8 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[di
     train = splits["train"]
     if parts:
         apart = next((column for column in task.apart if column in train.column_names), None)
-        drawn, remarks = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
+        keys = data.identities(train, apart) if apart is not None else None
+        drawn, remarks = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=keys)
         splits = {**splits, **drawn}
     order = [name for name in ("train", "validation", "test") if name in splits]
     return {name: splits[name] for name in order}, remarks

@@ -30,6 +30,7 @@ FLOORS = {
     "quantize": 3,
     "classes": 3,
     "tokens": 3,
+    "pixels": 3,
     "injection": 3,
     "contracts": 4,
     "manifest": 4,
