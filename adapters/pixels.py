@@ -7,9 +7,10 @@ that the caller seeds for each row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message
 from adapters.images import opened
 
@@ -31,6 +32,10 @@ SHIFT = 8  # a small picture moves by up to an eighth of its sides (He et al., 2
 AREA = (0.25, 1.0)  # share of a large picture that is kept
 RATIO = (3 / 4, 4 / 3)  # its width over its height, beside the picture's own (Szegedy et al., 2015)
 TRIES = 10  # draws of a part that lies inside the picture, before the whole is taken
+REMEDY = (
+    "Take the processor that belongs to the model, or one of the model's size: the file preprocessor_config.json, or "
+    "processor=AutoImageProcessor.from_pretrained(folder, backend='pil', size=...)."
+)
 MODES = {1: "L", 3: "RGB"}  # channels of a model -> Pillow's mode
 
 
@@ -122,7 +127,7 @@ def made(pictures: Sequence[Image], processor: Any, model: PreTrainedModel) -> d
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def refuse_unfit(rows: Dataset, processor: Any, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+def refuse_unfit(rows: Dataset, processor: Any, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Try the first picture on processor and model, so that sizes that do not fit speak before training.
 
     Args:
@@ -134,22 +139,25 @@ def refuse_unfit(rows: Dataset, processor: Any, model: PreTrainedModel, inputs: 
         RequestError: with the processor's or the model's own reason.
         DataError: pictures of several sizes where the processor does not bring them to one.
     """
-    import torch
-
     mode = mode_of(model)
     first = opened(rows[0]["image"], "row 0").convert(mode)
     where = f"{type(processor).__name__} for {type(model).__name__}"
-    remedy = (
-        "Take the processor that belongs to the model, or one of the model's size: "
-        "processor=AutoImageProcessor.from_pretrained(folder, backend='pil', size=...)."
-    )
     try:
         batch = made([first], processor, model)
         sizes = {made([first.resize(size)], processor, model)["pixel_values"].shape for size in ((48, 72), (72, 48))}
     except (ValueError, TypeError, KeyError) as fault:
         raise RequestError(
-            message("the image processor cannot take the pictures", where=where, found=_short(fault), remedy=remedy)
+            message("the image processor cannot take the pictures", where=where, found=_short(fault), remedy=REMEDY)
         ) from fault
+    _try(batch, model, inputs, where, REMEDY)
+    if len(sizes) > 1:
+        _refuse_sizes(rows, where)
+
+
+def _try(batch: Mapping[str, Tensor], model: PreTrainedModel, inputs: Mapping[str, Any], where: str, cure: str) -> None:
+    """One forward pass in eval mode, for the model's own word on these pixels."""
+    import torch
+
     was_training = model.training
     model.train(False)
     try:
@@ -158,17 +166,14 @@ def refuse_unfit(rows: Dataset, processor: Any, model: PreTrainedModel, inputs: 
     except (ValueError, RuntimeError) as fault:
         raise RequestError(
             message(
-                "image processor and model do not fit together",
+                "the model does not take these pixels",
                 where=where,
-                expected="pixels that the model takes",
                 found=f"{'x'.join(map(str, batch['pixel_values'].shape[1:]))}: {_short(fault)}",
-                remedy=remedy,
+                remedy=cure,
             )
         ) from fault
     finally:
         model.train(was_training)
-    if len(sizes) > 1:
-        _refuse_sizes(rows, where)
 
 
 def _refuse_sizes(rows: Dataset, where: str) -> None:
@@ -189,19 +194,20 @@ def _refuse_sizes(rows: Dataset, where: str) -> None:
             )
 
 
-def taken(rows: Dataset, *, labelled: bool) -> Dataset:
+def taken(rows: Dataset, model: PreTrainedModel, inputs: Mapping[str, Any], *, labelled: bool) -> Dataset:
     """A set that holds pixels already: checked, then taken as it is, with lengths and row numbers.
 
     Args:
         rows: with pixel_values, shape (channels, height, width) each.
+        model, inputs: that is to read them, and its further arguments.
         labelled: a column "labels" must be there.
 
     Raises:
         DataError: rows of several shapes, values that are not finite, no labels where they are needed.
+        RequestError: pixels that the model does not take, with its own reason.
     """
     import numpy as np
-
-    from adapters.data import need_column
+    import torch
 
     if labelled:
         need_column(rows, "labels")
@@ -223,6 +229,8 @@ def taken(rows: Dataset, *, labelled: bool) -> Dataset:
                     found=f"{pixels.dtype}, {pixels.shape}",
                 )
             )
+    first = torch.as_tensor(rows[0]["pixel_values"]).to(model.dtype)
+    _try({"pixel_values": first[None]}, model, inputs, "column 'pixel_values'", "Prepare the rows for this model.")
     rows = rows.remove_columns([name for name in rows.column_names if name not in ("pixel_values", "labels")])
     return rows.add_column("length", [1] * len(rows)).add_column("row", list(range(len(rows))))
 

@@ -172,7 +172,7 @@ class ImageClassification:
         from adapters import pixels
 
         if "pixel_values" in rows.column_names:
-            prepared = pixels.taken(rows, labelled=labelled)
+            prepared = pixels.taken(rows, model, self._inputs, labelled=labelled)
             if labelled:
                 self._classes.check_prepared(prepared)
             given = self.augment != "none"
@@ -181,14 +181,12 @@ class ImageClassification:
         remark = self._looked_at(rows, labelled=labelled)
         kept = pictures(rows).select_columns("image")
         pixels.refuse_unfit(kept, processor, model, self._inputs)
-        columns: dict[str, list[Any]] = {"length": [1] * len(rows), "row": list(range(len(rows)))}
+        columns: dict[str, list[Any]] = {"image": list(kept["image"])}
+        columns |= {"length": [1] * len(rows), "row": list(range(len(rows)))}
         if labelled:
             classes = self._classes
             columns["labels"] = [classes.target(named(rows, cell), n) for n, cell in enumerate(rows["label"])]
-        for name, values in columns.items():
-            kept = kept.add_column(name, values)
-        assert isinstance(kept, Dataset)
-        return kept, [remark] if remark else []
+        return pictures(Dataset.from_dict(columns)), [remark] if remark else []
 
     # ------------------------------------------------------------------ batches, losses, answers
 
