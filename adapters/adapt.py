@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -226,7 +226,7 @@ def _task_of(model: Any) -> str:
     for task in TASKS.values():
         # transformers' own table of the classes that the task's Auto class can make, by name; nothing is imported.
         mapping: Any = getattr(transformers, task.auto_class)._model_mapping._model_mapping
-        if name in mapping.values():
+        if name in _class_names(mapping.values()):
             return str(task.name)
     raise RequestError(
         message(
@@ -236,6 +236,11 @@ def _task_of(model: Any) -> str:
             remedy="Give the model's id or folder with task=..., or load it by the task's AutoModel class.",
         )
     )
+
+
+def _class_names(entries: Iterable[str | tuple[str, ...]]) -> set[str]:
+    """Every class of a table in which a family has one class, or several for the same head (DeiT)."""
+    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
 
 
 def assemble(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters.contracts import Task
-from adapters.errors import BackboneError, FolderError, RequestError, message
+from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,8 @@ PROCESSORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "AutoTokenizer": ("tokenizer", TOKENIZER_FILES),
     "AutoImageProcessor": ("image processor", ("preprocessor_config.json", "processor_config.json")),
 }
+# What opens them. Two backends resize differently: the one that needs no torchvision makes the same pixels everywhere.
+OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend": "pil"}}
 
 
 def is_path(name: str) -> bool:
@@ -112,8 +114,6 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
     """The backbone's own tokenizer or image processor; None where a live model has no place to load one from."""
     if not name or (quiet and not Path(name).is_dir()):
         return None
-    import transformers
-
     kind, what, files = task.processor, *PROCESSORS[task.processor]
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in files):
@@ -130,7 +130,7 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
         )
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
-        return getattr(transformers, kind).from_pretrained(name, **kept)
+        return open_processor(kind, name, kept)
     except (OSError, ValueError, KeyError) as fault:
         if quiet or not isinstance(fault, OSError):
             return None
@@ -140,6 +140,27 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
                 where=name,
                 found=" ".join(str(fault).split())[:300],
                 remedy=f"Pass processor={kind}.from_pretrained(...).",
+            )
+        ) from fault
+
+
+def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+    """A tokenizer or image processor from a folder or id.
+
+    Raises:
+        MissingPackageError: image processors need Pillow.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **OPENED_WITH.get(kind, {}), **options)
+    except ImportError as fault:
+        raise MissingPackageError(
+            message(
+                f"a package is missing for the {PROCESSORS[kind][0]}",
+                where=name,
+                found=" ".join(str(fault).split())[:200],
+                remedy='For pictures: pip install "holdfast[vision]".',
             )
         ) from fault
 

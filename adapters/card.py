@@ -44,8 +44,13 @@ def card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
         "import adapters",
         "",
         'adapted = adapters.load("this folder")',
-        'adapters.predict(adapted, ["a text"])',
+        f"adapters.predict(adapted, {_example(adapted)})",
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _example(adapted: Adapted) -> str:
+    first = next(iter(adapted.task.columns))
+    return '["a text"]' if first == "text" else f'[{{"{first}": ...}}]'

@@ -286,8 +286,6 @@ class Classes:
 
     def decode(self, logits: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         """label and score a row; for multi-label the labels over the threshold and every label's score."""
-        import numpy as np
-
         if self.problem == "regression":
             return [{"score": float(value)} for value in logits.reshape(-1)]
         if self.problem == "multi-label":
@@ -298,12 +296,30 @@ class Classes:
                 }
                 for row in _sigmoid(logits)
             ]
-        shifted = np.exp(logits.astype("float64") - logits.max(-1, keepdims=True))
-        probabilities = shifted / shifted.sum(-1, keepdims=True)
+        probabilities = _softmax(logits)
         best = probabilities.argmax(-1)
         return [
             {"label": self.labels[index], "score": float(row[index])}
             for index, row in zip(best, probabilities, strict=True)
+        ]
+
+    def ranked(self, logits: np.ndarray[Any, Any], top: int) -> list[list[dict[str, Any]]]:
+        """The labels of each row with their scores, the best first, as transformers' image pipeline gives them.
+
+        Scores are probabilities; a regression's is the number itself, under the name that transformers gives it.
+
+        Args:
+            logits: shape (rows, labels).
+            top: how many labels at most.
+        """
+        if self.problem == "regression":
+            scores = logits.reshape(-1, 1)
+        else:
+            scores = _sigmoid(logits) if self.problem == "multi-label" else _softmax(logits)
+        names = self.labels or ("LABEL_0",)
+        return [
+            [{"label": names[index], "score": float(row[index])} for index in (-row).argsort(kind="stable")[:top]]
+            for row in scores
         ]
 
     def baseline(self, seen: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -318,6 +334,13 @@ class Classes:
             counts = np.bincount(seen, minlength=len(self.labels))
             logits = np.tile(counts, (len(truth), 1))
         return self.metrics(logits, truth)
+
+
+def _softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    shifted = np.exp(logits.astype("float64") - logits.max(-1, keepdims=True))
+    return cast("np.ndarray[Any, Any]", shifted / shifted.sum(-1, keepdims=True))
 
 
 def _sigmoid(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -74,6 +74,19 @@ def _pairs(entries: list[str], option: str) -> dict[str, Any]:
     return result
 
 
+def _example(task: str) -> str:
+    """What stands for a row in the line that says how to go on."""
+    from adapters.adapt import task_class
+
+    first = next(iter(task_class(task).columns))
+    return "'a text'" if first == "text" else str(first).upper()
+
+
+def _cell(value: Any, number: int) -> str:
+    """A row's first column as a line shows it; a picture by its file, or by its number."""
+    return (value.get("path") or f"row {number}") if isinstance(value, Mapping) else value
+
+
 @app.command()
 def quickstart(
     strategy: Annotated[str, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = "lora",
@@ -101,7 +114,7 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="csv, tsv, json, jsonl, parquet, a folder of them, or a hub id.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="text-classification.")] = None,
+    task: Annotated[str | None, typer.Option(help="text-classification, image-classification.")] = None,
     strategy: Annotated[str | None, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the finished adapter.")] = None,
     assign: Annotated[
@@ -134,7 +147,7 @@ def train(
         )
         if not results["beat_baseline"]:
             print("warning   the run did not beat its baselines")
-    print(f"next      adapters predict {results['output']} 'a text'")
+    print(f"next      adapters predict {results['output']} {_example(results['task'])}")
 
 
 @app.command()
@@ -170,7 +183,7 @@ def evaluate(
 @app.command()
 def predict(
     folder: Folder,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer, or files of pictures.")] = None,
     data: Annotated[str | None, typer.Option(help="A file of rows instead.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
@@ -196,7 +209,10 @@ def predict(
         _out({"predictions": answers})
         return
     shown = texts if texts else list(rows[next(iter(adapted.task.columns))])
-    for row, found in zip(shown, answers, strict=True):
+    for number, (row, found) in enumerate(zip(shown, answers, strict=True)):
+        row = _cell(row, number)
+        if isinstance(found, list) and found and set(found[0]) == {"label", "score"}:
+            found = found[0]  # labels in order: the best stands for them
         label, score = (
             (found.get("label", found.get("labels")), found.get("score")) if isinstance(found, dict) else (None, None)
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -64,7 +66,7 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     elif isinstance(source, str | Path):
         splits = _read_path(source, say)
     elif isinstance(source, Sequence):
-        splits = {"train": tables.from_dicts(list(source), "list of rows")}
+        splits = {"train": tables.from_dicts([_plain(row) for row in source], "list of rows")}
     else:
         raise RequestError(
             message(
@@ -83,6 +85,20 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
                 if remark:
                     say(f"{name}: {remark}")
     return splits
+
+
+def _plain(row: Any) -> Any:
+    """A row with paths as text and PIL images as datasets stores them: their class depends on their file's format."""
+    if not isinstance(row, Mapping):
+        return row
+    pillow = sys.modules.get("PIL.Image")  # no picture stands in a row before Pillow is imported
+    kept = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in row.items()}
+    for name, value in kept.items():
+        if pillow is not None and isinstance(value, pillow.Image):
+            from datasets import Image
+
+            kept[name] = Image().encode_example(value)
+    return kept
 
 
 def one(source: Any, say: Callable[[str], None] | None = None) -> Dataset:
@@ -267,7 +283,7 @@ def _rows_of(records: list[Any], where: str) -> list[Any]:
 
 
 def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str, str]) -> Dataset:
-    """Give the task's column names to a source's columns.
+    """Give the task's column names to a source's columns; a column of pictures becomes one of references or bytes.
 
     Args:
         rows: the source.
@@ -277,8 +293,7 @@ def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str,
     Raises:
         RequestError: a column that the task does not know, or that the source lacks.
     """
-    if not columns:
-        return rows
+    columns = columns or {}
     for wanted, found in columns.items():
         if wanted not in known:
             raise RequestError(
@@ -294,7 +309,9 @@ def rename(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str,
             )
     taken = {found: wanted for wanted, found in columns.items()}
     dropped = [name for name in rows.column_names if name in columns and name not in taken]
-    return rows.remove_columns(dropped).rename_columns({f: w for f, w in taken.items() if f != w})
+    if columns:
+        rows = rows.remove_columns(dropped).rename_columns({f: w for f, w in taken.items() if f != w})
+    return pictures(rows) if "image" in known else rows
 
 
 def need_column(rows: Dataset, column: str) -> None:
@@ -336,6 +353,44 @@ def texts_in(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
                 )
             )
     return list(values)
+
+
+def pictures(rows: Dataset, column: str = "image") -> Dataset:
+    """The same rows, a column of paths, bytes or pictures kept as datasets keeps pictures, none of them opened.
+
+    Raises:
+        DataError: a column that holds something else.
+    """
+    import pyarrow
+    from datasets import Image
+
+    if column not in rows.column_names:
+        return rows
+    try:
+        return rows.cast_column(column, Image(decode=False))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, pyarrow.ArrowTypeError, TypeError) as fault:
+        raise DataError(
+            message(
+                "a column that holds no pictures",
+                where=f"column {column!r}",
+                expected="paths, bytes or images",
+                found=str(rows.features[column])[:80],
+            )
+        ) from fault
+
+
+def identities(rows: Dataset, column: str) -> list[Any]:
+    """What tells the values of a column apart: a text is itself, a list its JSON, a picture the digest of its bytes.
+
+    Raises:
+        DataError: the file of a picture that is no longer there.
+    """
+    from datasets import Image
+
+    if not isinstance(rows.features[column], Image):
+        return [json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in rows[column]]
+    cells = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
+    return [_picture_digest(cell, f"row {number}, column {column!r}") for number, cell in enumerate(cells)]
 
 
 def fingerprint(rows: Dataset) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapters.data import identities
 from adapters.errors import DataError, RequestError, message
 
 if TYPE_CHECKING:
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def split(
-    rows: Dataset, parts: Mapping[str, float], *, seed: int, by: str | None = None, text: str | None = None
+    rows: Dataset,
+    parts: Mapping[str, float],
+    *,
+    seed: int,
+    by: str | None = None,
+    text: str | None = None,
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Divide rows at random, each class in proportion, no text in two parts.
 
@@ -26,7 +32,7 @@ def split(
         parts: part name -> share of all rows, e.g. {"validation": 0.1, "test": 0.1}.
         seed: of the shuffle.
         by: the column whose values are kept in proportion; None divides without regard to any.
-        text: the column whose equal values stay together.
+        text: the column whose equal values (texts, pictures) stay together.
 
     Returns:
         The parts, and remarks to be said: which classes are missing in which part.
@@ -45,7 +51,7 @@ def split(
     generator = np.random.default_rng(seed)
     strata = [json.dumps(value, default=str) for value in rows[by]] if by else [""] * total
     together: dict[Any, list[int]] = {}
-    for index, key in enumerate(_keys(rows, text) if text else range(total)):
+    for index, key in enumerate(identities(rows, text) if text else range(total)):
         together.setdefault(key, []).append(index)
     groups: dict[str, list[list[int]]] = {}
     for members in together.values():
@@ -66,11 +72,6 @@ def split(
             )
     remarks = _missing({name: {strata[row] for row in members} for name, members in chosen.items()}) if by else []
     return {name: rows.select(sorted(members)) for name, members in chosen.items()}, remarks
-
-
-def _keys(rows: Dataset, column: str) -> list[Any]:
-    """The cells of a column as what a dict can hold: a list of words by its JSON."""
-    return [json.dumps(cell) if isinstance(cell, list) else cell for cell in rows[column]]
 
 
 def _counts(sizes: Mapping[str, int], parts: Mapping[str, float], ties: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -129,7 +130,7 @@ def shared(splits: Mapping[str, Dataset], columns: Sequence[str]) -> list[str]:
     remarks = []
     for part, rows in splits.items():
         twice: dict[str, list[tuple[int, int]]] = {}
-        own = list(zip(*(_keys(rows, column) for column in columns), strict=True))
+        own = list(zip(*(identities(rows, column) for column in columns), strict=True))
         for row, key in enumerate(own):
             if key in first:
                 other, place = first[key]

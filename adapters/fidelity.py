@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from adapters.pixels import noise
+
 ROWS = 8  # rows of the check
 BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
@@ -18,7 +20,8 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
         adapter: the adapter folder.
         merged: the plain transformers folder.
         base: the backbone's folder.
-        rows: raw rows of the task, or bare values of its first column; None makes inputs at random.
+        rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
+            for an image processor).
     """
     import torch
     import transformers
@@ -26,6 +29,8 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
+    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
+        rows = list(noise(ROWS, adapted.model))
     batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
     wanted = _outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")

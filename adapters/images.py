@@ -338,13 +338,31 @@ def check(rows: Dataset, column: str = "image") -> str:
     return f"{len(rows)} pictures: {'; '.join(notes)}" if notes else ""
 
 
+_SEEN: dict[tuple[str, int, int] | None, tuple[str, bool, bool]] = {}  # files that were looked at: each is read once
+
+
+def _stamp(value: Any, path: str | None) -> tuple[str, int, int] | None:
+    """What tells a file from a later one of its name; None for a picture that is no file."""
+    if not path or (isinstance(value, Mapping) and value.get("bytes")) or not os.path.isfile(path):
+        return None
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
 def _look(value: Any, row: int) -> tuple[str, bool, bool] | DataError:
     """Mode, several frames, not upright; or what is wrong with a picture."""
     path = value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str) else None
     where = f"row {row}: {path}" if path else f"row {row}"
     try:
-        picture = _loaded(value, where, small=True)
-        return picture.mode, getattr(picture, "n_frames", 1) > 1, picture.getexif().get(ORIENTATION, 1) != 1
+        key = _stamp(value, path)
+        if key not in _SEEN:
+            picture = _loaded(value, where, small=True)
+            turned = picture.getexif().get(ORIENTATION, 1) != 1
+            found = (picture.mode, getattr(picture, "n_frames", 1) > 1, turned)
+            if key is None:
+                return found
+            _SEEN[key] = found
+        return _SEEN[key]
     except DataError as fault:
         return fault
     except Exception as fault:  # a later frame that cannot be read

@@ -143,6 +143,7 @@ def merge_on_disk(
         FolderError: a damaged folder, or an output that holds something else.
         NumbersError: the written model does not answer as the adapted one does.
     """
+    _refuse_rows(rows)
     adapter = fetch(folder)
     document = read_manifest(adapter)
     where = str(adapter)
@@ -166,6 +167,22 @@ def merge_on_disk(
             verified=verified,
         )
         return _with_fidelity(report, stage, adapter, source, document, rows) if check_logits else report
+
+
+def _refuse_rows(rows: list[Any] | None) -> None:
+    """The rows of the logits check go to another process as JSON."""
+    try:
+        json.dumps(rows)
+    except TypeError as fault:
+        raise RequestError(
+            message(
+                "rows of the logits check that are no plain values",
+                where="rows",
+                expected="texts, numbers, paths",
+                found=fault,
+                remedy="Give pictures by their files.",
+            )
+        ) from fault
 
 
 def _refuse_output(target: Path) -> None:

@@ -59,7 +59,7 @@ def _over_batches(
                 picks = [int(index) for index in order[start : start + batch_size]]
                 batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
                 batch.pop("row", None)
-                batch = {name: value.to(model.device) for name, value in batch.items()}
+                batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
                 parts.append(tuple(_array(part) for part in act(batch)))
                 places += picks
     finally:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
-from adapters.backbones import PROCESSORS, live_model
+from adapters.backbones import PROCESSORS, live_model, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, make
 from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
@@ -392,9 +392,7 @@ def _quantization_for(base: Any, quantization: str | None) -> str | None:
 def _saved_processor(folder: Path, document: Mapping[str, Any], task: Task) -> Any:
     if not set(PROCESSORS[task.processor][1]) & set(document["files"]):
         return None
-    import transformers
-
-    return getattr(transformers, task.processor).from_pretrained(str(folder))
+    return open_processor(task.processor, str(folder), {})
 
 
 def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:

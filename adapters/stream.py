@@ -89,7 +89,7 @@ def plan(
                 remedy="Give the folder of the backbone that the adapter was trained on.",
             )
         )
-    like = dtype or (steps[0].dtype if steps else "float32")
+    like = dtype or next((step.dtype for step in steps if "float" in step.dtype), "float32")  # counters are integers
     for name, edit in pending.items():
         new = edit(None)  # only a replacement can create a tensor; any other edit refuses
         steps.append(Step(name, None, "", edit, like, tuple(new.shape)))
