@@ -234,7 +234,31 @@ def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]
                 found=f"{len(wrapped)}, differing in {', '.join(odd[:3])}",
             )
         )
+    _refuse_adjusted(config, model)
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _refuse_adjusted(config: Any, model: nn.Module) -> None:
+    """peft puts a size that fits in the place of one that does not (OFT's blocks), with a warning; here that is said.
+
+    Its layers keep the sizes that they took under the names of the config's fields.
+    """
+    asked = {name: value for name, value in vars(config).items() if type(value) is int and value}
+    if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
+        asked = {name: value for name, value in asked.items() if name not in ("r", "alpha", "lora_alpha")}
+    for path, module in model.named_modules():
+        if not is_tuner_layer(module):
+            continue
+        for name, value in asked.items():
+            taken = getattr(module, name, None)
+            if isinstance(taken, dict) and taken.get(ADAPTER, value) != value:
+                raise RequestError(
+                    message(
+                        f"the layer does not take {name}={value}",
+                        where=f"{type(config).__name__}, {path}",
+                        expected=f"{name} that fits it, such as {taken[ADAPTER]}",
+                    )
+                )
 
 
 def _refused(config: Any, model: nn.Module, expected: Collection[str], found: str) -> RequestError:

@@ -72,8 +72,9 @@ def distances(model: PreTrainedModel) -> dict[str, int]:
             found |= {name: blocks.length - index for name in names if name.startswith(f"{path}.")}
         # A stack's own final norm, registered after its blocks.
         stack = f"{blocks.path.rpartition('.')[0]}."
-        last = max((i for i, name in enumerate(names) if name.startswith(f"{blocks.path}.")), default=len(names))
-        found |= {name: found.get(name, 0) for name in names[last + 1 :] if stack != "." and name.startswith(stack)}
+        last = max(index for index, name in enumerate(names) if name.startswith(f"{blocks.path}."))
+        above = [name for name in names[last + 1 :] if name.startswith(stack) and "embed" not in name]
+        found |= {name: found.get(name, 0) for name in above}
     below = max((blocks.length for blocks in lists), default=0) + 1
     return {name: found.get(name, below) for name in names}
 
@@ -89,23 +90,21 @@ def decayed(model: PreTrainedModel, trained: Sequence[str], decay: float) -> dic
     return {name: Pace(factor=decay ** far[name]) for name in trained if far[name]}
 
 
-def joined(paces: Mapping[str, Pace], trained: Sequence[str], blocks: Sequence[str], every: int) -> dict[str, Pace]:
-    """The paces of gradual unfreezing: block after block joins what trains from the start.
+def joined(paces: Mapping[str, Pace], trained: Sequence[str], starts: Mapping[str, int]) -> dict[str, Pace]:
+    """The paces of gradual unfreezing.
 
     Args:
         paces: what is known of the parameters' rates.
         trained: all names that train.
-        blocks: prefixes of the blocks that join, in their order.
-        every: epochs between one and the next.
+        starts: prefix of a block -> epochs that pass before it joins.
 
     Source: ULMFiT, Howard and Ruder 2018, section 3.3.
     """
-    above = any(not name.startswith(tuple(blocks)) for name in trained)
     result = dict(paces)
-    for number, block in enumerate(blocks, start=1 if above else 0):
+    for block, start in starts.items():
         for name in trained:
             if name.startswith(block):
-                result[name] = replace(result.get(name, Pace()), start=number * every)
+                result[name] = replace(result.get(name, Pace()), start=start)
     return result
 
 

@@ -55,7 +55,8 @@ CONV1D = r"peft refuses .*\.h\.[01]\.\S+ \(Conv1D\).*'lora' or 'ia3'"
 REFUSALS = {
     ("bitfit", "llama"): "no biases",
     ("bitfit-nf4", "llama"): "no biases",
-    **{(cell, "gpt2"): CONV1D for cell in ("oft", "boft", "loha", "lokr", "hra", "oft-nf4", "a peft config")},
+    **{(cell, "gpt2"): CONV1D for cell in ("oft", "boft", "loha", "lokr", "hra", "a peft config")},
+    ("oft-nf4", "gpt2"): r"OFTConfig on 4-bit layers .*Conv1D",
 }
 TARGET = {"bert": "query", "roberta": "query", "gpt2": "c_attn", "llama": "q_proj"}
 KINDS = list(tiny.KINDS)

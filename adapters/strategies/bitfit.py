@@ -48,7 +48,7 @@ class BitFit:
                 message(
                     "the backbone has no biases to train",
                     where=f"strategy 'bitfit' on {type(model).__name__}",
-                    remedy="Take 'lora', or 'probe' for the head alone.",
+                    remedy="Take 'lora', or 'probe' for the head alone." if head else "Take 'lora'.",
                 )
             )
         check_decay(model, self.layer_decay, f"strategy {self.name!r}")

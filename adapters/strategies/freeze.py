@@ -28,7 +28,7 @@ class Freeze:
             them finds trains. Each must find something.
         unfreeze_every: gradual unfreezing (Howard and Ruder, 2018): what lies above the blocks trains from the start,
             the top block joins after this many epochs, the next one after twice as many, until all of `layers` train;
-            None lets all of them train from the start. Where nothing lies above, the top block starts.
+            None lets all of them train from the start. Where no head lies above, the top block starts.
         layer_decay: each block learns this many times as fast as the one above it, the head at the full rate (Clark
             et al., 2020); 1 for one rate.
     """
@@ -160,7 +160,12 @@ class Freeze:
         paces = decayed(model, trained, self.layer_decay)
         if self.unfreeze_every is None:
             return paces
-        return joined(paces, trained, list(reversed(self._top(model))), self.unfreeze_every)
+        blocks, names = self._top(model), set(trained)
+        above = [p for n, p in model.named_parameters() if n in names and not n.startswith(tuple(blocks))]
+        # A head begins alone; a final norm by itself is nothing to begin with.
+        first = 1 if any(parameter.dim() > 1 for parameter in above) else 0
+        starts = {block: (first + turn) * self.unfreeze_every for turn, block in enumerate(reversed(blocks))}
+        return joined(paces, trained, starts)
 
     def key(self, name: str) -> str:
         """Trained parameters keep their own names."""

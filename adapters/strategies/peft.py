@@ -147,6 +147,15 @@ class Peft:
                     remedy=f"Take 'lora', or a method that adapts layers: {', '.join(METHODS)} ...",
                 )
             )
+        if kind == "LORA" and options.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+            raise RequestError(
+                message(
+                    "a start that needs the backbone's weights or rows",
+                    where=f"{where} of {kind}: init_lora_weights",
+                    found=repr(options["init_lora_weights"]),
+                    remedy="Take the strategy 'lora': it says which starts it knows, and keeps the backbone as it is.",
+                )
+            )
         if "fan_in_fan_out" in entries:
             options["fan_in_fan_out"] = any(t and bias for _, _, t, bias in self.modules.values())
         unknown = sorted(set(options) - set(entries))

@@ -31,7 +31,13 @@ class Probe:
         from adapters.errors import RequestError, message
 
         if not head:
-            raise RequestError(message("there is no head to train", where="strategy 'probe'", remedy="Take 'lora'."))
+            raise RequestError(
+                message(
+                    "there is no head to train: the output layer belongs to the backbone",
+                    where=f"strategy 'probe' on {type(model).__name__}",
+                    remedy="Take 'lora', or 'freeze' for the last blocks.",
+                )
+            )
         return self
 
     def apply(self, model: PreTrainedModel) -> set[str]:
