@@ -245,7 +245,7 @@ def _refuse_adjusted(config: Any, model: nn.Module) -> None:
     """
     asked = {name: value for name, value in vars(config).items() if type(value) is int and value}
     if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
-        asked = {name: value for name, value in asked.items() if name not in ("r", "alpha", "lora_alpha")}
+        asked = {name: value for name, value in asked.items() if name != "r" and not name.endswith("alpha")}
     for path, module in model.named_modules():
         if not is_tuner_layer(module):
             continue

@@ -387,6 +387,7 @@ def test_interrupted_and_resumed_is_uninterrupted_with_rates_and_unfreezing(
         "save_steps": 1,
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
+        "train_sampling_strategy": "random",
     }
     options = {"strategy": "freeze", "layers": 2, "unfreeze_every": 1, "layer_decay": 0.7}
     rows = {"eval_dataset": None, "train_dataset": tiny.rows(16)}  # two steps an epoch
