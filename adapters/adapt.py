@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -21,7 +21,7 @@ from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full
 from adapters.strategies.lora import Lora
-from adapters.strategies.peft import Peft
+from adapters.strategies.peft import METHODS, Peft
 from adapters.strategies.probe import Probe
 from adapters.tasks import TASKS
 from adapters.vocabulary import extend, planned
@@ -37,13 +37,38 @@ logger = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True)
 class Row:
-    """One name that `adapt` knows: a strategy class, and how its frozen rest is stored unless said otherwise."""
+    """One name that `adapt` knows.
+
+    Attributes:
+        strategy: the class.
+        quantization: how its frozen rest is stored unless said otherwise.
+        options: fields of the strategy that come with the name; the caller's own go on top.
+        method: a method of peft, whose options are given by peft's names and become the strategy's `config`.
+    """
 
     strategy: type[Any]
     quantization: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: str = ""
+
+    def names(self) -> set[str]:
+        """The options that a caller may give."""
+        return METHODS[self.method].names if self.method else field_names(self.strategy)
+
+    def make(self, options: Mapping[str, Any], where: str) -> Strategy:
+        """The strategy with these options.
+
+        Raises:
+            RequestError: values of a wrong type.
+        """
+        if self.method:
+            options = {"config": {"peft_type": self.method, **options}}
+        made: Strategy = make(self.strategy, {**self.options, **options}, where)
+        return made
 
 
 # A strategy of one's own is one dataclass and one row here: STRATEGIES["mine"] = Row(Mine), or the class itself.
+# What is saved is the strategy with its options, so an adapter opens without the row that made it.
 STRATEGIES: dict[str, Row | type[Any]] = {
     "full": Row(Full),
     "freeze": Row(Freeze),
@@ -51,6 +76,15 @@ STRATEGIES: dict[str, Row | type[Any]] = {
     "bitfit": Row(BitFit),
     "lora": Row(Lora),
     "qlora": Row(Lora, quantization="nf4"),
+    "dora": Row(Lora, options={"use_dora": True}),
+    "rslora": Row(Lora, options={"use_rslora": True}),
+    "pissa": Row(Lora, options={"init_lora_weights": "pissa"}),
+    "ia3": Row(Peft, method="IA3"),
+    "oft": Row(Peft, method="OFT"),
+    "boft": Row(Peft, method="BOFT"),
+    "loha": Row(Peft, method="LOHA"),
+    "lokr": Row(Peft, method="LOKR"),
+    "hra": Row(Peft, method="HRA"),
     "peft": Row(Peft),
 }
 
@@ -118,14 +152,13 @@ def from_peft(config: Any) -> Strategy:
 def _strategy_and_task(
     strategy: str | Strategy | Any, task: str | Task | None, options: Mapping[str, Any], quantization: str | None
 ) -> tuple[Any, dict[str, Any], str | None, Any, dict[str, Any]]:
-    """Strategy class or object and its options, quantization, task class or object and its options."""
+    """Row of the strategy or the object and its options, quantization, task class or object and its options."""
     for wrong, right in ALIASES.items():
         if wrong in options and right == "quantization":
             raise RequestError(message(f"unknown option {wrong!r}", where="adapt", remedy="Say quantization='nf4'."))
     if isinstance(strategy, str):
-        row = row_of(strategy)
-        chosen: Any = row.strategy
-        quantization = quantization or row.quantization
+        chosen: Any = row_of(strategy)
+        quantization = quantization or chosen.quantization
     elif hasattr(strategy, "peft_type"):
         chosen = from_peft(strategy)
     elif hasattr(strategy, "apply") and hasattr(strategy, "edits"):
@@ -145,16 +178,16 @@ def _strategy_and_task(
             message("not a task", where="task", expected="a name or a task object", found=type(goal).__name__)
         )
     kinds = []
-    if isinstance(chosen, type):
-        kinds.append((f"strategy {strategy!r}", chosen))
+    if isinstance(chosen, Row):
+        kinds.append((f"strategy {strategy!r}", chosen.names()))
     if isinstance(goal, type):
-        kinds.append((f"task {task!r}", goal))
+        kinds.append((f"task {task!r}", field_names(goal)))
     if not kinds and options:
         raise RequestError(
             message("options beside objects that hold their own", where="adapt", found=", ".join(options))
         )
     shares = divide_options(options, kinds)
-    own = shares.pop(0) if isinstance(chosen, type) else {}
+    own = shares.pop(0) if isinstance(chosen, Row) else {}
     goals = shares.pop(0) if isinstance(goal, type) else {}
     return chosen, own, quantization, goal, goals
 
@@ -201,8 +234,8 @@ def adapt(
     if labels is not None:
         options["labels"] = labels
     chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
-    if isinstance(chosen, type):
-        chosen = make(chosen, own, f"strategy {strategy!r}")
+    if isinstance(chosen, Row):
+        chosen = chosen.make(own, f"strategy {strategy!r}")
     if isinstance(goal, type):
         goal = make(goal, goals, f"task {task!r}")
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
@@ -261,7 +294,7 @@ def assemble(
 
     Args:
         accept: called with the resolved strategy and the backbone's fingerprint before anything changes; raises
-            where they are not the right ones.
+            where they are not the right ones. None for a new adapter, which begins at its strategy's first values.
         full: hash every byte of the backbone, else samples alone.
         added_tokens: tokens that the backbone gets rows for.
         claimed: the fingerprint taken on the caller's word where packed weights cannot be identified.
@@ -282,6 +315,8 @@ def assemble(
 
         # Tried without memory first: every check speaks before the first module changes.
         ghost = skeleton(net)
+        if storage.quantization is not None:
+            vars(ghost)["is_loaded_in_4bit"] = True  # as packing will leave it on the live model
         strategy = strategy.resolve(ghost, head)
         trial = {own_name(name) for name in strategy.apply(ghost)}
         maps = [m for path, m in linear_maps(net).items() if f"{path}.weight" not in trial | head]
@@ -303,6 +338,8 @@ def assemble(
         pack(net, maps, storage)
         vocabulary = extend(net, processor, spelt) if spelt else None
         trained = strategy.apply(net) | live_names(net, head)
+        if accept is None:
+            strategy.begin(net)
         _configure(net, task)
         configured = padding.settle(net, processor) if padding else {}
         if vocabulary is not None:

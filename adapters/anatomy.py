@@ -193,7 +193,8 @@ def above_blocks(model: PreTrainedModel) -> set[str]:
     """Backbone parameters that run after the blocks: final norms and poolers.
 
     transformers registers modules in the order in which they run, embeddings first: what is registered after the
-    last block list, inside the base model, runs after it.
+    last block list, inside the base model, runs after it. What is called an embedding does not, wherever it stands:
+    BART's norm over the embeddings and DeBERTa's relative positions are registered after the blocks that read them.
     """
     lists = block_lists(model)
     if not lists:
@@ -203,7 +204,7 @@ def above_blocks(model: PreTrainedModel) -> set[str]:
     prefix = _path_of(model, model.base_model)
     full = [f"{prefix}{name}" for name in names]
     positions = [index for index, name in enumerate(full) if name.startswith(f"{last}.")]
-    return set(full[positions[-1] + 1 :])
+    return {name for name in full[positions[-1] + 1 :] if "embed" not in name}
 
 
 def _path_of(model: nn.Module, child: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, get_type_hints, runtime_checkable
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from adapters.edits import Edit
     from adapters.fingerprint import Fingerprint
+    from adapters.pace import Pace
     from adapters.quantize import Storage
 
 ALIASES = {
@@ -45,12 +46,15 @@ ALIASES = {
 class Strategy(Protocol):
     """What trains, what the trained tensors mean for the backbone, how to leave no trace.
 
-    A strategy is a frozen dataclass; its fields are its whole configuration and are saved as they are. `defaults`
-    holds the training settings that work without a knob; a value may be a function of the model.
+    A strategy is a frozen dataclass; its fields are its whole configuration and are saved as they are.
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[Mapping[str, object]]
+
+    @property
+    def defaults(self) -> Mapping[str, object]:
+        """The training settings that work without a knob; a value may be a function of the model."""
+        ...
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """A copy with every "auto" made concrete; this is what is saved and loaded. Checks, changes nothing."""
@@ -58,6 +62,14 @@ class Strategy(Protocol):
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """Change modules where the method needs it; returns the names of the parameters that train."""
+        ...
+
+    def begin(self, model: PreTrainedModel) -> None:
+        """Give what trains its first values where they come from the backbone's weights; `load` leaves this out."""
+        ...
+
+    def paces(self, model: PreTrainedModel, trained: Sequence[str]) -> Mapping[str, Pace]:
+        """The parameters that learn at another rate than the run's, or not from the start; by name in memory."""
         ...
 
     def key(self, name: str) -> str:
@@ -435,19 +447,23 @@ def check_types(instance: Any) -> None:
         raise RequestError("; ".join(faults))
 
 
-def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, type[Any]]]) -> list[dict[str, Any]]:
-    """Give each option to the dataclass that has a field of its name.
+def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, Collection[str]]]) -> list[dict[str, Any]]:
+    """Give each option to whom it belongs.
+
+    Args:
+        options: by name.
+        kinds: what each strategy or task is called, and the options that it takes.
 
     Raises:
         RequestError: an option that none of them has; the message gives the right name where one is known.
     """
     shares: list[dict[str, Any]] = [{} for _ in kinds]
-    known = set().union(*(field_names(kind) for _, kind in kinds))
+    known = set().union(*(names for _, names in kinds))
     where = " and ".join(label for label, _ in kinds)
     faults = []
     for name, value in options.items():
-        for share, (_, kind) in zip(shares, kinds, strict=True):
-            if name in field_names(kind):
+        for share, (_, names) in zip(shares, kinds, strict=True):
+            if name in names:
                 share[name] = value
                 break
         else:

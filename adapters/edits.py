@@ -163,25 +163,15 @@ class MergeLayer:
     def _layer(self, old: Tensor) -> Any:
         """The one peft layer around the old weight or bias, with the trained tensors in it."""
         import peft
-        from transformers.pytorch_utils import Conv1D
 
-        features_in, features_out = self.shape
-        linear: nn.Module
-        if self.transposed:
-            linear = Conv1D(features_out, features_in)  # type: ignore[no-untyped-call]
-        else:
-            linear = nn.Linear(features_in, features_out, bias=self.has_bias)
-        for name, parameter in linear.named_parameters():
+        layer: Any = plain_layer(self.shape, self.transposed, self.has_bias)
+        for name, parameter in layer.named_parameters():
             if name == self.part:
                 parameter.copy_(old.float())
             else:
                 parameter.zero_()
-        root = _nest(self.module, linear)
-        config = copy.deepcopy(self.config)
-        config.target_modules, config.exclude_modules = [self.module], None
-        config.layers_to_transform = config.layers_pattern = None
-        config.modules_to_save = None
-        peft.inject_adapter_in_model(config, root)
+        root = grown({self.module: layer})
+        peft.inject_adapter_in_model(single(self.config, [self.module]), root)
         layer = root.get_submodule(self.module)
         own = {
             name.replace(".default", ""): parameter
@@ -202,16 +192,38 @@ class MergeLayer:
         return layer
 
 
-def _nest(path: str, leaf: nn.Module) -> nn.Module:
-    """A module tree in which `leaf` stands at `path`, so that peft's patterns see the name they know."""
+def plain_layer(shape: tuple[int, int], transposed: bool, has_bias: bool) -> nn.Module:
+    """The layer that a description stands for: Conv1D keeps (in, out) and always has a bias, an embedding never."""
+    from transformers.pytorch_utils import Conv1D
+
+    features_in, features_out = shape
+    if transposed and has_bias:
+        return Conv1D(features_out, features_in)  # type: ignore[no-untyped-call]
+    if transposed:
+        return nn.Embedding(features_in, features_out)
+    return nn.Linear(features_in, features_out, bias=has_bias)
+
+
+def single(config: Any, modules: Sequence[str]) -> Any:
+    """A copy of a peft config for these modules alone, by their full paths."""
+    config = copy.deepcopy(config)
+    config.target_modules, config.exclude_modules = list(modules), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = None
+    return config
+
+
+def grown(layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A module tree in which each layer stands at its path, so that peft's patterns see the names they know."""
     root = nn.Module()
-    here = root
-    *parents, last = path.split(".")
-    for name in parents:
-        child = nn.Module()
-        here.add_module(name, child)
-        here = child
-    here.add_module(last, leaf)
+    for path, leaf in layers.items():
+        here = root
+        *parents, last = path.split(".")
+        for name in parents:
+            if name not in dict(here.named_children()):
+                here.add_module(name, nn.Module())
+            here = here.get_submodule(name)
+        here.add_module(last, leaf)
     return root
 
 

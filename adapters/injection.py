@@ -162,6 +162,37 @@ def _refuse_tied(model: PreTrainedModel, paths: Sequence[str]) -> None:
             )
 
 
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means this module, by peft's own rule."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that means this module."""
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
+
+
+def check_patterns(option: str, patterns: Collection[str], chosen: Collection[str]) -> None:
+    """Each key of rank_pattern or alpha_pattern must mean one of the adapted modules.
+
+    Raises:
+        RequestError: naming the pattern.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as fault:
+            raise RequestError(message(f"{pattern!r} is no regular expression", where=option, found=fault)) from fault
+        if not any(pattern_matches(pattern, path) for path in chosen):
+            raise RequestError(
+                message(
+                    f"the pattern {pattern!r} matches none of the adapted modules",
+                    where=option,
+                    expected=f"the end of a path such as {next(iter(chosen))!r}",
+                )
+            )
+
+
 def layout(chosen: Mapping[str, LinearMap]) -> dict[str, list[Any]]:
     """The adapted modules as plain data: path -> [in, out, transposed, has bias]."""
     return {path: [*m.shape, m.transposed, m.has_bias] for path, m in chosen.items()}
@@ -179,7 +210,7 @@ def whole_modules(model: nn.Module, names: Collection[str]) -> list[str]:
     return found
 
 
-def inject(model: PreTrainedModel, config: Any, expected: Collection[str]) -> set[str]:
+def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]:
     """Put the peft layers in; returns the parameters that peft would train.
 
     Raises:
@@ -191,15 +222,7 @@ def inject(model: PreTrainedModel, config: Any, expected: Collection[str]) -> se
         with _quiet():
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as fault:
-        if isinstance(fault, RequestError):
-            raise
-        raise RequestError(
-            message(
-                "peft refuses this adapter on this model",
-                where=f"{type(config).__name__} on {type(model).__name__}",
-                found=" ".join(str(fault).split()),
-            )
-        ) from fault
+        raise _refused(config, model, expected, " ".join(str(fault).split())) from fault
     wrapped = {own_name(f"{path}.").rstrip(".") for path, module in model.named_modules() if is_tuner_layer(module)}
     if wrapped != set(expected):
         odd = sorted(wrapped ^ set(expected))
@@ -211,7 +234,47 @@ def inject(model: PreTrainedModel, config: Any, expected: Collection[str]) -> se
                 found=f"{len(wrapped)}, differing in {', '.join(odd[:3])}",
             )
         )
+    _refuse_adjusted(config, model)
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _refuse_adjusted(config: Any, model: nn.Module) -> None:
+    """peft puts a size that fits in the place of one that does not (OFT's blocks), with a warning; here that is said.
+
+    Its layers keep the sizes that they took under the names of the config's fields.
+    """
+    asked = {name: value for name, value in vars(config).items() if type(value) is int and value}
+    if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
+        asked = {name: value for name, value in asked.items() if name != "r" and not name.endswith("alpha")}
+    for path, module in model.named_modules():
+        if not is_tuner_layer(module):
+            continue
+        for name, value in asked.items():
+            taken = getattr(module, name, None)
+            if isinstance(taken, dict) and taken.get(ADAPTER, value) != value:
+                raise RequestError(
+                    message(
+                        f"the layer does not take {name}={value}",
+                        where=f"{type(config).__name__}, {path}",
+                        expected=f"{name} that fits it, such as {taken[ADAPTER]}",
+                    )
+                )
+
+
+def _refused(config: Any, model: nn.Module, expected: Collection[str], found: str) -> RequestError:
+    """peft's refusal with the layer at which it spoke: the first that it has not put its own around."""
+    modules = dict(model.named_modules())
+    left = [path for path in modules if path in expected and not is_tuner_layer(modules[path])]
+    layer = f", {left[0]} ({type(modules[left[0]]).__name__})" if left else ""
+    return RequestError(
+        message(
+            "peft refuses this adapter on this model",
+            where=f"{type(config).__name__}{layer}",
+            found=found,
+            remedy="Change what peft names, leave such modules out of target_modules, or take 'lora' or 'ia3', which "
+            "fit every linear map.",
+        )
+    )
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def refuse_nothing(maps: Sequence[LinearMap], storage: Storage) -> None:
         )
 
 
-def pack(model: PreTrainedModel, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
+def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
     Args:

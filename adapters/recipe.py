@@ -69,11 +69,18 @@ class Recipe(BaseModel):
     def _check(self) -> Recipe:
         """Options and settings must exist; nothing of torch is needed to tell."""
         from adapters.adapt import row_of, task_class
+        from adapters.contracts import field_names
+
+        def options_of_strategy(name: str) -> set[str]:
+            return row_of(name).names()
+
+        def options_of_task(name: str) -> set[str]:
+            return field_names(task_class(name))
 
         kinds, faults = [], []
         for label, name, find in (
-            ("strategy", self.strategy, lambda name: row_of(name).strategy),
-            ("task", self.task, task_class),
+            ("strategy", self.strategy, options_of_strategy),
+            ("task", self.task, options_of_task),
         ):
             try:
                 kinds.append((f"{label} {name!r}", find(name)))

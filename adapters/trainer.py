@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from adapters import checkpoints, data, manifest, shards, storage
+from adapters import checkpoints, data, manifest, pace, shards, storage
 from adapters.anatomy import frozen_below, own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
@@ -106,6 +106,10 @@ class Trainer(transformers.Trainer):
         self._quiet = frozen_below(adapted.model, trained)
         if own.get("frozen_dropout"):
             self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
+        self._paces = adapted.strategy.paces(adapted.model, trained)
+        if train_dataset is not None:
+            pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
+            self.add_callback(pace.Joining(self._paces))
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
@@ -188,6 +192,16 @@ class Trainer(transformers.Trainer):
         place = {number: position for position, number in enumerate(self._evaluated["row"])}
         back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
         return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' optimizer, its groups divided by the strategy's rates."""
+        fresh = self.optimizer is None
+        if fresh:
+            pace.let_join(self.adapted.model, self._paces, float("inf"))  # an earlier run may have broken off
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            pace.set_rates(optimizer, self.adapted.model, self._paces)
+        return optimizer
 
     # ------------------------------------------------------------------ steps
 

@@ -22,33 +22,45 @@ from adapters.anatomy import own_name
 
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
+    "full-decay": ("full", {"layer_decay": 0.8}),
     "freeze": ("freeze", {"layers": 1}),
     "freeze-pattern": ("freeze", {"pattern": r"\b2\b"}),
     "probe": ("probe", {}),
     "bitfit": ("bitfit", {}),
     "lora": ("lora", {}),
     "lora-dropout": ("lora", {"lora_dropout": 0.1, "r": 4}),
-    "rslora": ("lora", {"use_rslora": True, "r": 4}),
-    "dora": ("lora", {"use_dora": True}),
+    "rslora": ("rslora", {"r": 4}),
+    "dora": ("dora", {}),
+    "pissa": ("pissa", {"r": 4}),
+    "pissa-fast": ("pissa", {"r": 4, "init_lora_weights": "pissa_niter_4", "rank_pattern": {r".*\b1\b.*": 3}}),
+    "olora": ("rslora", {"r": 4, "init_lora_weights": "olora"}),
+    "orthogonal": ("lora", {"init_lora_weights": "orthogonal"}),
     "lora-bias": ("lora", {"bias": "all"}),
     "lora-layers": ("lora", {"layers_to_transform": [1, 2]}),
     "qlora": ("qlora", {}),
     "probe-nf4": ("probe", {"quantization": "nf4"}),
     "freeze-nf4": ("freeze", {"quantization": "nf4", "layers": 1}),
     "bitfit-nf4": ("bitfit", {"quantization": "nf4"}),
-    "ia3": ("IA3Config", {}),
-    "loha": ("LoHaConfig", {}),
-    "lokr": ("LoKrConfig", {}),
+    "ia3": ("ia3", {}),
+    "oft": ("oft", {"oft_block_size": 8}),
+    "boft": ("boft", {}),
+    "loha": ("loha", {"r": 4}),
+    "lokr": ("lokr", {}),
+    "hra": ("hra", {"bias": "all"}),
+    "oft-nf4": ("oft", {"oft_block_size": 8, "quantization": "nf4"}),
+    "pissa-nf4": ("pissa", {"r": 4, "quantization": "nf4"}),
+    "a peft config": ("LoHaConfig", {"target_modules": r".*1.*"}),
 }
+CONV1D = r"peft refuses .*\.h\.[01]\.\S+ \(Conv1D\).*'lora' or 'ia3'"
 REFUSALS = {
     ("bitfit", "llama"): "no biases",
     ("bitfit-nf4", "llama"): "no biases",
-    ("loha", "gpt2"): "peft refuses",
-    ("lokr", "gpt2"): "peft refuses",
+    **{(cell, "gpt2"): CONV1D for cell in ("oft", "boft", "loha", "lokr", "hra", "a peft config")},
+    ("oft-nf4", "gpt2"): r"OFTConfig on 4-bit layers .*Conv1D",
 }
 TARGET = {"bert": "query", "roberta": "query", "gpt2": "c_attn", "llama": "q_proj"}
 KINDS = list(tiny.KINDS)
-PACKED = {"qlora", "probe-nf4", "freeze-nf4", "bitfit-nf4"}
+PACKED = {cell for cell in CELLS if cell == "qlora" or cell.endswith("-nf4")}
 
 
 def strategy_of(cell: str) -> tuple[Any, dict[str, Any]]:
@@ -325,7 +337,8 @@ def test_law_7_one_adapter_at_weight_one_is_itself(kind: str, trained: Any) -> N
         assert torch.allclose(edit(base[name]), edits[name](base[name]), atol=1e-6), name
 
 
-PEFT_CELLS = [cell for cell, (name, _) in CELLS.items() if name == "lora" or name.endswith("Config")]
+OWN = {"full", "freeze", "probe", "bitfit"}
+PEFT_CELLS = [cell for cell, (name, _) in CELLS.items() if name not in OWN and cell not in PACKED]
 
 
 @pytest.mark.parametrize(

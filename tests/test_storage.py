@@ -301,6 +301,12 @@ class Norms:
     def apply(self, model: Any) -> set[str]:
         return {name for name, _ in model.named_parameters() if self.word in name}
 
+    def begin(self, model: Any) -> None:
+        return None
+
+    def paces(self, model: Any, trained: Any) -> dict[str, Any]:
+        return {}
+
     def key(self, name: str) -> str:
         return name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapters.edits import Edit
+    from adapters.pace import Pace
 
 
 @final
@@ -25,6 +26,11 @@ class Freeze:
         layers: how many blocks train, counted from the top; None with no pattern means 2.
         pattern: instead of `layers`, regular expressions searched in the backbone's parameter names; what any of
             them finds trains. Each must find something.
+        unfreeze_every: gradual unfreezing (Howard and Ruder, 2018): what lies above the blocks trains from the start,
+            the top block joins after this many epochs, the next one after twice as many, until all of `layers` train;
+            None lets all of them train from the start. Where no head lies above, the top block starts.
+        layer_decay: each block learns this many times as fast as the one above it, the head at the full rate (Clark
+            et al., 2020); 1 for one rate.
     """
 
     name: ClassVar[str] = "freeze"
@@ -32,6 +38,8 @@ class Freeze:
 
     layers: int | None = None
     pattern: tuple[str, ...] | str | None = None
+    unfreeze_every: int | None = None
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -45,12 +53,29 @@ class Freeze:
 
         Raises:
             RequestError: both options, a number of blocks that is not there, blocks that share weights, a pattern
-                that finds nothing.
+                that finds nothing; unfreezing or decay that cannot be.
         """
         from adapters.anatomy import block_lists
         from adapters.errors import RequestError, message
+        from adapters.pace import check_decay
 
         where = "strategy 'freeze'"
+        check_decay(model, self.layer_decay, where)
+        if self.unfreeze_every is not None and (isinstance(self.unfreeze_every, bool) or self.unfreeze_every < 1):
+            raise RequestError(
+                message(
+                    "a wrong number of epochs",
+                    where=f"{where}: unfreeze_every",
+                    expected="a whole number > 0",
+                    found=self.unfreeze_every,
+                )
+            )
+        if self.unfreeze_every is not None and self.pattern is not None:
+            raise RequestError(
+                message(
+                    "unfreezing goes block by block", where=f"{where}: unfreeze_every, pattern", remedy="Give layers."
+                )
+            )
         if self.layers is not None and self.pattern is not None:
             raise RequestError(message("layers and pattern exclude each other", where=where, remedy="Give one."))
         if self.pattern is not None:
@@ -111,13 +136,36 @@ class Freeze:
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """The chosen blocks and all above them train; no module changes."""
-        from adapters.anatomy import above_blocks, block_lists
+        from adapters.anatomy import above_blocks
 
         if self.pattern is not None:
             return self._found(model)
-        blocks = block_lists(model)[-1]
-        top = tuple(f"{path}." for path in blocks.names()[blocks.length - (self.layers or 0) :])
+        top = tuple(self._top(model))
         return {name for name, _ in model.named_parameters() if name.startswith(top)} | above_blocks(model)
+
+    def _top(self, model: PreTrainedModel) -> list[str]:
+        """The prefixes of the blocks that train, bottom to top."""
+        from adapters.anatomy import block_lists
+
+        blocks = block_lists(model)[-1]
+        return [f"{path}." for path in blocks.names()[blocks.length - (self.layers or 0) :]]
+
+    def begin(self, model: PreTrainedModel) -> None:
+        """Training starts from the backbone's own values."""
+
+    def paces(self, model: PreTrainedModel, trained: Sequence[str]) -> Mapping[str, Pace]:
+        """Slower by `layer_decay` with each block below the head; block after block with `unfreeze_every`."""
+        from adapters.pace import decayed, joined
+
+        paces = decayed(model, trained, self.layer_decay)
+        if self.unfreeze_every is None:
+            return paces
+        blocks, names = self._top(model), set(trained)
+        above = [p for n, p in model.named_parameters() if n in names and not n.startswith(tuple(blocks))]
+        # A head begins alone; a final norm by itself is nothing to begin with.
+        first = 1 if any(parameter.dim() > 1 for parameter in above) else 0
+        starts = {block: (first + turn) * self.unfreeze_every for turn, block in enumerate(reversed(blocks))}
+        return joined(paces, trained, starts)
 
     def key(self, name: str) -> str:
         """Trained parameters keep their own names."""

@@ -1,9 +1,13 @@
-"""LoRA: frozen weights plus a trained low-rank product (Hu et al., 2021), by peft's layers put in place."""
+"""LoRA: frozen weights plus a trained low-rank product (Hu et al., 2021), by peft's layers put in place.
+
+PiSSA and OLoRA start from factors of the weight itself, and peft takes their product out of the backbone. Here the
+backbone stays: what is trained is B A - B0 A0, a plain LoRA of twice the rank whose second half, the start, is held.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -13,7 +17,20 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from adapters.anatomy import LinearMap
     from adapters.edits import Edit
+    from adapters.pace import Pace
+
+PAIRED = re.compile(r"pissa(_niter_[1-9][0-9]*)?|olora")  # starts that are factors of the weight
+STARTS = 'True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<number of iterations>" or "olora"'
+# Why peft's other starts cannot be had.
+REFUSED = {
+    "eva": "it is computed from the activations of rows that the model has seen first",
+    "corda": "it is computed from the activations of rows that the model has seen first",
+    "lora_ga": "it is computed from the gradients of rows that the model has seen first",
+    "loftq": "it puts quantized weights in the backbone's place",
+    "mica": "it freezes one of the two factors, which would then not be saved",
+}
 
 
 def learning_rate(model: PreTrainedModel) -> float:
@@ -43,7 +60,10 @@ class Lora:
         use_rslora: rank-stabilised scale (Kalajdzievski, 2023).
         use_dora: weight-decomposed update (Liu et al., 2024).
         rank_pattern, alpha_pattern: other r or lora_alpha for modules whose path ends in a key (a regular expression).
-        init_lora_weights: True for the standard start (B = 0), False for random factors, or "gaussian".
+        init_lora_weights: True for the standard start (B = 0), False for random factors, "gaussian", "orthogonal"
+            (both factors random, their product 0), "pissa" (the largest singular directions, Meng et al., 2024) or
+            "pissa_niter_16" (the same, found faster in 16 iterations), or "olora" (a QR decomposition, Buyukakyuz,
+            2024). The last three write factors of rank 2 r.
         modules_to_save: filled on resolving: the head and new modules, trained whole.
         modules: filled on resolving: path -> [in, out, transposed, has bias] of each adapted module.
     """
@@ -76,9 +96,10 @@ class Lora:
             RequestError: a value out of range, or a pattern that matches nothing.
         """
         from adapters.anatomy import shortest_suffixes
-        from adapters.injection import candidates, choose, layout, whole_modules
+        from adapters.injection import candidates, check_patterns, choose, layout, whole_modules
 
         self._check()
+        self._check_start()
         every_layer = choose(model, head, patterns=self.target_modules, exclude=self.exclude_modules)
         chosen = choose(
             model,
@@ -90,7 +111,9 @@ class Lora:
         # Named against every other module of the model, so that the saved suffixes cannot catch a head or a pooler.
         others = [path for path, _ in model.named_modules() if path not in every_layer]
         others += [path for path in candidates(model, head) if path not in every_layer]
-        self._check_patterns(chosen)
+        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            check_patterns(option, patterns, chosen)
+        self._check_ranks(chosen)
         layers = self.layers_to_transform
         return replace(
             self,
@@ -119,42 +142,89 @@ class Lora:
                 self.lora_dropout,
             ),
             (self.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"', self.bias),
-            (
-                isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian",
-                "init_lora_weights",
-                'True, False or "gaussian" (pissa, olora and the like overwrite the backbone when they start)',
-                self.init_lora_weights,
-            ),
         ]
         wrong = [message("a wrong value", where=w, expected=e, found=repr(f)) for fine, w, e, f in faults if not fine]
         if wrong:
             raise RequestError("; ".join(wrong))
 
-    def _check_patterns(self, chosen: Mapping[str, object]) -> None:
+    def _check_start(self) -> None:
         from adapters.errors import RequestError, message
 
-        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as fault:
-                    raise RequestError(
-                        message(f"{pattern!r} is no regular expression", where=option, found=fault)
-                    ) from fault
-                if not any(_pattern_matches(pattern, path) for path in chosen):
-                    raise RequestError(
-                        message(
-                            f"the pattern {pattern!r} matches none of the adapted modules",
-                            where=option,
-                            expected=f"the end of a path such as {next(iter(chosen))!r}",
-                        )
-                    )
+        start = self.init_lora_weights
+        if isinstance(start, bool) or start in ("gaussian", "orthogonal") or PAIRED.fullmatch(start):
+            return
+        reason = REFUSED.get(start)
+        raise RequestError(
+            message(
+                f"the start {start!r} cannot be had here: {reason}" if reason else "a wrong value",
+                where="init_lora_weights",
+                expected=STARTS,
+                found=repr(start),
+            )
+        )
+
+    def _check_ranks(self, chosen: Mapping[str, LinearMap]) -> None:
+        """What a start demands of ranks and modules.
+
+        Raises:
+            RequestError: naming the module.
+        """
+        from adapters.errors import RequestError, message
+        from adapters.injection import by_pattern
+
+        start = self.init_lora_weights
+        for path, module in chosen.items():
+            rank = by_pattern(self.rank_pattern, path, self.r)
+            where = f"init_lora_weights={start!r}: {path}"
+            if start == "orthogonal" and rank % 2:
+                raise RequestError(message("an odd rank", where=where, expected="an even r", found=rank))
+            if not self._paired:
+                continue
+            if module.transposed and not module.has_bias:
+                raise RequestError(
+                    message("no start for an embedding", where=where, remedy="Take init_lora_weights=True.")
+                )
+            if rank > min(module.shape):
+                raise RequestError(
+                    message("the rank exceeds the weight's", where=where, expected=f"r up to {min(module.shape)}")
+                )
+
+    @property
+    def _paired(self) -> bool:
+        """Whether the factors at the start are kept beside the trained ones."""
+        return isinstance(self.init_lora_weights, str) and PAIRED.fullmatch(self.init_lora_weights) is not None
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """Put peft's layers around the target modules; their factors (and the biases asked for) train."""
         from adapters.injection import inject
 
-        return inject(model, self._config(), self.modules)
+        names = inject(model, self._config(), self.modules)
+        if self._paired:
+            for path in self.modules:
+                down, up = _factors(model, path)
+                down.register_hook(_held(0, down.shape[0] // 2))
+                up.register_hook(_held(1, up.shape[1] // 2))
+        return names
+
+    def begin(self, model: PreTrainedModel) -> None:
+        """PiSSA and OLoRA: the weight's own factors, once as they train and once, negated, as they stay."""
+        if not self._paired:
+            return
+        import torch
+
+        from adapters.injection import by_pattern
+
+        with torch.no_grad():
+            for path in self.modules:
+                rank, scale = int(by_pattern(self.rank_pattern, path, self.r)), self._scale(path)
+                down, up = _principal(_weight(model, path), rank, scale, str(self.init_lora_weights))
+                live_down, live_up = _factors(model, path)
+                live_down.copy_(torch.cat([down, down]))
+                live_up.copy_(torch.cat([up, -up], dim=1))
+
+    def paces(self, model: PreTrainedModel, trained: Sequence[str]) -> Mapping[str, Pace]:
+        """All at the run's learning rate."""
+        return {}
 
     def _config(self) -> Any:
         import peft
@@ -165,8 +235,21 @@ class Lora:
             if entry.name not in ("modules", "modules_to_save", "exclude_modules")
         }
         options["target_modules"] = list(self.target_modules or ())
-        options["rank_pattern"], options["alpha_pattern"] = dict(self.rank_pattern), dict(self.alpha_pattern)
-        return peft.LoraConfig(**options, fan_in_fan_out=self._transposed())
+        options["init_lora_weights"] = True if self._paired else self.init_lora_weights
+        return peft.LoraConfig(**options | self._sizes(), fan_in_fan_out=self._transposed())
+
+    def _sizes(self) -> dict[str, Any]:
+        """Ranks and alphas as the layers have them: twice the rank with the start kept, at the same scale."""
+        ranks, alphas = dict(self.rank_pattern), dict(self.alpha_pattern)
+        if not self._paired:
+            return {"r": self.r, "lora_alpha": self.lora_alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+        twice = 2**0.5 if self.use_rslora else 2
+        return {
+            "r": 2 * self.r,
+            "lora_alpha": twice * self.lora_alpha,
+            "rank_pattern": {pattern: 2 * rank for pattern, rank in ranks.items()},
+            "alpha_pattern": {pattern: twice * alpha for pattern, alpha in alphas.items()},
+        }
 
     def _transposed(self) -> bool:
         """peft's flag for GPT-2's Conv1D; embeddings are transposed by nature and do not count."""
@@ -205,8 +288,11 @@ class Lora:
         return edits | replace_all(whole)
 
     def _scale(self, path: str) -> float:
-        rank = _by_pattern(self.rank_pattern, path, self.r)
-        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        from adapters.injection import by_pattern
+
+        sizes = self._sizes()
+        rank = by_pattern(sizes["rank_pattern"], path, sizes["r"])
+        alpha = by_pattern(sizes["alpha_pattern"], path, sizes["lora_alpha"])
         return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
 
     def strip(self, model: PreTrainedModel) -> None:
@@ -221,8 +307,6 @@ class Lora:
             "peft_type": "LORA",
             "task_type": None,
             "inference_mode": True,
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": list(self.target_modules or ()),
             "bias": self.bias,
@@ -233,10 +317,7 @@ class Lora:
         }
         if self.layers_to_transform is not None:
             options["layers_to_transform"] = self.layers_to_transform
-        if self.rank_pattern:
-            options["rank_pattern"] = dict(self.rank_pattern)
-        if self.alpha_pattern:
-            options["alpha_pattern"] = dict(self.alpha_pattern)
+        options |= {name: value for name, value in self._sizes().items() if value != {}}
         return {"adapter_config.json": options}
 
 
@@ -244,9 +325,62 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _pattern_matches(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None  # peft's own rule
+def _factors(model: PreTrainedModel, path: str) -> tuple[Any, Any]:
+    """The live factors of one module: lora_A's weight (rank, in) and lora_B's (out, rank)."""
+    from adapters.injection import ADAPTER
+
+    layer: Any = model.get_submodule(path)
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
-def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if _pattern_matches(pattern, path)), default)
+def _held(dim: int, start: int) -> Callable[[Tensor], Tensor]:
+    """A gradient hook: from `start` on along `dim` nothing moves.
+
+    Weight decay still shrinks both halves alike, and with them the change: towards the backbone.
+    """
+
+    def hook(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad.narrow(dim, start, grad.shape[dim] - start).zero_()
+        return grad
+
+    return hook
+
+
+def _weight(model: PreTrainedModel, path: str) -> Tensor:
+    """The weight that an adapted module computes with, shape (out, in), float32."""
+    from adapters.anatomy import linear_map
+    from adapters.quantize import dequantized, is_packed
+
+    layer: Any = model.get_submodule(path)
+    base = layer.get_base_layer()
+    if is_packed(base):
+        return dequantized(base)
+    described = linear_map(path, base)
+    weight: Tensor = base.weight.float()
+    return weight.T if described is not None and described.transposed else weight
+
+
+def _principal(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
+    """Factors of a weight's leading part: scale * up @ down.
+
+    Args:
+        weight: shape (out, in), float32.
+        rank, scale: of the update.
+        start: "pissa", "pissa_niter_<n>" (Meng et al., 2024, eq. 2 and 3) or "olora" (Buyukakyuz, 2024, algorithm 1).
+
+    Returns:
+        down (rank, in), up (out, rank).
+    """
+    import torch
+
+    if start == "olora":
+        up, down = torch.linalg.qr(weight)
+        return down[:rank], up[:, :rank]
+    if start == "pissa":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        left, values, columns = torch.svd_lowrank(weight, rank, niter=int(start.rpartition("_")[2]))
+        right = columns.T
+    root = (values[:rank] / scale).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root

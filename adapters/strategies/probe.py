@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapters.edits import Edit
+    from adapters.pace import Pace
 
 
 @final
@@ -30,12 +31,25 @@ class Probe:
         from adapters.errors import RequestError, message
 
         if not head:
-            raise RequestError(message("there is no head to train", where="strategy 'probe'", remedy="Take 'lora'."))
+            raise RequestError(
+                message(
+                    "there is no head to train: the output layer belongs to the backbone",
+                    where=f"strategy 'probe' on {type(model).__name__}",
+                    remedy="Take 'lora', or 'freeze' for the last blocks.",
+                )
+            )
         return self
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """Nothing of the backbone trains."""
         return set()
+
+    def begin(self, model: PreTrainedModel) -> None:
+        """Training starts from the backbone's own values."""
+
+    def paces(self, model: PreTrainedModel, trained: Sequence[str]) -> Mapping[str, Pace]:
+        """The head at the run's learning rate."""
+        return {}
 
     def key(self, name: str) -> str:
         """Trained parameters keep their own names."""
