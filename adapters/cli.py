@@ -208,7 +208,7 @@ def predict(
     if as_json:
         _out({"predictions": answers})
         return
-    shown = texts if texts else list(rows[next(iter(adapted.task.columns))])
+    shown = texts if texts else list(rows[next(c for c in adapted.task.columns if c in rows.column_names)])
     for number, (row, found) in enumerate(zip(shown, answers, strict=True)):
         row = _cell(row, number)
         if isinstance(found, list) and found and set(found[0]) == {"label", "score"}:

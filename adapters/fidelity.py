@@ -65,8 +65,15 @@ def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
     with torch.inference_mode():
         for batch in batches:
             outputs = model(**batch)
-            found += [outputs[name].float() for name in outputs if name.endswith("logits")]
+            found += [_seen(outputs[name].float(), batch) for name in outputs if name.endswith("logits")]
     return found
+
+
+def _seen(logits: Any, batch: dict[str, Any]) -> Any:
+    """The logits of a sequence where it is no padding; what stands there means nothing."""
+    mask = batch.get("attention_mask")
+    inside = mask is not None and "decoder_input_ids" not in batch and logits.shape[:2] == mask.shape
+    return logits[mask.bool()] if inside else logits
 
 
 def _of_rows(adapted: Any, rows: list[Any]) -> list[dict[str, Any]]:
@@ -104,13 +111,14 @@ def synthetic(model: Any) -> dict[str, Any]:
 
 
 def _complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A decoder's first token, for models that generate and were given no target."""
+    """A decoder's first tokens, for models that generate and were given no target: its start token, then the source."""
     import torch
 
     if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in batch:
-        start = model.config.get_text_config().decoder_start_token_id
-        rows = len(batch["input_ids"])
-        batch["decoder_input_ids"] = torch.full((rows, 1), 0 if start is None else start)
+        config = model.config.get_text_config(decoder=True)
+        start = config.decoder_start_token_id
+        first = torch.full((len(batch["input_ids"]), 1), 0 if start is None else start)
+        batch["decoder_input_ids"] = torch.cat([first, batch["input_ids"][:, :7].remainder(config.vocab_size)], 1)
     return batch
 
 

@@ -291,7 +291,7 @@ def _with_fidelity(
     found = json.loads(child.stdout.strip().splitlines()[-1])
     coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
     bound = BOUNDS[coarsest] * max(found["spread"], 1e-6)
-    if found["max_difference"] > bound:
+    if not found["max_difference"] <= bound:  # so that a NaN is refused too
         raise NumbersError(
             message(
                 "the merged model does not answer as the adapted one does",

@@ -154,30 +154,35 @@ def taken(rows: Dataset, model: PreTrainedModel, *, labelled: bool, keep: Sequen
 
 
 def padded(
-    features: Sequence[Mapping[str, Any]], model: PreTrainedModel, columns: Sequence[str] = ("token_type_ids",)
+    features: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    columns: Sequence[str] = ("token_type_ids",),
+    *,
+    side: str = "right",
 ) -> dict[str, Any]:
-    """Right-padded batch: input_ids and attention_mask, shape (rows, longest), the columns asked for, and "row".
+    """Padded batch: input_ids and attention_mask, shape (rows, longest), the columns asked for, and "row".
 
     Args:
         features: prepared rows.
         model: whose config names the padding id.
         columns: further columns of ids to pad where the rows have them.
+        side: "left" for prompts that a decoder goes on with.
     """
     pad = model.config.get_text_config().pad_token_id or 0
-    batch: dict[str, Any] = {"input_ids": stacked([feature["input_ids"] for feature in features], pad)}
+    batch: dict[str, Any] = {"input_ids": stacked([feature["input_ids"] for feature in features], pad, side)}
     masks = [feature.get("attention_mask") or [1] * len(feature["input_ids"]) for feature in features]
-    batch["attention_mask"] = stacked(masks, 0)
+    batch["attention_mask"] = stacked(masks, 0, side)
     for name in columns:
         if name in features[0]:
-            batch[name] = stacked([feature[name] for feature in features], FILLS.get(name, 0))
+            batch[name] = stacked([feature[name] for feature in features], FILLS.get(name, 0), side)
     if "row" in features[0]:
         batch["row"] = [feature["row"] for feature in features]
     return batch
 
 
-def stacked(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Rows of numbers as one tensor, shape (rows, longest), filled up on the right."""
+def stacked(rows: Sequence[Sequence[int]], fill: int, side: str = "right") -> Tensor:
+    """Rows of numbers as one tensor, shape (rows, longest), filled up on one side."""
     import torch
 
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapters.tasks.causal_lm import CausalLM
 from adapters.tasks.image_classification import ImageClassification
 from adapters.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Any]] = {
     TextClassification.name: TextClassification,
     ImageClassification.name: ImageClassification,
+    CausalLM.name: CausalLM,
 }
