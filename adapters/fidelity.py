@@ -72,8 +72,9 @@ def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
 def _seen(logits: Any, batch: dict[str, Any]) -> Any:
     """The logits of a sequence where it is no padding; what stands there means nothing."""
     mask = batch.get("attention_mask")
-    inside = mask is not None and "decoder_input_ids" not in batch and logits.shape[:2] == mask.shape
-    return logits[mask.bool()] if inside else logits
+    if mask is None or logits.ndim != 3 or logits.shape[:2] != mask.shape or "decoder_input_ids" in batch:
+        return logits
+    return logits[mask.bool()]
 
 
 def _of_rows(adapted: Any, rows: list[Any]) -> list[dict[str, Any]]:
@@ -115,10 +116,10 @@ def _complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in batch:
-        config = model.config.get_text_config(decoder=True)
-        start = config.decoder_start_token_id
+        start = model.config.get_text_config().decoder_start_token_id
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
         first = torch.full((len(batch["input_ids"]), 1), 0 if start is None else start)
-        batch["decoder_input_ids"] = torch.cat([first, batch["input_ids"][:, :7].remainder(config.vocab_size)], 1)
+        batch["decoder_input_ids"] = torch.cat([first, batch["input_ids"][:, :7].remainder(vocabulary)], 1)
     return batch
 
 

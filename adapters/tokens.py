@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1000  # rows tokenised at once
+UNBOUNDED = 1 << 20  # tokens: neither tokenizer nor model names a length
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}  # padding of columns; input_ids take the model's
 
 
@@ -33,7 +34,7 @@ def limit_of(max_length: int | None, processor: Any, model: PreTrainedModel) -> 
     """The number of tokens that a row may have: the option's, the tokenizer's and the model's smallest."""
     from adapters.anatomy import longest_input
 
-    return min(max_length or 1 << 20, longest_input(processor, model))
+    return min(max_length or UNBOUNDED, longest_input(processor, model))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -6,10 +6,12 @@ from typing import Any
 
 from adapters.tasks.causal_lm import CausalLM
 from adapters.tasks.image_classification import ImageClassification
+from adapters.tasks.seq2seq import Seq2Seq
 from adapters.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Any]] = {
     TextClassification.name: TextClassification,
     ImageClassification.name: ImageClassification,
     CausalLM.name: CausalLM,
+    Seq2Seq.name: Seq2Seq,
 }
