@@ -479,6 +479,30 @@ def test_each_strategy_learns_is_saved_and_merged(kind: str, strategy: str, tmp_
     assert adapters.predict(again, given) == wanted
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_backbone_in_four_bits_learns(kind: str, tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", kind)
+    adapted = adapters.adapt(base, "qlora", task="causal-lm", max_length=16)
+    rows = [{"text": text} for text in texts(12)]
+    before = adapters.evaluate(adapted, rows)["loss"]
+    adapters.Trainer(adapted, {"output_dir": str(tmp_path / "run"), "max_steps": 6, "report_to": "none"}, rows).train()
+    assert adapters.evaluate(adapted, rows)["loss"] < before
+
+
+def test_the_task_is_read_off_a_live_model() -> None:
+    adapted = adapters.adapt(net("gpt2"), "lora", processor=words())
+    assert adapted.task == CausalLM()
+    assert adapted.head == frozenset()
+
+
+def test_prepared_rows_are_taken_as_they_are() -> None:
+    rows, _ = prepared([{"text": text} for text in texts(4)])
+    kept = rows.remove_columns(["length", "row"])
+    again, remarks = CausalLM().prepare(kept, None, net(), labelled=True)
+    assert again.to_dict() == rows.to_dict()
+    assert remarks == []
+
+
 def test_activation_checkpointing_works(tmp_path: Path) -> None:
     adapted = adapters.adapt(net(), "lora", task="causal-lm", processor=words(), max_length=16)
     adapted.model.activation_checkpointing_enable()
