@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapters.tasks.masked_lm import MaskedLM
 from adapters.tasks.text_classification import TextClassification
 
-TASKS: dict[str, type[Any]] = {TextClassification.name: TextClassification}
+TASKS: dict[str, type[Any]] = {
+    TextClassification.name: TextClassification,
+    MaskedLM.name: MaskedLM,
+}
