@@ -125,6 +125,8 @@ def infilling_spans(length: int, share: float, mean: float, generator: np.random
     sizes: list[int] = []
     while sum(sizes) < budget:
         sizes.append(min(int(generator.poisson(mean)), budget - sum(sizes)))
+    while len(sizes) > budget:  # no more masks than tokens hidden: a row never grows
+        sizes.remove(0)
     clear = length - sum(sizes)
     # Every place between clear tokens is as likely as another to hold the next span.
     starts = sorted(generator.integers(0, clear + 1, len(sizes)).tolist())
