@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from adapters.tasks.causal_lm import CausalLM
+from adapters.tasks.denoising import Denoising
 from adapters.tasks.image_classification import ImageClassification
+from adapters.tasks.masked_lm import MaskedLM
+from adapters.tasks.next_sentence import NextSentence
 from adapters.tasks.seq2seq import Seq2Seq
 from adapters.tasks.text_classification import TextClassification
 
@@ -14,4 +17,7 @@ TASKS: dict[str, type[Any]] = {
     ImageClassification.name: ImageClassification,
     CausalLM.name: CausalLM,
     Seq2Seq.name: Seq2Seq,
+    MaskedLM.name: MaskedLM,
+    Denoising.name: Denoising,
+    NextSentence.name: NextSentence,
 }
