@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
-from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
+from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
+from adapters.options import ALIASES, divide_options, field_names, make
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full

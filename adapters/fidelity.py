@@ -32,11 +32,11 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
         rows = list(noise(ROWS, adapted.model))
     batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
-    wanted = _outputs(adapted.model, batches)
+    wanted = outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = _outputs(auto.from_pretrained(merged, dtype="auto"), batches)
+    found = outputs(auto.from_pretrained(merged, dtype="auto"), batches)
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
@@ -56,7 +56,7 @@ def _agree(one: Any, other: Any) -> Any:
     return torch.isclose(one, other, rtol=1e-3, atol=1e-5).float().flatten()
 
 
-def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
+def outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
     """What the head gives for each batch: logits, or the start and end logits of an answer."""
     import torch
 

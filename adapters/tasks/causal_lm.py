@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import chats
-from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import corruption, likelihood
-from adapters.contracts import Draw, check_types
+from adapters.contracts import Draw
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
 from adapters.likelihood import IGNORED
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np

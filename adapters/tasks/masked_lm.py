@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import corruption, likelihood
-from adapters.contracts import Draw, check_types
+from adapters import cloze, corruption, likelihood
+from adapters.contracts import Draw
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
 from adapters.likelihood import IGNORED
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,7 +152,7 @@ class MaskedLM:
         """
         from adapters import tokens
 
-        likelihood.need_mask(processor)
+        cloze.need_mask(processor)
         if "input_ids" in rows.column_names:
             prepared = tokens.taken(rows, model, labelled=False, keep=("words",))
             if labelled:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import corruption, metrics
 from adapters.classes import Classes
-from adapters.contracts import Draw, check_types
+from adapters.contracts import Draw
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
 from adapters.labels import named
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np

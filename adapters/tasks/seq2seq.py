@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import RequestError, message, nearest
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np

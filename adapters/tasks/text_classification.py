@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters.classes import Classes
-from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import RequestError, message
 from adapters.labels import named
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     import numpy as np
