@@ -25,6 +25,7 @@ from adapters.anatomy import frozen_below, own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.formats import arrange
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
@@ -129,7 +130,13 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ rows
 
     def _rows_of(self, source: Any) -> Dataset:
-        return source if is_prepared(source) else data.rename(data.one(source), self.columns, self.adapted.task.columns)
+        if is_prepared(source):
+            rows: Dataset = source
+            return rows
+        rows, remark = arrange(data.one(source), self.columns, self.adapted.task.columns)
+        if remark:
+            logger.info(remark)
+        return rows
 
     def prepared(self, source: Any) -> Dataset:
         """Model inputs from raw rows in any form; what is prepared already stays as it is."""
