@@ -22,7 +22,7 @@ FLOORS = {
     "images": 1,
     "labels": 1,
     "data": 2,
-    "division": 2,
+    "division": 3,
     "anatomy": 2,
     "checkpoints": 2,
     "formats": 3,
