@@ -167,7 +167,8 @@ def arrange(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str
     if columns:
         rows = _unfolded(rows, set(columns.values()))
         rows = rename(rows, columns, {**dict.fromkeys(sorted(_readable(known)), ""), **known})
-    return normalise(rows, known, tuple(columns or ()))
+    rows, remark = normalise(rows, known, tuple(columns or ()))
+    return rename(rows, None, known), remark  # pictures become references or bytes, undecoded
 
 
 def _readable(known: Collection[str]) -> set[str]:
