@@ -41,7 +41,7 @@ def split(
     strata = rows[by] if by else [None] * total
     together: dict[Any, list[int]] = {}
     for index, key in enumerate(keys):
-        together.setdefault(key, []).append(index)
+        together.setdefault(json.dumps(key) if isinstance(key, list) else key, []).append(index)
     for members in together.values():
         groups.setdefault(json.dumps(strata[members[0]], default=str), []).append(members)
     chosen: dict[str, list[int]] = {name: [] for name in [*parts, "train"]}

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 SEPARATOR = "|"  # between the labels of one cell, where a multi-label set comes from a csv file
 
 
-def named(rows: Dataset, value: Any) -> Any:
+def named(rows: Dataset, value: Any, column: str = "label") -> Any:
     """Class numbers of a ClassLabel feature as names."""
-    names = class_names(rows)
+    names = class_names(rows, column)
     if names and isinstance(value, list):
         return [names[entry] if 0 <= entry < len(names) else None for entry in value]
     if names and isinstance(value, int):
@@ -100,8 +100,8 @@ def _cell(text: str, where: str) -> Any:
         raise DataError(message("broken JSON", where=where, found=f"{text!r}: {fault}"[:120])) from fault
 
 
-def class_names(rows: Dataset) -> list[str]:
+def class_names(rows: Dataset, column: str = "label") -> list[str]:
     """The names of a ClassLabel feature, or of a list of them; empty for any other."""
-    feature = rows.features["label"]
+    feature = rows.features[column]
     names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
     return names

@@ -5,5 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from adapters.tasks.text_classification import TextClassification
+from adapters.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, type[Any]] = {TextClassification.name: TextClassification}
+TASKS: dict[str, type[Any]] = {
+    TextClassification.name: TextClassification,
+    TokenClassification.name: TokenClassification,
+}
