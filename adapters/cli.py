@@ -199,7 +199,9 @@ def predict(
     shown = texts if texts else list(rows[next(iter(adapted.task.columns))])
     for row, found in zip(shown, answers, strict=True):
         label, score = (
-            (found.get("label", found.get("labels")), found.get("score")) if isinstance(found, dict) else (None, None)
+            (found.get("label", found.get("labels", found.get("answer"))), found.get("score"))
+            if isinstance(found, dict)
+            else (None, None)
         )
         if label is None and score is None:
             print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")
