@@ -214,7 +214,9 @@ def predict(
         if isinstance(found, list) and found and set(found[0]) == {"label", "score"}:
             found = found[0]  # labels in order: the best stands for them
         label, score = (
-            (found.get("label", found.get("labels")), found.get("score")) if isinstance(found, dict) else (None, None)
+            (found.get("label", found.get("labels", found.get("answer"))), found.get("score"))
+            if isinstance(found, dict)
+            else (None, None)
         )
         if label is None and score is None:
             print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")

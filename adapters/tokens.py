@@ -30,6 +30,31 @@ def need_tokenizer(processor: Any) -> None:
         )
 
 
+def need_fast(processor: Any) -> None:
+    """Refuse a tokenizer that cannot say which characters a token stands for.
+
+    Raises:
+        RequestError: there is none, or it is written in Python.
+    """
+    need_tokenizer(processor)
+    if not processor.is_fast:
+        raise RequestError(
+            message(
+                "the tokenizer does not tell where its tokens stand in the text",
+                where=type(processor).__name__,
+                expected="a fast tokenizer",
+                remedy="Load it by AutoTokenizer, from a folder with a tokenizer.json.",
+            )
+        )
+
+
+def length_faults(max_length: int | None) -> list[str]:
+    """What is wrong with a task's option of that name, as a list of messages."""
+    if max_length is None or max_length > 2:
+        return []
+    return [message("a wrong value", where="max_length", expected="a number of tokens > 2", found=max_length)]
+
+
 def limit_of(max_length: int | None, processor: Any, model: PreTrainedModel) -> int:
     """The number of tokens that a row may have: the option's, the tokenizer's and the model's smallest."""
     from adapters.anatomy import longest_input

@@ -116,6 +116,7 @@ class Trainer(transformers.Trainer):
         self._run = secrets.token_hex(8)
         self._batch_rows: list[int] | None = None
         self._evaluated: Any = None
+        self._summed = torch.zeros(2, dtype=torch.float64)
         if self._draw is not None:
             self.add_callback(_Epochs(self._draw))
         patience = own.get("early_stopping_patience", PATIENCE)
@@ -177,9 +178,21 @@ class Trainer(transformers.Trainer):
             self.data_collator = plain
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop; the task's metrics need the rows that are being evaluated."""
+        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
         self._evaluated = dataloader.dataset
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        self._summed = torch.zeros(2, dtype=torch.float64)
+        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        total, items = self._gathered_sums()
+        if items and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
+        return result
+
+    def _gathered_sums(self) -> tuple[float, float]:
+        """Loss and items of an evaluation, over all processes."""
+        summed = self._summed
+        if self.args.world_size > 1:
+            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
+        return float(summed[0]), float(summed[1])
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -192,6 +205,8 @@ class Trainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
             found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
+        items = self.task.items(batch["labels"])
+        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
         return loss.detach(), tuple(part.contiguous() for part in found), numbers
 
     def _metrics(self, found: Any) -> dict[str, float]:
