@@ -83,7 +83,7 @@ def ordinary_ids(processor: Any, vocabulary: int) -> np.ndarray[Any, Any]:
 def noise_spans(
     length: int, share: float, mean: float, most: int, generator: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Spans of tokens to hide: (start, end), never touching, none at the very start.
+    """Spans of tokens to hide: (start, end), in order, a clear token at least between two.
 
     Args:
         length: tokens of the row.
@@ -91,17 +91,21 @@ def noise_spans(
         mean: tokens of a span on average.
         most: how many spans at most.
 
-    Source: Raffel et al., 2020 (T5): as many hidden tokens and spans as the shares say, divided at random.
+    Source: Raffel et al., 2020 (T5): as many hidden tokens and spans as the shares say, divided at random. There a row
+    ends with a hidden span; here it may begin or end with either, or short rows would always hide their end.
     """
     if length < 2:
         return []
     noise = min(max(1, round(share * length)), length - 1)
-    spans = min(max(1, round(noise / mean)), most, noise, length - noise)
-    hidden, seen = _divided(noise, spans, generator), _divided(length - noise, spans, generator)
+    clear = length - noise
+    spans = min(max(1, round(noise / mean)), most, noise, clear + 1)
+    hidden = _divided(noise, spans, generator)
+    between = _divided(clear + 2, spans + 1, generator)
+    between[0] -= 1  # the outer two may be empty
     found, place = [], 0
-    for clear, gone in zip(seen, hidden, strict=True):
-        found.append((place + clear, place + clear + gone))
-        place += clear + gone
+    for seen, gone in zip(between, hidden, strict=False):
+        found.append((place + seen, place + seen + gone))
+        place += seen + gone
     return found
 
 

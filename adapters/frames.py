@@ -12,6 +12,7 @@ from adapters.tokens import CHUNK, check_ids, vocabulary_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+UNBOUNDED = 1 << 20  # tokens: neither tokenizer nor model names a length
 PROBE = "a"  # any text that becomes tokens
 
 
@@ -102,6 +103,19 @@ def bare(texts: Sequence[str], processor: Any, model: PreTrainedModel, *, start:
             check_ids(ids, start + begin + index, part[index], vocabulary)
         found += encoded
     return found
+
+
+def block_size(limit: int, frame: Frame) -> int:
+    """The tokens of a block beside its special ones.
+
+    Raises:
+        RequestError: neither the option nor the tokenizer nor the model names a length.
+    """
+    if limit >= UNBOUNDED:
+        raise RequestError(
+            message("no length for blocks", where="packing", expected="a number of tokens", remedy="Give max_length.")
+        )
+    return limit - frame.size
 
 
 def blocks(documents: Sequence[Sequence[int]], separator: Sequence[int], size: int) -> Iterator[list[int]]:

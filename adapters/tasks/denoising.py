@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+LONGEST = 512  # tokens of an answer, where neither tokenizer nor model names a length
 SHARES = {"spans": 0.15, "infilling": 0.3}  # of the tokens, as in the papers
 
 
@@ -44,7 +45,7 @@ class Denoising:
             tokenizer has the tokens for.
         hidden_share: share of a row's tokens that is hidden; None for the paper's: 0.15 of spans, 0.3 of infilling.
         mean_span: tokens of a hidden span, on average.
-        max_new_tokens: tokens of an answer at most; None for as many as a row may have.
+        max_new_tokens: tokens of an answer at most; None for as many as a row may have, and 512 at most.
     """
 
     name: ClassVar[str] = "denoising"
@@ -194,7 +195,8 @@ class Denoising:
         room = limit - frame.size
         documents = frames.bare(texts, processor, model)
         if self.packing:
-            kept, remarks = list(frames.blocks(documents, frame.gaps[1][:1], room)), []
+            kept = list(frames.blocks(documents, frame.gaps[1][:1], frames.block_size(limit, frame)))
+            remarks = []
         else:
             kept = [document[:room] for document in documents]
             remarks = tokens.cut_remark(sum(len(document) > room for document in documents), len(rows), limit)
@@ -286,7 +288,7 @@ class Denoising:
         from adapters.tokens import limit_of
 
         writer: Any = model
-        limit = self.max_new_tokens or limit_of(self.max_length, processor, model)
+        limit = self.max_new_tokens or min(LONGEST, limit_of(self.max_length, processor, model))
         kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return (writer.generate(**kept, max_new_tokens=limit, do_sample=False, num_beams=1)[:, 1:],)
 

@@ -182,7 +182,7 @@ class MaskedLM:
 
         frame = frames.frame_of(processor)
         separator = frame.gaps[1][:1]
-        size = tokens.limit_of(self.max_length, processor, model) - frame.size
+        size = frames.block_size(tokens.limit_of(self.max_length, processor, model), frame)
         documents = frames.bare(texts, processor, model)
         cut = [frame.around(block) for block in frames.blocks(documents, separator, size)]
         columns: dict[str, list[Any]] = {name: [row[name] for row in cut] for name in cut[0]}
