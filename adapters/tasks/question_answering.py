@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import metrics, spans
-from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
+from adapters.options import check_types
 from adapters.tokens import length_faults
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import metrics, tags
 from adapters.classes import Classes
-from adapters.contracts import check_types
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message
 from adapters.labels import named
+from adapters.options import check_types
 from adapters.tokens import length_faults
 
 if TYPE_CHECKING:
