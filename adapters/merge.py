@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import shards
+from adapters import parts, shards
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, read_manifest, read_tensors
@@ -151,6 +151,7 @@ def merge_on_disk(
     _refuse_output(target)
     edits = all_edits(of_manifest(document, where), strategy_of(document, where), read_tensors(adapter, document))
     source = _base_folder(document, base, where)
+    edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
     with shards.staged(target) as stage:
         written = write(stage, steps, source, document)

@@ -21,11 +21,12 @@ import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from adapters import checkpoints, data, manifest, pace, shards, storage
-from adapters.anatomy import frozen_below, own_name
+from adapters.anatomy import own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
 from adapters.formats import arrange
+from adapters.order import frozen_below
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:

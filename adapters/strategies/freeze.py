@@ -136,7 +136,7 @@ class Freeze:
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """The chosen blocks and all above them train; no module changes."""
-        from adapters.anatomy import above_blocks
+        from adapters.order import above_blocks
 
         if self.pattern is not None:
             return self._found(model)
