@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from adapters import checkpoints, data, manifest, pace, shards, storage
+from adapters import checkpoints, data, finite, manifest, pace, shards, storage
 from adapters.anatomy import own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
@@ -253,18 +253,18 @@ class Trainer(transformers.Trainer):
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
-            layer = self._first_not_finite(model, inputs)
+            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
                     where=self._where(),
-                    found=f"values that are not finite, first in {layer}",
+                    found=f"values that are not finite, first in {layer or 'the loss itself'}",
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
         self._only_added_entries()
         if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            self._refuse_bad_gradients()
+            finite.check_gradients(model, self._where())
         return loss
 
     def _only_added_entries(self) -> None:
@@ -282,48 +282,9 @@ class Trainer(transformers.Trainer):
         axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
         return [name for name in names if own_name(name) not in axes]
 
-    def _refuse_bad_gradients(self) -> None:
-        named = [(name, p.grad) for name, p in self.adapted.model.named_parameters() if p.grad is not None]
-        if not named:
-            return
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
-        if bool(torch.isfinite(norms).all()):
-            return
-        bad = [own_name(name) for (name, _), norm in zip(named, norms, strict=True) if not bool(torch.isfinite(norm))]
-        raise NumbersError(
-            message(
-                "gradients are not finite",
-                where=self._where(),
-                found=f"{len(bad)} of {len(named)} tensors, {bad[0]} first",
-                remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
-            )
-        )
-
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
         return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
-
-    def _first_not_finite(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> str:
-        """The first module of a repeated forward pass whose output is not finite."""
-        found: list[str] = []
-
-        def watch(name: str) -> Any:
-            def hook(_module: Any, _args: Any, output: Any) -> None:
-                parts = output if isinstance(output, tuple | list) else [output]
-                tensors = [t for t in parts if isinstance(t, torch.Tensor) and t.is_floating_point()]
-                if any(not bool(torch.isfinite(t).all()) for t in tensors):
-                    found.append(own_name(name))
-
-            return hook
-
-        handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
-        try:
-            with torch.no_grad():
-                self.compute_loss(model, self._prepare_inputs(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found[0] if found else "the loss itself"
 
     # ------------------------------------------------------------------ the run
 
