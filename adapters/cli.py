@@ -170,7 +170,9 @@ def evaluate(
     splits = read(data, _say)
     part = "test" if "test" in splits else "train"
     renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
-    rows, _ = arrange(splits[part], renamed, adapted.task.columns)
+    rows, remark = arrange(splits[part], renamed, adapted.task.columns)
+    if remark:
+        _say(f"{part}: {remark}")
     numbers = measure(adapted, rows)
     if as_json:
         _out({"rows": len(rows), "split": part, **numbers})
@@ -203,7 +205,9 @@ def predict(
     rows: Any = texts
     if data is not None:
         renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
-        rows, _ = arrange(read(data, _say)["train"], renamed, adapted.task.columns)
+        rows, remark = arrange(read(data, _say)["train"], renamed, adapted.task.columns)
+        if remark:
+            _say(remark)
     answers = answer(adapted, rows)
     if as_json:
         _out({"predictions": answers})
