@@ -207,13 +207,15 @@ def _alpaca(rows: Dataset, form: Format) -> tuple[Dataset, str]:
 
 
 def _tags(rows: Dataset, form: Format) -> tuple[Dataset, str]:
-    """One tag a token; ner_tags become tags and keep their ClassLabel, which names them."""
+    """One tag a token; ner_tags become tags and keep their ClassLabel, which names them.
+
+    Rows without tags may hold whole texts; the task looks at them.
+    """
     if form.answer == "ner_tags" and "ner_tags" in rows.column_names:
         rows = rows.remove_columns([c for c in rows.column_names if c == "tags"]).rename_column("ner_tags", "tags")
-    labelled = "tags" in rows.column_names
-    for number, (words, marks) in enumerate(
-        zip(rows["tokens"][:], rows["tags" if labelled else "tokens"][:], strict=True)
-    ):
+    if "tags" not in rows.column_names:
+        return rows, ""
+    for number, (words, marks) in enumerate(zip(rows["tokens"][:], rows["tags"][:], strict=True)):
         fault, column, found = "", "tokens", words
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             fault = "not a list of words"

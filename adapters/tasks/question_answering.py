@@ -53,6 +53,7 @@ class QuestionAnswering:
         "answers": '{"text": [...], "answer_start": [...]}, empty lists for no answer',
         "answer": "the answer, empty for none (instead of answers)",
         "answer_start": "the character at which it begins",
+        "id": "the question's own name (optional)",
     }
     apart: ClassVar[tuple[str, ...]] = ("context",)
 
