@@ -32,6 +32,7 @@ _HOMES = {
     "Trainer": "trainer",
     "evaluate": "predict",
     "predict": "predict",
+    "pseudo_perplexity": "cloze",
     "save": "storage",
     "load": "storage",
     "merge": "merge",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from adapters.adapt import STRATEGIES as STRATEGIES
     from adapters.adapt import adapt as adapt
     from adapters.adapt import disabled as disabled
+    from adapters.cloze import pseudo_perplexity as pseudo_perplexity
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task

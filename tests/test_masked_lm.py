@@ -345,7 +345,7 @@ def test_pseudo_perplexity_masks_each_token_in_turn() -> None:
         masked[0, place] = MASK
         with torch.no_grad():
             total -= float(net(masked).logits[0, place].log_softmax(-1)[ids[0, place]])
-    found = likelihood.pseudo_perplexity(net, TOKENIZER, [text], batch_size=4)
+    found = adapters.pseudo_perplexity(net, TOKENIZER, [text], batch_size=4)
     assert found["tokens"] == 6
     assert found["pseudo_perplexity"] == pytest.approx(math.exp(total / 6), rel=1e-5)
 
@@ -391,8 +391,14 @@ def test_every_strategy_goes_the_whole_way(strategy: str, tmp_path: Path) -> Non
         assert numbers[name] == pytest.approx(theirs[f"eval_{name}"], rel=1e-5)
     assert numbers["perplexity"] == pytest.approx(math.exp(numbers["loss"]), rel=1e-5)
     adapters.save(adapted, tmp_path / "out")
-    report = adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", rows=["the [MASK] is late"])
-    assert report.logits_checked
+    assert adapters.evaluate(adapters.load(tmp_path / "out"), ROWS[:10]) == numbers
+    # One strategy asks a process of its own (it takes seconds), the others here.
+    report = adapters.merge_on_disk(
+        tmp_path / "out", tmp_path / "merged", rows=["the [MASK] is late"], check_logits=strategy == "qlora"
+    )
+    assert report.logits_checked == (strategy == "qlora")
+    merged = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(tiny.logits(merged, tiny.batch()), tiny.logits(adapted.model, tiny.batch()), atol=1e-5)
 
 
 def test_a_live_model_keeps_its_head_over_a_load(tmp_path: Path) -> None:
@@ -411,7 +417,9 @@ def test_an_untied_output_matrix_stays_the_backbones(tmp_path: Path) -> None:
     assert "cls.predictions.decoder.weight" not in adapted.head
     tiny.shake(adapted)
     adapters.save(adapted, tmp_path / "out")
-    assert adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged").logits_checked
+    adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", check_logits=False)
+    merged = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(tiny.logits(merged, tiny.batch()), tiny.logits(adapted.model, tiny.batch()), atol=1e-5)
     other = folder(tmp_path / "other", tie_word_embeddings=False, seed=1)
     with pytest.raises(adapters.BackboneError):
         adapters.load(tmp_path / "out", other)

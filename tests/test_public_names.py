@@ -36,6 +36,7 @@ PUBLIC = {
     "merge",
     "merge_on_disk",
     "predict",
+    "pseudo_perplexity",
     "save",
 }
 
