@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
-from adapters.contracts import ALIASES, Adapted, Record, Strategy, Task, divide_options, field_names, make
+from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
+from adapters.options import ALIASES, divide_options, field_names, make
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full
@@ -301,8 +302,8 @@ def assemble(
     """
     import torch
 
-    from adapters.anatomy import backbone_state, linear_maps, own_name, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packed_modules, refuse_nothing
+    from adapters.anatomy import backbone_state, never_saved, own_name, saved_names, skeleton
+    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_nothing
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
@@ -319,7 +320,7 @@ def assemble(
             vars(ghost)["is_loaded_in_4bit"] = True  # as packing will leave it on the live model
         strategy = strategy.resolve(ghost, head)
         trial = {own_name(name) for name in strategy.apply(ghost)}
-        maps = [m for path, m in linear_maps(net).items() if f"{path}.weight" not in trial | head]
+        maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
         refuse_nothing(maps, storage)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
         if own & (trial | head):
@@ -337,7 +338,7 @@ def assemble(
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
         pack(net, maps, storage)
         vocabulary = extend(net, processor, spelt) if spelt else None
-        trained = strategy.apply(net) | live_names(net, head)
+        trained = (strategy.apply(net) | live_names(net, head)) - never_saved(net)
         if accept is None:
             strategy.begin(net)
         _configure(net, task)

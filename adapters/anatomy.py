@@ -7,7 +7,7 @@ model names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -175,9 +175,27 @@ def shortest_suffixes(paths: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def outside_backbone(model: PreTrainedModel) -> set[str]:
-    """The parameters that do not belong to the base model: a classification model's head."""
+    """The parameters that do not belong to the base model: a classification model's head.
+
+    A few classes (T5's) hold the backbone's modules themselves; what transformers' own headless class of the same
+    config does not have is the head there.
+
+    Raises:
+        RequestError: the model is nothing but a backbone.
+    """
     base = model.base_model
-    if base is model:
+    if base is not model:
+        inside = {id(parameter) for parameter in base.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    import transformers
+
+    auto: Any = transformers.AutoModel
+    outside: set[str] = set()
+    if type(model.config) in auto._model_mapping:
+        with torch.device("meta"):
+            bare = {name for name, _ in auto.from_config(model.config).named_parameters()}
+        outside = {name for name, _ in model.named_parameters() if name not in bare}
+    if not outside:
         raise RequestError(
             message(
                 "the model has no backbone apart from its head",
@@ -185,60 +203,12 @@ def outside_backbone(model: PreTrainedModel) -> set[str]:
                 expected="a model class with a base model and a head, such as AutoModelForSequenceClassification",
             )
         )
-    inside = {id(parameter) for parameter in base.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
-
-
-def above_blocks(model: PreTrainedModel) -> set[str]:
-    """Backbone parameters that run after the blocks: final norms and poolers.
-
-    transformers registers modules in the order in which they run, embeddings first: what is registered after the
-    last block list, inside the base model, runs after it. What is called an embedding does not, wherever it stands:
-    BART's norm over the embeddings and DeBERTa's relative positions are registered after the blocks that read them.
-    """
-    lists = block_lists(model)
-    if not lists:
-        return set()
-    last = lists[-1].path
-    names = [own_name(name) for name, _ in model.base_model.named_parameters()]
-    prefix = _path_of(model, model.base_model)
-    full = [f"{prefix}{name}" for name in names]
-    positions = [index for index, name in enumerate(full) if name.startswith(f"{last}.")]
-    return {name for name in full[positions[-1] + 1 :] if "embed" not in name}
-
-
-def _path_of(model: nn.Module, child: nn.Module) -> str:
-    for path, module in model.named_modules():
-        if module is child:
-            return f"{path}." if path else ""
-    return ""
+    return outside
 
 
 def owner(name: str) -> str:
     """The path of the module that owns a parameter."""
     return name.rpartition(".")[0]
-
-
-def frozen_below(model: nn.Module, trained: Iterable[str]) -> list[nn.Module]:
-    """The modules below the lowest trained one, and every frozen normalisation with running statistics.
-
-    They run in eval mode while training goes on: what lies below the first trained module is a pure function of
-    its input, and the statistics of a frozen BatchNorm must not move. transformers registers modules in the order
-    in which they run, so "below" is read off that order; blocks that share weights run again, none of them is below.
-    """
-    owners = {owner(name) for name in trained}
-    stops = owners | {path for path, module in model.named_modules() if is_tuner_layer(module)}
-    stops |= {blocks.path for blocks in block_lists(model) if blocks.shared}
-    quiet: list[nn.Module] = []
-    reached = False
-    for path, module in model.named_modules():
-        reached = reached or path in stops
-        holds_trained = path == "" or any(name.startswith(f"{path}.") for name in stops)
-        if (not reached and not holds_trained) or (
-            getattr(module, "running_mean", None) is not None and path not in owners
-        ):
-            quiet.append(module)
-    return quiet
 
 
 def longest_input(processor: Any, model: PreTrainedModel) -> int:
@@ -258,30 +228,38 @@ def counted_from(model: nn.Module) -> int | None:
     return index
 
 
-def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the module graph on the meta device: same names, shapes and types, no memory.
-
-    Strategies are tried on it first, so that nothing of the live model changes before every check has passed.
-    """
+def copied(model: PreTrainedModel, stand_in: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy of the module graph, with `stand_in` for every parameter and buffer; packed weights stay shared."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if getattr(parameter, "quant_state", None) is not None:
             memo[id(parameter)] = parameter  # peft reads how it is packed; nobody writes to it
             continue
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
+        memo[id(parameter)] = nn.Parameter(stand_in(parameter.detach()), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        memo[id(buffer)] = stand_in(buffer)
     return copy.deepcopy(model, memo)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the module graph on the meta device: same names, shapes and types, no memory.
+
+    Strategies are tried on it first, so that nothing of the live model changes before every check has passed.
+    """
+    return copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def never_saved(model: PreTrainedModel) -> set[str]:
+    """Parameters that the model class computes and leaves out of its checkpoints (Marian's sinusoidal positions)."""
+    return set(model._keys_to_ignore_on_save or ()) & {own_name(name) for name, _ in model.named_parameters()}
 
 
 def backbone_state(model: PreTrainedModel, head: Iterable[str]) -> dict[str, Tensor]:
     """The backbone's tensors by their own names in memory: parameters and saved buffers, heads and adapters left out.
 
-    Of tied tensors the first name stands for all.
+    Of tied tensors the first name stands for all; what no checkpoint holds is left out.
     """
-    left_out = set(head)
+    left_out = set(head) | never_saved(model)
     tuners = tuple(f"{path}." for path, module in model.named_modules() if is_tuner_layer(module))
     saved = set(model.state_dict())
     tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -295,6 +273,23 @@ def backbone_state(model: PreTrainedModel, head: Iterable[str]) -> dict[str, Ten
     return state
 
 
+def main_names(model: PreTrainedModel) -> dict[str, str]:
+    """First name in memory of each tied parameter -> the one of its names that transformers saves.
+
+    transformers declares which names are copies; the one that is none is saved, whichever was registered first
+    (XLM-R's language model registers the copy first).
+    """
+    copies = set(model.all_tied_weights_keys or ())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(own_name(name))
+    return {
+        shared[0]: next((name for name in shared if name not in copies), shared[0])
+        for shared in names.values()
+        if len(shared) > 1
+    }
+
+
 def saved_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What transformers calls these tensors in a saved checkpoint.
 
@@ -306,7 +301,8 @@ def saved_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[di
     from transformers.core_model_loading import revert_weight_conversion
 
     by_id = {id(tensor): name for name, tensor in state.items()}
-    on_disk = revert_weight_conversion(model, dict(state))
+    mains = main_names(model)
+    on_disk = revert_weight_conversion(model, {mains.get(name, name): tensor for name, tensor in state.items()})
     names = {by_id[id(tensor)]: name for name, tensor in on_disk.items() if id(tensor) in by_id}
     return names, on_disk
 

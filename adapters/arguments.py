@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from adapters.anatomy import frozen_below
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message, nearest
+from adapters.order import frozen_below
 
 logger = logging.getLogger(__name__)
 

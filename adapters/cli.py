@@ -170,7 +170,9 @@ def evaluate(
     splits = read(data, _say)
     part = "test" if "test" in splits else "train"
     renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
-    rows, _ = arrange(splits[part], renamed, adapted.task.columns)
+    rows, remark = arrange(splits[part], renamed, adapted.task.columns)
+    if remark:
+        _say(f"{part}: {remark}")
     numbers = measure(adapted, rows)
     if as_json:
         _out({"rows": len(rows), "split": part, **numbers})
@@ -203,18 +205,22 @@ def predict(
     rows: Any = texts
     if data is not None:
         renamed = {k: str(v) for k, v in _pairs(columns or [], "--column").items()}
-        rows, _ = arrange(read(data, _say)["train"], renamed, adapted.task.columns)
+        rows, remark = arrange(read(data, _say)["train"], renamed, adapted.task.columns)
+        if remark:
+            _say(remark)
     answers = answer(adapted, rows)
     if as_json:
         _out({"predictions": answers})
         return
-    shown = texts if texts else list(rows[next(iter(adapted.task.columns))])
+    shown = texts if texts else list(rows[next(c for c in adapted.task.columns if c in rows.column_names)])
     for number, (row, found) in enumerate(zip(shown, answers, strict=True)):
         row = _cell(row, number)
         if isinstance(found, list) and found and set(found[0]) == {"label", "score"}:
             found = found[0]  # labels in order: the best stands for them
         label, score = (
-            (found.get("label", found.get("labels")), found.get("score")) if isinstance(found, dict) else (None, None)
+            (found.get("label", found.get("labels", found.get("answer"))), found.get("score"))
+            if isinstance(found, dict)
+            else (None, None)
         )
         if label is None and score is None:
             print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")

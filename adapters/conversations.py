@@ -59,7 +59,7 @@ def read_turns(rows: Dataset, column: str, *, sharegpt: bool) -> tuple[list[list
     systems = rows["system"] if "system" in rows.column_names else [None] * len(rows)
     made: list[list[dict[str, str]]] = []
     dropped: set[str] = set()
-    for number, (cell, system) in enumerate(zip(rows[column], systems, strict=True)):
+    for number, (cell, system) in enumerate(zip(rows[column][:], systems, strict=True)):
         where = f"row {number}, column {column!r}"
         turns = []
         if isinstance(cell, list):

@@ -32,11 +32,11 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
         rows = list(noise(ROWS, adapted.model))
     batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
-    wanted = _outputs(adapted.model, batches)
+    wanted = outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = _outputs(auto.from_pretrained(merged, dtype="auto"), batches)
+    found = outputs(auto.from_pretrained(merged, dtype="auto"), batches)
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
@@ -56,7 +56,7 @@ def _agree(one: Any, other: Any) -> Any:
     return torch.isclose(one, other, rtol=1e-3, atol=1e-5).float().flatten()
 
 
-def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
+def outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
     """What the head gives for each batch: logits, or the start and end logits of an answer."""
     import torch
 
@@ -65,8 +65,16 @@ def _outputs(model: Any, batches: Sequence[dict[str, Any]]) -> list[Any]:
     with torch.inference_mode():
         for batch in batches:
             outputs = model(**batch)
-            found += [outputs[name].float() for name in outputs if name.endswith("logits")]
+            found += [_seen(outputs[name].float(), batch) for name in outputs if name.endswith("logits")]
     return found
+
+
+def _seen(logits: Any, batch: dict[str, Any]) -> Any:
+    """The logits of a sequence where it is no padding; what stands there means nothing."""
+    mask = batch.get("attention_mask")
+    if mask is None or logits.ndim != 3 or logits.shape[:2] != mask.shape or "decoder_input_ids" in batch:
+        return logits
+    return logits[mask.bool()]
 
 
 def _of_rows(adapted: Any, rows: list[Any]) -> list[dict[str, Any]]:
@@ -104,13 +112,14 @@ def synthetic(model: Any) -> dict[str, Any]:
 
 
 def _complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A decoder's first token, for models that generate and were given no target."""
+    """A decoder's first tokens, for models that generate and were given no target: its start token, then the source."""
     import torch
 
     if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in batch:
         start = model.config.get_text_config().decoder_start_token_id
-        rows = len(batch["input_ids"])
-        batch["decoder_input_ids"] = torch.full((rows, 1), 0 if start is None else start)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        first = torch.full((len(batch["input_ids"]), 1), 0 if start is None else start)
+        batch["decoder_input_ids"] = torch.cat([first, batch["input_ids"][:, :7].remainder(vocabulary)], 1)
     return batch
 
 

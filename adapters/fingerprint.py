@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from adapters.anatomy import backbone_state, plain_name, saved_names
+from adapters.anatomy import backbone_state, main_names, plain_name, saved_names
 from adapters.shards import Slot, read_bytes, read_directory, read_tensor, tensor_bytes
 
 if TYPE_CHECKING:
@@ -170,11 +170,15 @@ def disk_slots(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Slot, st
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = backbone_state(model, ())
     names, _ = saved_names(model, state)
+    mains = main_names(model)
+    firsts = {mains.get(name, name): name for name in state}  # checkpoints know tied tensors by their main names
+    known = {main: state[name] for main, name in firsts.items()}
     prefix = model.base_model_prefix
     used: dict[str, tuple[Slot, str]] = {}
     for disk_name, slot in slots.items():
-        memory_name, _ = rename_source_key(disk_name, renamings, converters, prefix, state)
-        if memory_name in state:
+        main, _ = rename_source_key(disk_name, renamings, converters, prefix, known)
+        if main in firsts:
+            memory_name = firsts[main]
             used[plain_name(names.get(memory_name, disk_name), prefix)] = (slot, memory_name)
     return used
 

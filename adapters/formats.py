@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -166,7 +167,8 @@ def arrange(rows: Dataset, columns: Mapping[str, str] | None, known: Mapping[str
     if columns:
         rows = _unfolded(rows, set(columns.values()))
         rows = rename(rows, columns, {**dict.fromkeys(sorted(_readable(known)), ""), **known})
-    return normalise(rows, known, tuple(columns or ()))
+    rows, remark = normalise(rows, known, tuple(columns or ()))
+    return rename(rows, None, known), remark  # pictures become references or bytes, undecoded
 
 
 def _readable(known: Collection[str]) -> set[str]:
@@ -179,11 +181,13 @@ def _readable(known: Collection[str]) -> set[str]:
 
 def _put(rows: Dataset, name: str, values: list[Any]) -> Dataset:
     """Rows with a column set."""
+    # A name for the new state: datasets would pickle the whole column for one, which takes longer than all the rest.
+    state = uuid.uuid4().hex
     if name not in rows.column_names:
-        return rows.add_column(name, values)
+        return rows.add_column(name, values, new_fingerprint=state)
     # The new column first: a data set that loses its last column loses its rows.
     free = "_" + max(rows.column_names, key=len)
-    return rows.add_column(free, values).remove_columns(name).rename_column(free, name)
+    return rows.add_column(free, values, new_fingerprint=state).remove_columns(name).rename_column(free, name)
 
 
 def _turns(rows: Dataset, form: Format) -> tuple[Dataset, str]:
@@ -192,7 +196,7 @@ def _turns(rows: Dataset, form: Format) -> tuple[Dataset, str]:
     detail = f", median {statistics.median(map(len, made)):g} turns"
     if dropped:
         detail += f", not read of a turn: {', '.join(sorted(dropped))}"
-    if column == "messages" and made == list(rows[column]):
+    if column == "messages" and made == rows[column][:]:
         return rows, detail
     return _put(rows, "messages", made), detail
 
@@ -208,7 +212,7 @@ def _tags(rows: Dataset, form: Format) -> tuple[Dataset, str]:
         rows = rows.remove_columns([c for c in rows.column_names if c == "tags"]).rename_column("ner_tags", "tags")
     labelled = "tags" in rows.column_names
     for number, (words, marks) in enumerate(
-        zip(rows["tokens"], rows["tags"] if labelled else rows["tokens"], strict=True)
+        zip(rows["tokens"][:], rows["tags" if labelled else "tokens"][:], strict=True)
     ):
         fault, column, found = "", "tokens", words
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
@@ -233,10 +237,11 @@ def _answers(rows: Dataset, form: Format) -> tuple[Dataset, str]:
         rows = _put(rows, "id", ids)
     if "answers" not in rows.column_names:
         return rows, ""
-    cells = list(rows["answers"])
+    cells = rows["answers"][:]
     made = [squad.as_lists(cell, f"row {number}, column 'answers'") for number, cell in enumerate(cells)]
     without = sum(not cell["text"] for cell in made)
-    return rows if made == cells else _put(rows, "answers", made), f", {without} without an answer"
+    detail = f", {without} without an answer" if without else ""
+    return rows if made == cells else _put(rows, "answers", made), detail
 
 
 def _languages(rows: Dataset, form: Format) -> tuple[Dataset, str]:
@@ -256,7 +261,7 @@ def _unfolded(rows: Dataset, wanted: Collection[str]) -> Dataset:
     """{"translation": {"en": ..., "de": ...}} as columns "en" and "de", where these are asked for."""
     if "translation" not in rows.column_names or set(wanted) <= set(rows.column_names):
         return rows
-    cells = list(rows["translation"])
+    cells = rows["translation"][:]
     languages = list(cells[0]) if isinstance(cells[0], Mapping) else []
     if not set(languages) & set(wanted):
         return rows

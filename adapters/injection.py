@@ -80,7 +80,9 @@ def choose(
                 message(
                     "no linear maps inside blocks were found",
                     where=type(model).__name__,
-                    remedy="Name the modules: target_modules=[...].",
+                    remedy="Name the modules: target_modules=[...]."
+                    if known
+                    else "Take 'freeze', 'bitfit', 'probe' or 'full': this backbone has no linear maps at all.",
                 )
             )
     else:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import shards
+from adapters import parts, shards
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, read_manifest, read_tensors
@@ -151,6 +151,7 @@ def merge_on_disk(
     _refuse_output(target)
     edits = all_edits(of_manifest(document, where), strategy_of(document, where), read_tensors(adapter, document))
     source = _base_folder(document, base, where)
+    edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
     with shards.staged(target) as stage:
         written = write(stage, steps, source, document)
@@ -291,7 +292,7 @@ def _with_fidelity(
     found = json.loads(child.stdout.strip().splitlines()[-1])
     coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
     bound = BOUNDS[coarsest] * max(found["spread"], 1e-6)
-    if found["max_difference"] > bound:
+    if not found["max_difference"] <= bound:  # so that a NaN is refused too
         raise NumbersError(
             message(
                 "the merged model does not answer as the adapted one does",

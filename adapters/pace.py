@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, final
 
 from transformers import TrainerCallback
 
-from adapters.anatomy import above_blocks, block_lists
+from adapters.anatomy import block_lists
 from adapters.errors import RequestError, message
+from adapters.order import above_blocks
 
 if TYPE_CHECKING:
     import torch

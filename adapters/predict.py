@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.contracts import Adapted
 from adapters.data import one
 from adapters.errors import RequestError, message
+from adapters.formats import arrange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,10 @@ def _prepared(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
     if is_prepared(source):
         rows: Dataset = source
         return rows
-    prepared, remarks = adapted.task.prepare(one(source), adapted.processor, adapted.model, labelled=labelled)
+    raw, remark = arrange(one(source), None, adapted.task.columns)
+    if remark:
+        logger.info(remark)
+    prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
     for remark in remarks:
         logger.warning(remark)
     return prepared

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from adapters.anatomy import LinearMap, is_tuner_layer
+from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
 from adapters.errors import MissingPackageError, RequestError, message, nearest
 
@@ -68,6 +68,15 @@ def _bitsandbytes() -> Any:
             )
         ) from fault
     return bitsandbytes
+
+
+def packable(model: PreTrainedModel) -> list[LinearMap]:
+    """The linear maps inside the blocks, but those that the model class keeps in full precision.
+
+    T5's code reads the dtype of its "wo" weights and would cast what flows through to the packed bytes' own.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return [found for path, found in linear_maps(model).items() if not any(f".{name}." in f".{path}." for name in kept)]
 
 
 def refuse_nothing(maps: Sequence[LinearMap], storage: Storage) -> None:

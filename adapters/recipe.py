@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adapters.contracts import divide_options
 from adapters.errors import DataError, RequestError, message, nearest
+from adapters.options import divide_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     def _check(self) -> Recipe:
         """Options and settings must exist; nothing of torch is needed to tell."""
         from adapters.adapt import row_of, task_class
-        from adapters.contracts import field_names
+        from adapters.options import field_names
 
         def options_of_strategy(name: str) -> set[str]:
             return row_of(name).names()
@@ -349,7 +349,7 @@ def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[
         DataError: naming the part, the row and the column.
     """
     from adapters.adapt import task_class
-    from adapters.contracts import field_names, make
+    from adapters.options import field_names, make
 
     kind = task_class(recipe.task)
     known = field_names(kind)

@@ -90,6 +90,16 @@ def plan(
             )
         )
     like = dtype or next((step.dtype for step in steps if "float" in step.dtype), "float32")  # counters are integers
+    foreign = sorted(set(pending) - head)
+    if foreign:
+        raise BackboneError(
+            message(
+                "the base does not hold tensors that the adapter changes",
+                where=where,
+                found=f"{len(foreign)} not there, {foreign[0]} first",
+                remedy="Give the folder of the backbone that the adapter was trained on.",
+            )
+        )
     for name, edit in pending.items():
         new = edit(None)  # only a replacement can create a tensor; any other edit refuses
         steps.append(Step(name, None, "", edit, like, tuple(new.shape)))

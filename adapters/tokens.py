@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1000  # rows tokenised at once
+UNBOUNDED = 1 << 20  # tokens: neither tokenizer nor model names a length
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}  # padding of columns; input_ids take the model's
 
 
@@ -29,11 +30,36 @@ def need_tokenizer(processor: Any) -> None:
         )
 
 
+def need_fast(processor: Any) -> None:
+    """Refuse a tokenizer that cannot say which characters a token stands for.
+
+    Raises:
+        RequestError: there is none, or it is written in Python.
+    """
+    need_tokenizer(processor)
+    if not processor.is_fast:
+        raise RequestError(
+            message(
+                "the tokenizer does not tell where its tokens stand in the text",
+                where=type(processor).__name__,
+                expected="a fast tokenizer",
+                remedy="Load it by AutoTokenizer, from a folder with a tokenizer.json.",
+            )
+        )
+
+
+def length_faults(max_length: int | None) -> list[str]:
+    """What is wrong with a task's option of that name, as a list of messages."""
+    if max_length is None or max_length > 2:
+        return []
+    return [message("a wrong value", where="max_length", expected="a number of tokens > 2", found=max_length)]
+
+
 def limit_of(max_length: int | None, processor: Any, model: PreTrainedModel) -> int:
     """The number of tokens that a row may have: the option's, the tokenizer's and the model's smallest."""
     from adapters.anatomy import longest_input
 
-    return min(max_length or 1 << 20, longest_input(processor, model))
+    return min(max_length or UNBOUNDED, longest_input(processor, model))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -154,30 +180,35 @@ def taken(rows: Dataset, model: PreTrainedModel, *, labelled: bool, keep: Sequen
 
 
 def padded(
-    features: Sequence[Mapping[str, Any]], model: PreTrainedModel, columns: Sequence[str] = ("token_type_ids",)
+    features: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    columns: Sequence[str] = ("token_type_ids",),
+    *,
+    side: str = "right",
 ) -> dict[str, Any]:
-    """Right-padded batch: input_ids and attention_mask, shape (rows, longest), the columns asked for, and "row".
+    """Padded batch: input_ids and attention_mask, shape (rows, longest), the columns asked for, and "row".
 
     Args:
         features: prepared rows.
         model: whose config names the padding id.
         columns: further columns of ids to pad where the rows have them.
+        side: "left" for prompts that a decoder goes on with.
     """
     pad = model.config.get_text_config().pad_token_id or 0
-    batch: dict[str, Any] = {"input_ids": stacked([feature["input_ids"] for feature in features], pad)}
+    batch: dict[str, Any] = {"input_ids": stacked([feature["input_ids"] for feature in features], pad, side)}
     masks = [feature.get("attention_mask") or [1] * len(feature["input_ids"]) for feature in features]
-    batch["attention_mask"] = stacked(masks, 0)
+    batch["attention_mask"] = stacked(masks, 0, side)
     for name in columns:
         if name in features[0]:
-            batch[name] = stacked([feature[name] for feature in features], FILLS.get(name, 0))
+            batch[name] = stacked([feature[name] for feature in features], FILLS.get(name, 0), side)
     if "row" in features[0]:
         batch["row"] = [feature["row"] for feature in features]
     return batch
 
 
-def stacked(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Rows of numbers as one tensor, shape (rows, longest), filled up on the right."""
+def stacked(rows: Sequence[Sequence[int]], fill: int, side: str = "right") -> Tensor:
+    """Rows of numbers as one tensor, shape (rows, longest), filled up on one side."""
     import torch
 
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)

@@ -20,11 +20,13 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from adapters import checkpoints, data, manifest, pace, shards, storage
-from adapters.anatomy import frozen_below, own_name
+from adapters import checkpoints, data, finite, manifest, pace, shards, storage
+from adapters.anatomy import own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.formats import arrange
+from adapters.order import frozen_below
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ class Trainer(transformers.Trainer):
         self._run = secrets.token_hex(8)
         self._batch_rows: list[int] | None = None
         self._evaluated: Any = None
+        self._summed = torch.zeros(2, dtype=torch.float64)
         if self._draw is not None:
             self.add_callback(_Epochs(self._draw))
         patience = own.get("early_stopping_patience", PATIENCE)
@@ -129,7 +132,13 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ rows
 
     def _rows_of(self, source: Any) -> Dataset:
-        return source if is_prepared(source) else data.rename(data.one(source), self.columns, self.adapted.task.columns)
+        if is_prepared(source):
+            rows: Dataset = source
+            return rows
+        rows, remark = arrange(data.one(source), self.columns, self.adapted.task.columns)
+        if remark:
+            logger.info(remark)
+        return rows
 
     def prepared(self, source: Any) -> Dataset:
         """Model inputs from raw rows in any form; what is prepared already stays as it is."""
@@ -170,9 +179,21 @@ class Trainer(transformers.Trainer):
             self.data_collator = plain
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop; the task's metrics need the rows that are being evaluated."""
+        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
         self._evaluated = dataloader.dataset
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        self._summed = torch.zeros(2, dtype=torch.float64)
+        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        total, items = self._gathered_sums()
+        if items and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
+        return result
+
+    def _gathered_sums(self) -> tuple[float, float]:
+        """Loss and items of an evaluation, over all processes."""
+        summed = self._summed
+        if self.args.world_size > 1:
+            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
+        return float(summed[0]), float(summed[1])
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -185,6 +206,8 @@ class Trainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
             found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
+        items = self.task.items(batch["labels"])
+        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
         return loss.detach(), tuple(part.contiguous() for part in found), numbers
 
     def _metrics(self, found: Any) -> dict[str, float]:
@@ -230,18 +253,18 @@ class Trainer(transformers.Trainer):
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
-            layer = self._first_not_finite(model, inputs)
+            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
                     where=self._where(),
-                    found=f"values that are not finite, first in {layer}",
+                    found=f"values that are not finite, first in {layer or 'the loss itself'}",
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
         self._only_added_entries()
         if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            self._refuse_bad_gradients()
+            finite.check_gradients(model, self._where())
         return loss
 
     def _only_added_entries(self) -> None:
@@ -259,48 +282,9 @@ class Trainer(transformers.Trainer):
         axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
         return [name for name in names if own_name(name) not in axes]
 
-    def _refuse_bad_gradients(self) -> None:
-        named = [(name, p.grad) for name, p in self.adapted.model.named_parameters() if p.grad is not None]
-        if not named:
-            return
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
-        if bool(torch.isfinite(norms).all()):
-            return
-        bad = [own_name(name) for (name, _), norm in zip(named, norms, strict=True) if not bool(torch.isfinite(norm))]
-        raise NumbersError(
-            message(
-                "gradients are not finite",
-                where=self._where(),
-                found=f"{len(bad)} of {len(named)} tensors, {bad[0]} first",
-                remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
-            )
-        )
-
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
         return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
-
-    def _first_not_finite(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> str:
-        """The first module of a repeated forward pass whose output is not finite."""
-        found: list[str] = []
-
-        def watch(name: str) -> Any:
-            def hook(_module: Any, _args: Any, output: Any) -> None:
-                parts = output if isinstance(output, tuple | list) else [output]
-                tensors = [t for t in parts if isinstance(t, torch.Tensor) and t.is_floating_point()]
-                if any(not bool(torch.isfinite(t).all()) for t in tensors):
-                    found.append(own_name(name))
-
-            return hook
-
-        handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
-        try:
-            with torch.no_grad():
-                self.compute_loss(model, self._prepare_inputs(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found[0] if found else "the loss itself"
 
     # ------------------------------------------------------------------ the run
 

@@ -6,9 +6,19 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share what they made, so they run in one process; cells of the matrix go by backbone."""
+    for item in items:
+        cell = getattr(item, "callspec", None) and item.callspec.params.get("cell")
+        by_backbone = item.path.name == "test_matrix.py" and cell is not None
+        item.add_marker(pytest.mark.xdist_group(cell[1] if by_backbone else item.path.name))

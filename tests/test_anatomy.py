@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import adapters
-from adapters import anatomy
+from adapters import anatomy, order
 
 BLOCKS = {
     "bert": "bert.encoder.layer",
@@ -80,14 +80,14 @@ def test_freeze_trains_the_top(kind: str) -> None:
 
 def test_below_is_what_runs_before_the_first_trained_module() -> None:
     adapted = adapters.adapt(tiny.model("bert"), layers_to_transform=[1])
-    quiet = set(map(id, anatomy.frozen_below(adapted.model, adapted.trained)))
+    quiet = set(map(id, order.frozen_below(adapted.model, adapted.trained)))
     modules = dict(adapted.model.named_modules())
     assert id(modules["bert.embeddings"]) in quiet
     assert id(modules["bert.encoder.layer.0"]) in quiet
     assert id(modules["bert.encoder.layer.1"]) not in quiet
     assert id(modules["bert.encoder.layer.2.output.dropout"]) not in quiet
     everything = adapters.adapt(tiny.model("bert"), "full")
-    below = anatomy.frozen_below(everything.model, everything.trained)
+    below = order.frozen_below(everything.model, everything.trained)
     assert not any(list(module.parameters()) for module in below)
 
 

@@ -336,7 +336,7 @@ def test_labels_that_are_numbers_and_words_are_refused_where_they_are_read_off_t
     rows = data.one(tmp_path / "rows.csv")
     match = r"'neg' among numbers \(row 1, column 'label'\).*found 1, 2 and neg.*labels="
     with pytest.raises(DataError, match=match):
-        TextClassification().labels_in(rows)
+        TextClassification().with_rows(rows)
     TextClassification(labels=("1", "2", "neg")).check(rows, labelled=True)
     labels.one_kind({"1": 0, "-2.5": 1})
     labels.one_kind({"007 films": 0, "3M": 1})

@@ -20,7 +20,7 @@ from datasets import Image as Feature
 from PIL import Image
 
 import adapters
-from adapters import cli, data, division, fidelity, pixels
+from adapters import cli, data, division, fidelity, formats, pixels
 from adapters.contracts import Draw
 from adapters.errors import DataError, MissingPackageError, RequestError
 from adapters.merge import BOUNDS
@@ -280,14 +280,16 @@ def test_pixels_made_elsewhere_are_taken_as_they_are() -> None:
         task.prepare(nan, None, model(), labelled=False)
 
 
-def test_a_split_keeps_equal_pictures_apart_and_classes_in_proportion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["folder", "paths"])
+def test_a_split_keeps_equal_pictures_apart_and_classes_in_proportion(form: str, tmp_path: Path) -> None:
     folder(tmp_path, 20)
     for label in LABELS:  # the first picture of each class four times more, under other names
         for copy in range(4):
             (tmp_path / label / f"copy{copy}.png").write_bytes((tmp_path / label / "000.png").read_bytes())
-    found = data.rename(data.one(str(tmp_path)), None, ImageClassification.columns)
-    keys = data.identities(found, "image")
-    assert len(set(keys)) == 60
+    listed = [{"image": str(path), "label": path.parent.name} for path in sorted(tmp_path.rglob("*.png"))]
+    source: Any = str(tmp_path) if form == "folder" else listed
+    found, _ = formats.arrange(data.one(source), None, ImageClassification.columns)
+    assert len(set(data.identities(found, "image"))) == 60
     for seed in range(5):
         parts, _ = division.split(found, {"validation": 0.2, "test": 0.2}, seed=seed, by="label", text="image")
         owners: dict[str, set[str]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters.contracts import check_types
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +136,7 @@ class Freeze:
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """The chosen blocks and all above them train; no module changes."""
-        from adapters.anatomy import above_blocks
+        from adapters.order import above_blocks
 
         if self.pattern is not None:
             return self._found(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters.contracts import check_types
+from adapters.options import check_types
 
 if TYPE_CHECKING:
     from torch import Tensor

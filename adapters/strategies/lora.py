@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters.contracts import RESOLVED, check_types
+from adapters.options import RESOLVED, check_types
 
 if TYPE_CHECKING:
     from torch import Tensor

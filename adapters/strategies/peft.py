@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters.contracts import RESOLVED, check_types
+from adapters.options import RESOLVED, check_types
 
 if TYPE_CHECKING:
     from torch import Tensor

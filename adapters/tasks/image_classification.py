@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters.classes import Classes
-from adapters.contracts import check_types
 from adapters.data import need_column, pictures
 from adapters.errors import RequestError, message, nearest
 from adapters.labels import named
+from adapters.options import check_types
 from adapters.pixels import AUGMENTS
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters.classes import Classes
-from adapters.contracts import check_types
 from adapters.data import need_column, texts_in
 from adapters.errors import RequestError, message
 from adapters.labels import named
+from adapters.options import check_types
+from adapters.tokens import length_faults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +60,7 @@ class TextClassification:
         if isinstance(self.labels, list | tuple):
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         check_types(self)
-        faults = self._classes.faults()
-        if self.max_length is not None and self.max_length <= 2:
-            expected = "a number of tokens > 2"
-            faults.append(message("a wrong value", where="max_length", expected=expected, found=self.max_length))
+        faults = self._classes.faults() + length_faults(self.max_length)
         if faults:
             raise RequestError("; ".join(faults))
 

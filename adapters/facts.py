@@ -1,0 +1,122 @@
+"""What an adapter folder will say of a live adaptation: strategy, task, backbone, tensors, settings, versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from adapters import shards
+from adapters.contracts import Adapted
+from adapters.manifest import FORMAT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+
+def trainable_tokens(adapted: Adapted, document: Mapping[str, Any]) -> dict[str, Any]:
+    """peft's option for added tokens, which its LoRA has, so that plain peft reads the rows."""
+    vocabulary = adapted.vocabulary
+    if vocabulary is None or document.get("peft_type") != "LORA":
+        return {}
+    weights = [name for name in vocabulary.axes if name.endswith(".weight")]
+    return {"trainable_token_indices": {name.split(".")[-2]: list(vocabulary.ids) for name in weights}}
+
+
+def _sha(tensor: Tensor) -> str:
+    return hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A strategy's or task's fields as JSON holds them: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def options_of(instance: Any) -> dict[str, Any]:
+    """The fields of a strategy or task that differ from their defaults, as JSON holds them."""
+    kept = {}
+    for entry in dataclasses.fields(instance):
+        value = getattr(instance, entry.name)
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if value != default:
+            kept[entry.name] = plain(value)
+    return kept
+
+
+def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    record = adapted.record
+    prefix = adapted.fingerprint.prefix
+    config = {**adapted.task.config(), **record.config}
+    saved_as = {}
+    for name in adapted.names.values():
+        bare = name.removeprefix(f"{prefix}.") if prefix else name
+        if bare in adapted.fingerprint.tensors and name != f"{prefix}.{bare}":
+            saved_as[bare] = name
+    return {
+        "format": FORMAT,
+        "holdfast": _version("holdfast"),
+        "strategy": {"name": adapted.strategy.name, "options": options_of(adapted.strategy)},
+        "task": {"name": adapted.task.name, "options": options_of(record.task or adapted.task)},
+        "backbone": {
+            "name": record.backbone or None,
+            "revision": record.revision or None,
+            "model_class": type(adapted.model).__name__,
+            "quantization": adapted.storage.quantization,
+            "packed": _packed(adapted),
+            "dtype": str(adapted.model.dtype).removeprefix("torch."),
+            "load": record.load,
+            "config": plain({key: _string_keys(value) for key, value in config.items()}),
+            "names": {memory: disk for memory, disk in sorted(adapted.names.items()) if memory != disk},
+            "saved_as": saved_as,
+            "bytes": sum(p.numel() * p.element_size() for p in adapted.model.parameters()),
+            "fingerprint": adapted.fingerprint.to_json(),
+        },
+        "head": sorted(adapted.head),
+        "new": list(record.new),
+        "tensors": {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sha256": _sha(tensor),
+            }
+            for name, tensor in state.items()
+        },
+        "vocabulary": adapted.vocabulary.to_json() if adapted.vocabulary is not None else None,
+        "seed": record.seed,
+        "data": record.data,
+        "metrics": record.metrics,
+        "settings": record.settings,
+        "notes": record.notes,
+        "reproducible": bool(record.recipe),
+        **({} if record.recipe else {"why_not_reproducible": record.why_not}),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _packed(adapted: Adapted) -> dict[str, bool]:
+    """The weights kept in 4 bits, by their own names -> whether the backbone keeps them as (in, out)."""
+    from adapters.anatomy import linear_map, own_name
+    from adapters.quantize import packed_modules
+
+    found = {}
+    for path, module in packed_modules(adapted.model).items():
+        described = linear_map(path, module)
+        found[own_name(f"{path}.weight")] = described is not None and described.transposed
+    return found
+
+
+def _string_keys(value: Any) -> Any:
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,62 @@
+"""Numbers that are not finite: which gradients, and which layer of a forward pass was the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.anatomy import own_name
+from adapters.errors import NumbersError, message
+
+
+def check_gradients(model: nn.Module, where: str) -> None:
+    """Look at every gradient, before the optimizer uses it.
+
+    Args:
+        model: after a backward pass.
+        where: step, epoch and rows, for the message.
+
+    Raises:
+        NumbersError: naming the first tensor at fault.
+    """
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if not named:
+        return
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
+    if bool(torch.isfinite(norms).all()):
+        return
+    bad = [own_name(name) for (name, _), norm in zip(named, norms, strict=True) if not bool(torch.isfinite(norm))]
+    raise NumbersError(
+        message(
+            "gradients are not finite",
+            where=where,
+            found=f"{len(bad)} of {len(named)} tensors, {bad[0]} first",
+            remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
+        )
+    )
+
+
+def first_at_fault(model: nn.Module, forward: Callable[[], object]) -> str:
+    """The first module of a repeated forward pass whose output is not finite; empty where all are."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple | list) else [output]
+            tensors = [t for t in parts if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            if any(not bool(torch.isfinite(t).all()) for t in tensors):
+                found.append(own_name(name))
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
