@@ -96,6 +96,8 @@ def encode(
 def _gap(processor: Any) -> str:
     """What goes between question and context where the tokenizer puts nothing there: the end of a line."""
     sides = processor("a", "b").sequence_ids(0)
+    if 0 not in sides or 1 not in sides:
+        return ""  # a tokenizer that knows neither letter tells nothing
     return "\n" if None not in sides[sides.index(0) : sides.index(1)] else ""
 
 

@@ -33,11 +33,16 @@ TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "causal-lm": {"max_length": 12},
     "question-answering": {"max_length": 24, "stride": 4},
 }
+FACTORS = "lora|qlora|dora|rslora|pissa|ia3|oft|boft|loha|lokr|hra|peft"  # what stands beside a linear map
 # What cannot be, and what the error says. A rule holds for every cell that its three expressions match whole.
 REFUSALS: list[tuple[str, str, str, str]] = [
     # strategy, backbone, task, error
+    ("bitfit", "modernbert|llama|mistral|qwen3|phi3|gemma|gemma2|mixtral|t5", ".*", "no biases to train.*Take 'lora'"),
+    ("probe", ".*", "causal-lm|seq2seq|denoising", "there is no head to train.*Take 'lora'"),
+    (FACTORS, "resnet", ".*", "no linear maps inside blocks.*Take 'freeze', 'bitfit', 'probe' or 'full'"),
+    ("freeze", "albert", ".*", "share one set of weights.*Take 'lora'"),
+    ("oft|boft|loha|lokr|hra|peft", "gpt2", ".*", "peft refuses.*Conv1D.*Take 'lora'"),
 ]
-PEFT = ("ia3", "oft", "boft", "loha", "lokr", "hra", "peft")
 Cell = tuple[str, str, str]
 
 

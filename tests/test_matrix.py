@@ -65,9 +65,11 @@ def outputs(model: Any) -> list[torch.Tensor]:
 
 
 def frozen(adapted: adapters.Adapted) -> dict[str, torch.Tensor]:
-    saved = {key for key, _, _ in adapted.places()} and set(adapted.trained)
+    """What must stay: all but what trains, and but other names of the same memory (tied weights)."""
+    moving = {tensor.data_ptr() for _, tensor, _ in adapted.places()}
     state = adapted.model.state_dict()
-    return {n: copy.deepcopy(t) for n, t in state.items() if isinstance(t, torch.Tensor) and n not in saved}
+    kept = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    return {name: copy.deepcopy(tensor) for name, tensor in kept.items() if tensor.data_ptr() not in moving}
 
 
 @pytest.mark.parametrize("cell", pick())
@@ -81,7 +83,9 @@ def test_cell(cell: cells.Cell, base: Any, tmp_path: Path) -> None:
         with pytest.raises(adapters.AdaptersError, match=said):
             adapters.adapt(base(kind, task), strategy, task=task, **options)
         return
-    adapted = adapters.adapt(base(kind, task), strategy, task=task, **options)
+    # transformers opens its own byte-level tokenizer for Qwen's folders, which does not know these words.
+    processor = tiny.tokenizer() if kind.startswith("qwen") else None
+    adapted = adapters.adapt(base(kind, task), strategy, task=task, processor=processor, **options)
     start, kept = {key: tensor.clone() for key, tensor in adapted.state().items()}, frozen(adapted)
     arguments = {
         "output_dir": str(tmp_path / "run"),
@@ -120,7 +124,7 @@ def test_cell(cell: cells.Cell, base: Any, tmp_path: Path) -> None:
 
 
 def unlabelled(task: str) -> list[dict[str, Any]]:
-    if task == "masked-lm":
+    if task in ("masked-lm", "denoising"):
         return [{"text": "the [MASK] is late"}] * 3
     left_out = {"label", "tags", "answer", "answer_start", "target"}
     return [{k: v for k, v in row.items() if k not in left_out} for row in cells.rows(task, 3, seed=2)]
