@@ -41,7 +41,7 @@ REFUSALS: list[tuple[str, str, str, str]] = [
     ("probe", ".*", "causal-lm|seq2seq|denoising", "there is no head to train.*Take 'lora'"),
     (FACTORS, "resnet", ".*", "no linear maps inside blocks.*Take 'freeze', 'bitfit', 'probe' or 'full'"),
     ("freeze", "albert", ".*", "share one set of weights.*Take 'lora'"),
-    ("oft|boft|loha|lokr|hra|peft", "gpt2", ".*", "peft refuses.*Conv1D.*Take 'lora'"),
+    ("oft|boft|loha|lokr|hra|peft", "gpt2", ".*", "peft refuses.*Conv1D.*'lora' or 'ia3'"),
 ]
 Cell = tuple[str, str, str]
 
