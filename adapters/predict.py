@@ -117,7 +117,7 @@ def predict(
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str):
         first = next(iter(adapted.task.columns))
-        rows = [row if isinstance(row, Mapping) else {first: row} for row in rows]
+        rows = [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
     if device is not None:
         adapted.model.to(device)  # type: ignore[arg-type]
     prepared = _prepared(adapted, rows, labelled=False)
