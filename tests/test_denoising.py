@@ -200,7 +200,7 @@ def test_trained_saved_loaded_merged(kind: str, tmp_path: Path) -> None:
     trainer.train()
     after, theirs = adapters.evaluate(adapted, ROWS), trainer.evaluate()
     assert after["perplexity"] < 0.8 * before["perplexity"]
-    for name in ("loss", "perplexity", "accuracy"):
+    for name in ("loss", "perplexity", "token_accuracy"):
         assert after[name] == pytest.approx(theirs[f"eval_{name}"], rel=1e-5)
     answer = adapters.predict(adapted, [GAPS[kind]])
     assert list(answer[0]) == ["generated_text"]

@@ -296,19 +296,19 @@ def test_loss_and_metrics_count_every_hidden_token_alike() -> None:
     each = functional.cross_entropy(logits[asked], labels[asked], reduction="none")
     assert float(likelihood.loss(logits, labels, None)) == pytest.approx(float(each.mean()))
     assert float(likelihood.loss(logits, labels, 14)) == pytest.approx(float(each.sum()) / 14)
-    found = likelihood.metrics(likelihood.measured(logits, labels).numpy())
+    found = likelihood.numbers([part.numpy() for part in likelihood.measured(logits, labels)])
     right = (logits[asked].argmax(-1) == labels[asked]).float().mean()
     assert found == {
         "loss": pytest.approx(float(each.mean())),
         "perplexity": pytest.approx(math.exp(float(each.mean()))),
-        "accuracy": pytest.approx(float(right)),
+        "token_accuracy": pytest.approx(float(right)),
     }
 
 
 def test_the_baseline_is_the_frequency_of_tokens() -> None:
     found = likelihood.unigram([[7, 7, 8, -100]], [[7, -100], [9]], vocabulary=10)
     assert found["loss"] == pytest.approx(-(math.log(3 / 13) + math.log(1 / 13)) / 2)
-    assert found["accuracy"] == 0.5
+    assert found["token_accuracy"] == 0.5
     rows = prepared(MaskedLM(), *[row["text"] for row in ROWS])
     uniform = MaskedLM().baseline(rows, rows, TOKENIZER)
     assert uniform["perplexity"] < len(TOKENIZER)
@@ -387,7 +387,7 @@ def test_every_strategy_goes_the_whole_way(strategy: str, tmp_path: Path) -> Non
     trainer = adapters.Trainer(adapted, args, ROWS, ROWS[:10])
     trainer.train()
     numbers, theirs = adapters.evaluate(adapted, ROWS[:10]), trainer.evaluate()
-    for name in ("loss", "perplexity", "accuracy"):
+    for name in ("loss", "perplexity", "token_accuracy"):
         assert numbers[name] == pytest.approx(theirs[f"eval_{name}"], rel=1e-5)
     assert numbers["perplexity"] == pytest.approx(math.exp(numbers["loss"]), rel=1e-5)
     adapters.save(adapted, tmp_path / "out")
