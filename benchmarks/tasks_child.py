@@ -180,7 +180,9 @@ def ours(row: Row, run: Run, parts: Parts, model: str, folder: Path) -> Side:
 
     def answers() -> list[Any]:
         asked = parts.test.remove_columns([c for c in parts.test.column_names if c in TRUTH])
-        return [answer[ANSWER[row.task]] for answer in adapters.predict(adapted, asked)]
+        found = adapters.predict(adapted, asked)
+        best = [answer[0] if isinstance(answer, list) else answer for answer in found]  # of pictures the best five come
+        return [answer[ANSWER[row.task]] for answer in best]
 
     return Side(trainer, adapted.processor, answers)
 

@@ -107,8 +107,6 @@ def classes(made: transformers.Trainer, rows: Dataset, labels: list[str]) -> lis
 
 def image_classification(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path) -> Side:
     """AutoModelForImageClassification; pixels by its own processor, once."""
-    from PIL import Image
-
     labels = parts.labels or []
     kind: Any = transformers.AutoImageProcessor
     processor = kind.from_pretrained(folder_of_model, backend="pil")
@@ -116,7 +114,7 @@ def image_classification(row: Row, run: Run, parts: Parts, folder_of_model: str,
     model.config.id2label = dict(enumerate(labels))
 
     def inputs(batch: Mapping[str, Any]) -> Any:
-        pictures = [Image.open(image).convert("RGB") for image in batch["image"]]
+        pictures = [image.convert("RGB") for image in batch["image"]]
         pixels = processor(pictures, return_tensors="np")["pixel_values"]
         return {"pixel_values": pixels, "labels": [labels.index(name) for name in batch["name"]]}
 
@@ -282,7 +280,7 @@ def masked_lm(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Pa
     """AutoModelForMaskedLM and DataCollatorForLanguageModeling on ours' blocks; the new transform trains."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of_model)
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder_of_model)
-    rows = prepared(row, parts.train, tokenizer, model).select_columns(["input_ids", "attention_mask"])
+    rows = prepared(row, parts.train, tokenizer, model).select_columns(["input_ids"])  # whole blocks
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     made = trainer(run, folder, wrapped(row, model, None, ["transform"]), rows, tokenizer, collator)
     return Side(made, tokenizer, list)
