@@ -92,7 +92,7 @@ ROWS: dict[str, Row] = {
     ),
     "tinyshakespeare": Row(
         *("causal-lm", "text/tinyshakespeare.txt", LLAMA, "lora", 5e-3, 8),
-        *(Size(2000, 300, 3), Size(6500, 700, 5)),
+        *(Size(500, 100, 2), Size(6500, 700, 5)),
         scores=(Score("perplexity", "perplexity", 1, 2, higher=False),),
         options={"max_length": 256},
         same="Both sides get the very same packed blocks.",
