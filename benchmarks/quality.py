@@ -12,11 +12,6 @@ its own, so that its peak memory is its own; ours and the peer's take turns, so 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
@@ -24,9 +19,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.quality_child import EMBEDDED, PEER, Result, Rows, Run, rate
+from benchmarks import harness
+from benchmarks.harness import CACHE, ROOT, ChildError, positive, rate, say, spread
+from benchmarks.quality_child import EMBEDDED, PEER, Result, Rows, Run
 
-ROOT = Path(__file__).resolve().parent.parent
+CHILD = "benchmarks.quality_child"
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 OURS = ("lora", "qlora", "full", "freeze", "probe")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # the peer's; its best is chosen by validation accuracy with seed 0
@@ -42,10 +39,6 @@ class Mode:
 
 
 MODES = {"quick": Mode(400, 500, 1), "full": Mode(3000, 1000, 3)}
-
-
-class ChildError(RuntimeError):
-    """A run failed; the message ends with what it said last."""
 
 
 # ---------------------------------------------------------------------- the plan
@@ -92,7 +85,7 @@ def best_rate(results: Sequence[Result]) -> float | None:
 def carry_out(runs: Sequence[Run], file: Path, data: Path | None) -> None:
     """Run what the results file does not hold yet; each result is on disk before the next run starts."""
     for number, planned in enumerate(runs, 1):
-        known = read(file)
+        known = harness.read(file, Result.parse)
         mine = [result for result in known if result.run.experiment == planned.experiment]
         run = replace(planned, learning_rate=best_rate(mine)) if planned.learning_rate is None else planned
         place = f"[{number}/{len(runs)}] {run}"
@@ -100,61 +93,9 @@ def carry_out(runs: Sequence[Run], file: Path, data: Path | None) -> None:
             say(f"{place}: measured before")
             continue
         say(f"{place} ...")
-        result = Result.parse(in_child({"run": asdict(run), "data": str(data) if data else None}))
-        append(result, file)
+        result = Result.parse(harness.in_child(CHILD, {"run": asdict(run), "data": str(data) if data else None}))
+        harness.append(asdict(result), file)
         say(f"    accuracy {result.accuracy:.3f}, {result.train_seconds:.0f} s of training")
-
-
-def in_child(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a request in a fresh process.
-
-    Raises:
-        ChildError: the process failed.
-    """
-    with tempfile.TemporaryDirectory(prefix="quality-") as name:
-        folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.quality_child", name],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a look-up would be a different run
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            last = "\n".join(done.stderr.strip().splitlines()[-12:])
-            raise ChildError(f"the child ended with {done.returncode}; the last it said:\n{last}")
-        answer: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        return answer
-
-
-# ---------------------------------------------------------------------- the results file
-
-
-def read(file: Path) -> list[Result]:
-    """Everything measured so far, oldest first.
-
-    Raises:
-        SystemExit: a line that is no result of this benchmark.
-    """
-    results = []
-    if file.is_file():
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                results.append(Result.parse(json.loads(line)))
-            except (ValueError, TypeError, KeyError) as fault:
-                raise SystemExit(f"not a result ({file}, line {number}): {fault}. Remove the line.") from fault
-    return results
-
-
-def append(result: Result, file: Path) -> None:
-    """Add a line, on disk when this returns."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(result)) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 # ---------------------------------------------------------------------- the table
@@ -259,20 +200,7 @@ def circumstances(results: Sequence[Result]) -> str:
     return f"MiniLM on {rows.data}: {counts}, {epochs}. {' and also '.join(machines)}. {' and also '.join(versions)}."
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and smallest and largest where they differ; a dash where nothing is known."""
-    if not values:
-        return "-"
-    low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), mean(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
 # ---------------------------------------------------------------------- the command
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr: what stdout holds can be pasted."""
-    print(line, file=sys.stderr, flush=True)
 
 
 HELP = {
@@ -295,24 +223,10 @@ def arguments() -> argparse.Namespace:
     for entry in fields(Mode):
         parser.add_argument(f"--{entry.name.replace('_', '-')}", type=positive, metavar="N", help=HELP[entry.name])
     parser.add_argument("--epochs", type=positive, metavar="N", help="of every row, instead of the defaults")
-    parser.add_argument("--only", type=row_names, metavar="ROW[,ROW]", help=f"of {', '.join((*OURS, PEER))}")
+    parser.add_argument(
+        "--only", type=harness.row_names((*OURS, PEER)), metavar="ROW[,ROW]", help=f"of {', '.join((*OURS, PEER))}"
+    )
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def row_names(text: str) -> list[str]:
-    """Names of rows, divided by commas."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in (*OURS, PEER)]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown row {unknown[0]!r}; known: {', '.join((*OURS, PEER))}")
-    return names
 
 
 def data_folder(asked: Path | None) -> Path | None:
@@ -329,27 +243,34 @@ def data_folder(asked: Path | None) -> Path | None:
 def main() -> None:
     """Measure, then print the table."""
     asked = arguments()
-    file: Path = asked.results or ROOT / "benchmarks" / ".cache" / f"quality-{asked.mode}.jsonl"
+    file: Path = asked.results or CACHE / f"quality-{asked.mode}.jsonl"
     if asked.table:
-        print("\n\n".join(tables(read(file))) or f"nothing measured yet ({file})")
+        print("\n\n".join(tables(harness.read(file, Result.parse))) or f"nothing measured yet ({file})")
         return
     mode = MODES[asked.mode]
     data, rows = data_folder(asked.data), asked.only or [*OURS, PEER]
     strategies = [row for row in OURS if row in rows or (row == "lora" and PEER in rows)]
     try:
-        found = in_child(
+        found = harness.in_child(
+            CHILD,
             {
                 "strategies": strategies,
                 "data": str(data) if data else None,
                 "train_rows": asked.train_rows or mode.train_rows,
                 "test_rows": asked.test_rows or mode.test_rows,
-            }
+            },
         )
         runs = plan(rows, asked.seeds or mode.seeds, found, asked.epochs)
         carry_out(runs, file, data)
     except ChildError as fault:
         raise SystemExit(f"{fault}\nWhat was measured before is kept: {file}") from fault
-    print("\n\n".join(tables([result for result in read(file) if result.run.experiment == runs[0].experiment])))
+    print(
+        "\n\n".join(
+            tables(
+                [result for result in harness.read(file, Result.parse) if result.run.experiment == runs[0].experiment]
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -6,19 +6,13 @@ parent's peak memory on to its children.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import random
-import resource
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import Took, machine, peak_memory, rate, serve, timed, versions
 
 if TYPE_CHECKING:
     import transformers
@@ -29,7 +23,6 @@ PEER = "peer"
 BLOCK_MAPS = r".*\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"  # every linear map of BERT's blocks, no pooler
 VALIDATION = 300  # rows, at most a fifth of the training file
 DATA_SEED = 0  # which rows: the same for every run, so that the spread over seeds is the training's alone
-PACKAGES = {"holdfast": "adapters", **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes")}}
 
 
 @dataclass(frozen=True)
@@ -91,14 +84,6 @@ class Result:
         return cls(**{**plain, "run": Run.parse(plain["run"])})
 
 
-def rate(value: float | None) -> str:
-    """A learning rate as people write it: 1e-4."""
-    if value is None:
-        return "the best"
-    digits, _, power = f"{value:.2e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
-
-
 @dataclass(frozen=True)
 class Parts:
     """The rows of a run, and the label names of the whole training file."""
@@ -107,14 +92,6 @@ class Parts:
     validation: Dataset
     test: Dataset
     labels: list[str]
-
-
-@dataclass(frozen=True)
-class Took:
-    """The time of a training, and what tells whether the machine was quiet."""
-
-    seconds: float
-    others_cores: float | None
 
 
 @dataclass(frozen=True)
@@ -240,25 +217,6 @@ def highest(logits: Any) -> Any:
     return logits.argmax(-1)
 
 
-def timed(trainer: transformers.Trainer) -> Took:
-    """Train, with an eye on what else runs: two busy threads beside another program can take ten times as long."""
-    began, own, everyone = time.monotonic(), time.process_time(), busy_seconds()
-    trainer.train()
-    seconds, own_seconds, after = time.monotonic() - began, time.process_time() - own, busy_seconds()
-    if everyone is None or after is None:
-        return Took(round(seconds, 2), None)
-    return Took(round(seconds, 2), round(max(0.0, after - everyone - own_seconds) / seconds, 2))
-
-
-def busy_seconds() -> float | None:
-    """Processor seconds that the whole machine has spent on work so far (Linux; time stolen by the host is work)."""
-    listing = Path("/proc/stat")
-    if not listing.is_file():
-        return None
-    user, nice, system, _idle, _waiting, *rest = map(int, listing.read_text(encoding="ascii").split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
 def measure(run: Run, data: str | None, folder: Path) -> Result:
     """One run, from rows to numbers; both sides are scored by the same lines."""
     from sklearn.metrics import accuracy_score, f1_score
@@ -284,39 +242,12 @@ def measure(run: Run, data: str | None, folder: Path) -> Result:
     )
 
 
-def peak_memory() -> int:
-    """Bytes of resident memory at this process's peak; kilobytes on Linux, bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def machine(device: str) -> str:
-    """The processor's name, its cores, torch's threads, and the device where it is another one."""
-    import torch
-
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    elsewhere = "" if device == "cpu" else f", trained on {device} ({torch.cuda.get_device_name(device)})"
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{elsewhere}"
-
-
-def versions() -> str:
-    """Python and the packages that matter here."""
-    found = [f"{name} {import_module(module).__version__}" for name, module in PACKAGES.items() if find_spec(module)]
-    return ", ".join([f"Python {platform.python_version()}", *found])
-
-
-def answer(folder: Path) -> None:
-    """The child's work: a request in, an answer out; what the libraries print stays out of it."""
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The child's work."""
     if "run" in request:
-        reply = asdict(measure(Run.parse(request["run"]), request["data"], folder))
-    else:
-        reply = survey(request, folder)
-    (folder / "answer.json").write_text(json.dumps(reply), encoding="utf-8")
+        return asdict(measure(Run.parse(request["run"]), request["data"], folder))
+    return survey(request, folder)
 
 
 if __name__ == "__main__":
-    answer(Path(sys.argv[1]))
+    serve(answer)
