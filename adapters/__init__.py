@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptersError": "errors",
     "BackboneError": "errors",
+    "ContractError": "errors",
     "DataError": "errors",
     "FolderError": "errors",
     "MissingPackageError": "errors",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from adapters.contracts import Task as Task
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
+    from adapters.errors import ContractError as ContractError
     from adapters.errors import DataError as DataError
     from adapters.errors import FolderError as FolderError
     from adapters.errors import MissingPackageError as MissingPackageError

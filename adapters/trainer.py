@@ -7,12 +7,11 @@ at all.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -20,7 +19,7 @@ import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from adapters import checkpoints, data, finite, manifest, pace, shards, storage
+from adapters import checkpoints, checks, course, data, fidelity, finite, manifest, memory, pace, shards, storage
 from adapters.anatomy import own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
@@ -28,6 +27,8 @@ from adapters.errors import FolderError, NumbersError, RequestError, message, ne
 from adapters.formats import arrange
 from adapters.order import frozen_below
 from adapters.predict import is_prepared
+from adapters.quantize import accepted
+from adapters.vocabulary import only_added_entries
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,7 +93,7 @@ class Trainer(transformers.Trainer):
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with _accepted(adapted.model), complaints():
+        with accepted(adapted.model), complaints():
             super().__init__(
                 model=adapted.model,
                 args=arguments,
@@ -111,11 +112,16 @@ class Trainer(transformers.Trainer):
         self._paces = adapted.strategy.paces(adapted.model, trained)
         if train_dataset is not None:
             pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
+            if (dead := checks.check_rows(train_dataset, task)) is not None:
+                self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
         self._batch_rows: list[int] | None = None
+        self._portions = memory.Portions()
+        self._part: Any = None
+        self._course = course.Divergence(self._say)
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
         if self._draw is not None:
@@ -126,7 +132,7 @@ class Trainer(transformers.Trainer):
             if train_dataset is not None:
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
-            self.add_callback(_EarlyStopping(early_stopping_patience=int(patience)))
+            self.add_callback(course.Patience(early_stopping_patience=int(patience)))
         adapted.record.settings = changed(arguments) | own
 
     # ------------------------------------------------------------------ rows
@@ -246,14 +252,34 @@ class Trainer(transformers.Trainer):
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; stops before the optimizer step where numbers are not finite.
+        """One forward and backward pass; in parts of the batch, and the step begun anew, where memory runs out.
 
         Raises:
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
+            torch.OutOfMemoryError: a batch that cannot be divided.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        divide = num_items_in_batch is not None and self.args.world_size == 1
+        loss: torch.Tensor = self._portions.passed(
+            inputs,
+            lambda part: self._pass(model, part, num_items_in_batch),
+            model.zero_grad,
+            lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
+            divide=divide,
+        )
+        self._course.add(float(loss))
+        only_added_entries(self.adapted)
+        if self.accelerator.sync_gradients:
+            self._portions.step_done()
+            if getattr(self.accelerator, "scaler", None) is None:
+                finite.check_gradients(model, self._where())
+        return loss
+
+    def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
+        """Loss and gradients of what is passed through the model at once."""
+        self._part = part
+        loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
+            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -262,19 +288,17 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
-        self._only_added_entries()
-        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            finite.check_gradients(model, self._where())
         return loss
 
-    def _only_added_entries(self) -> None:
-        """Of tensors that grew with added tokens only the added entries train."""
-        vocabulary = self.adapted.vocabulary
-        for name, parameter in self.adapted.model.named_parameters() if vocabulary is not None else ():
-            if vocabulary is not None and own_name(name) in vocabulary.axes and parameter.grad is not None:
-                others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
-                others[list(vocabulary.ids)] = False
-                parameter.grad[others] = 0
+    def _loss_now(self) -> float:
+        """The loss of the last batch as evaluation would have it."""
+        model, training = self.adapted.model, self.adapted.model.training
+        model.train(False)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
+                return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+        finally:
+            model.train(training)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
@@ -295,15 +319,32 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder.
 
         Raises:
-            NumbersError: a loss or gradient is not finite.
+            NumbersError: a loss, gradient or weight is not finite; the last good weights are in the model.
+            ContractError: what was to train did not move, what was frozen did, or the saved adapter answers otherwise.
             FolderError: nothing to resume from, or a damaged checkpoint.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.newest(Path(str(self.args.output_dir))))
         self._best = None
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        contract = checks.Contract(
+            self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
+        )
+        watching = (contract, self._course)
+        for callback in watching:
+            self.add_callback(callback)
+        try:
+            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            contract.finish()
+        except NumbersError:
+            self._put_back(contract.good)
+            raise
+        finally:
+            for callback in watching:
+                self.remove_callback(callback)
         self._restore_best()
         record = self.adapted.record
+        self._compare_baseline()
+        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, Path(str(self.args.output_dir)))
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         record.metrics["train"] = {
             "loss": float(result.training_loss),
@@ -335,6 +376,22 @@ class Trainer(transformers.Trainer):
             folder = Path(self.state.best_model_checkpoint)
             storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = None
+
+    def _put_back(self, start: dict[str, torch.Tensor]) -> None:
+        """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
+        if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
+            storage.put(self.adapted, self._best or start, "last good weights")
+
+    def _compare_baseline(self) -> None:
+        """Say it where the best weights are no better on the validation rows than an answer without a look at them."""
+        name = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
+            return
+        baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        greater = bool(self.args.greater_is_better)
+        remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
+        if remark is not None:
+            self._say(remark)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -403,32 +460,3 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The number of whole epochs behind us."""
         self.draw.epoch = int(state.epoch or 0)
-
-
-@final
-class _EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing to check: `settings` has chosen the metric."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Count the evaluations that choose the best weights: of several validation sets one does."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _accepted(model: Any) -> Iterator[None]:
-    """transformers refuses to train a 4-bit model without a PeftModel around it; ours trains unpacked parts.
-
-    This is the one place where its check is met: what trains is never packed (see `adapt.assemble`).
-    """
-    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = True
-        try:
-            yield
-        finally:
-            del model._hf_peft_config_loaded
-    else:
-        yield

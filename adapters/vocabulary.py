@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.contracts import Strategy, Vocabulary
+from adapters.anatomy import own_name
+from adapters.contracts import Adapted, Strategy, Vocabulary
 from adapters.errors import FolderError, RequestError, message
 
 if TYPE_CHECKING:
@@ -156,3 +157,17 @@ def of_manifest(document: Mapping[str, Any], where: str) -> Vocabulary | None:
         return Vocabulary.from_json(entry)
     except (KeyError, TypeError, ValueError) as fault:
         raise FolderError(message("a broken record of added tokens", where=where, found=repr(fault))) from fault
+
+
+def only_added_entries(adapted: Adapted) -> None:
+    """After a backward pass: of tensors that grew with added tokens only the added entries take a gradient."""
+    import torch
+
+    vocabulary = adapted.vocabulary
+    if vocabulary is None:
+        return
+    for name, parameter in adapted.model.named_parameters():
+        if own_name(name) in vocabulary.axes and parameter.grad is not None:
+            others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
+            others[list(vocabulary.ids)] = False
+            parameter.grad[others] = 0

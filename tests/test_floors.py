@@ -13,6 +13,8 @@ ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
     "edits": 1,
+    "memory": 1,
+    "course": 1,
     "shards": 1,
     "metrics": 1,
     "tables": 1,
@@ -62,6 +64,7 @@ FLOORS = {
     "facts": 5,
     "inspection": 5,
     "adapt": 6,
+    "checks": 7,
     "storage": 7,
     "predict": 7,
     "fidelity": 8,
