@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,15 +47,18 @@ def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     Raises:
         NumbersError: naming the first tensor at fault.
     """
-    norms = torch._foreach_norm([tensor.detach() for tensor in parameters.values()], math.inf)
+    tensors = {name: tensor.detach() for name, tensor in parameters.items()}
+    norms = torch._foreach_norm(list(tensors.values()))
     if not norms or bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
         return
-    bad = [own_name(n) for n, norm in zip(parameters, norms, strict=True) if not bool(torch.isfinite(norm))]
+    bad = [own_name(n) for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if not bad:  # finite values of which the squares are not
+        return
     raise NumbersError(
         message(
             "weights are not finite after the optimizer's step",
             where=where,
-            found=f"{len(bad)} of {len(norms)} tensors, {bad[0]} first",
+            found=f"{len(bad)} of {len(tensors)} tensors, {bad[0]} first",
             remedy="The last good weights are back in the model. Take a smaller learning rate.",
         )
     )

@@ -122,6 +122,7 @@ class Trainer(transformers.Trainer):
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
+        self.add_callback(self._course)
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
         if self._draw is not None:
@@ -329,9 +330,7 @@ class Trainer(transformers.Trainer):
         contract = checks.Contract(
             self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
         )
-        watching = (contract, self._course)
-        for callback in watching:
-            self.add_callback(callback)
+        self.add_callback(contract)
         try:
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             contract.finish()
@@ -339,8 +338,7 @@ class Trainer(transformers.Trainer):
             self._put_back(contract.good)
             raise
         finally:
-            for callback in watching:
-                self.remove_callback(callback)
+            self.remove_callback(contract)
         self._restore_best()
         record = self.adapted.record
         self._compare_baseline()
@@ -378,7 +376,7 @@ class Trainer(transformers.Trainer):
         self._best = None
 
     def _put_back(self, start: dict[str, torch.Tensor]) -> None:
-        """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
+        """After a stop: the best weights of the validation rows; else the last, where finite; else the first."""
         if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
             storage.put(self.adapted, self._best or start, "last good weights")
 
@@ -388,9 +386,8 @@ class Trainer(transformers.Trainer):
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
         baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
-        greater = bool(self.args.greater_is_better)
-        remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
-        if remark is not None:
+        greater, best = bool(self.args.greater_is_better), self.state.best_metric
+        if (remark := course.unbeaten(best, baseline, name, greater=greater, rows="validation")) is not None:
             self._say(remark)
 
     # ------------------------------------------------------------------ checkpoints

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.anatomy import own_name
 from adapters.contracts import Adapted, Strategy, Vocabulary
 from adapters.errors import FolderError, RequestError, message
 
@@ -160,8 +159,8 @@ def of_manifest(document: Mapping[str, Any], where: str) -> Vocabulary | None:
 
 
 def only_added_entries(adapted: Adapted) -> None:
-    """After a backward pass: of tensors that grew with added tokens only the added entries take a gradient."""
-    import torch
+    """After a backward pass: of tensors that grew with added tokens only the added 
+    from adapters.anatomy import own_name
 
     vocabulary = adapted.vocabulary
     if vocabulary is None:
