@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import heads
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -311,7 +312,11 @@ def assemble(
         net, new, processor = open_model(model, task, load, processor)
         _refuse_adapted(net)
         folder = local_folder(net.name_or_path or "", load)
-        task = task.complete(net)
+        task, remark = task.complete(net), ""
+        if accept is None:  # a saved adapter brings its head
+            live = live_model(model)
+            task, begun, remark = heads.fitted(task, net, new, heads.own_labels(net, load, live=live), live=live)
+            new |= begun
         head = frozenset(task.head(net)) | frozenset(new)
 
         # Tried without memory first: every check speaks before the first module changes.
@@ -360,9 +365,9 @@ def assemble(
     adapted = Adapted(
         net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
     )
-    if padding and padding.note:
-        record.notes.append(padding.note)
-        logger.warning(padding.note)
+    for note in filter(None, (remark, padding.note if padding else "")):
+        record.notes.append(note)
+        logger.warning(note)
     net.train(False)
     return adapted
 

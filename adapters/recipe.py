@@ -301,7 +301,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     test = splits.get("test")
     if test is not None:
         test = trainer.prepared(test)
-        results["majority"] = task.baseline(trainer.train_dataset, test, adapted.processor)
+        results["majority"] = adapted.task.baseline(trainer.train_dataset, test, adapted.processor)
         results["untrained"] = evaluate(adapted, test)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=True if interrupted and resume else None)

@@ -56,6 +56,7 @@ FLOORS = {
     "strategies": 5,
     "tasks": 5,
     "backbones": 5,
+    "heads": 5,
     "vocabulary": 5,
     "arguments": 5,
     "card": 5,
