@@ -216,7 +216,8 @@ def adapt(
         labels: the label names; None takes a live model's own.
         quantization: "nf4" or "fp4" packs the frozen matmuls to 4 bits.
         load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
-        processor: the tokenizer or image processor; None loads the backbone's own.
+        processor: the tokenizer or image processor; None loads the backbone's own; options such as {"size": ...} go
+            over those of the backbone's own image processor.
         seed: of every new tensor: a new head, the adapters.
         added_tokens: new tokens: the tokenizer and the embeddings grow, their rows train, and nothing else of the
             embeddings is saved.

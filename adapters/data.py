@@ -48,10 +48,11 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
         "train", and "validation" and "test" where the source names them.
 
     Raises:
-        DataError: a file or picture that cannot be read, empty data, rows of different kinds; with row and column.
+        DataError: a file that cannot be read, empty data, rows of different kinds; with row and column. Pictures are
+            opened by the task.
         RequestError: a source that is not there.
     """
-    from datasets import Dataset, Image
+    from datasets import Dataset
 
     say = say or logger.info
 
@@ -79,11 +80,6 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     for name, rows in splits.items():
         if len(rows) == 0:
             raise DataError(message("the data is empty", where=f"split {name!r}", found="0 rows"))
-        if isinstance(source, str | Path):
-            for column in [column for column, feature in rows.features.items() if isinstance(feature, Image)]:
-                remark = images.check(rows, column)
-                if remark:
-                    say(f"{name}: {remark}")
     return splits
 
 

@@ -54,6 +54,10 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _group(name: str, head: set[str]) -> str:
     """Tensors of one kind: the same name but for block numbers."""
     own = name.removeprefix("base_model.model.")
@@ -73,13 +77,13 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['folder']}: {found['strategy']} adapter, every digest right",
         f"  backbone  {backbone['name'] or '(a live model)'} ({backbone['model_class']}){storage}",
         f"            fingerprint {backbone['fingerprint']} over {backbone['tensors']} tensors",
-        f"  task      {task['name']}  {shown}",
+        f"  task      {task['name']}  {shown}".rstrip(),
         f"  options   {options or 'defaults'}",
         f"  trained   {found['parameters']:,} parameters, {found['bytes'] / 1e6:.2f} MB",
     ]
     width = max(len(name) for name in found["groups"])
     for name, group in sorted(found["groups"].items(), key=lambda item: -item[1]["bytes"]):
-        result.append(f"    {name:{width}}  {group['tensors']:>4} tensors  {group['bytes']:>12,} bytes")
+        result.append(f"    {name:{width}}  {_count(group['tensors'], 'tensor'):>12}  {group['bytes']:>12,} bytes")
     for part, numbers in found["metrics"].items():
         if isinstance(numbers, Mapping):
             values = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))

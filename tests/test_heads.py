@@ -1,4 +1,4 @@
-"""A head that comes with its checkpoint is kept where it answers the task's labels, and begun anew where it does not."""
+"""A head that comes with its checkpoint is kept where it answers the task's labels, else begun anew."""
 
 from __future__ import annotations
 
