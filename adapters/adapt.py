@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -25,7 +25,7 @@ from adapters.strategies.full import Full
 from adapters.strategies.lora import Lora
 from adapters.strategies.peft import METHODS, Peft
 from adapters.strategies.probe import Probe
-from adapters.tasks import TASKS
+from adapters.tasks import TASKS, refuse_classless, task_of
 from adapters.vocabulary import extend, planned
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def adapt(
     """
     live = not isinstance(model, str | Path)
     if task is None:
-        task = _task_of(model) if live else "text-classification"
+        task = task_of(model) if live else "text-classification"
     if labels is not None:
         options["labels"] = labels
     chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
@@ -242,41 +242,6 @@ def adapt(
     if isinstance(goal, type):
         goal = make(goal, goals, f"task {task!r}")
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
-
-
-def _task_of(model: Any) -> str:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise RequestError(
-            message(
-                "not a model",
-                where="model",
-                expected="a model id, a folder or a transformers model",
-                found=type(model).__name__,
-            )
-        )
-    import transformers
-
-    name = type(model).__name__
-    for task in TASKS.values():
-        # transformers' own table of the classes that the task's Auto class can make, by name; nothing is imported.
-        mapping: Any = getattr(transformers, task.auto_class)._model_mapping._model_mapping
-        if name in _class_names(mapping.values()):
-            return str(task.name)
-    raise RequestError(
-        message(
-            f"no task is known for {name}",
-            where="task",
-            expected=f"a model with the head of one of: {', '.join(TASKS)}",
-            remedy="Give the model's id or folder with task=..., or load it by the task's AutoModel class.",
-        )
-    )
-
-
-def _class_names(entries: Iterable[str | tuple[str, ...]]) -> set[str]:
-    """Every class of a table in which a family has one class, or several for the same head (DeiT)."""
-    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
 
 
 def assemble(
@@ -310,7 +275,11 @@ def assemble(
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, new, processor = open_model(model, task, load, processor)
+        try:
+            net, new, processor = open_model(model, task, load, processor)
+        except RequestError:
+            refuse_classless(model, task, load)
+            raise
         _refuse_adapted(net)
         folder = local_folder(net.name_or_path or "", load)
         task, remark = task.complete(net), ""

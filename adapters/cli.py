@@ -48,7 +48,7 @@ Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one
 def main() -> NoReturn:
     """Run the command line; the exit code tells whose fault it was (2 request, 3 data, 4 numbers, 130 interrupted)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Progress()])
     for name, said in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
     debug = "--debug" in sys.argv
@@ -71,8 +71,22 @@ def main() -> NoReturn:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+_SAID: set[str] = set()
+
+
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """A line of progress; what was said already, when it was found, is not news when it is summed up."""
+    if line not in _SAID:
+        _SAID.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Progress(logging.Handler):
+    """What the library logs is progress, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        _say(self.format(record))
 
 
 def _out(document: Mapping[str, Any]) -> None:

@@ -313,6 +313,9 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     if test is not None:
         results["test"] = evaluate(adapted, test)
         record.metrics |= results
+    for remark in record.notes:
+        if remark not in remarks:
+            say(remark)
     storage.save(adapted, output)
     shards.remove(work)
     metric, greater = adapted.task.best_metric
