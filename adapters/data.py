@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SUFFIXES = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "conll", "iob", "bio")
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of one part
 KINDS = "csv, tsv, json, jsonl, parquet, txt, conll, iob or bio; .gz too"
 
 
@@ -141,10 +143,17 @@ def _read_path(source: str | Path, say: Callable[[str], None]) -> dict[str, Data
 
 def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
     found: dict[str, Path] = {}
+    shards: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         stem = file.name.split(".")[0]
+        shard = SHARD.fullmatch(stem)
+        stem = shard[1] if shard else stem
         part = next((SPLIT_NAMES[word] for word in reversed(stem.split("_")) if word in SPLIT_NAMES), None)
         if part is not None and file.is_file() and _suffix(file) in SUFFIXES:
+            if shard and (part not in found or part in shards):
+                found.setdefault(part, file)
+                shards.setdefault(part, []).append(file)
+                continue
             if part in found:
                 raise RequestError(
                     message(
@@ -167,7 +176,33 @@ def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
                 found=", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder",
             )
         )
-    return {part: _read_file(file, say) for part, file in found.items()}
+    return {
+        part: _read_shards(shards[part], say) if part in shards else _read_file(file, say)
+        for part, file in found.items()
+    }
+
+
+def _read_shards(files: list[Path], say: Callable[[str], None]) -> Dataset:
+    """One part that stands in several files, as the hub names them: train-00000-of-00002.parquet.
+
+    Raises:
+        DataError: a file that is missing, of another count or kind, or with other columns than the first.
+    """
+    from datasets import concatenate_datasets
+
+    tables.refuse_partial(files)
+    parts = [_read_file(file, say) for file in files]
+    for file, rows in zip(files, parts, strict=True):
+        if rows.features != parts[0].features:
+            raise DataError(
+                message(
+                    "files of one part with different columns",
+                    where=str(file),
+                    expected=f"as in {files[0].name}: {parts[0].features}",
+                    found=str(rows.features),
+                )
+            )
+    return concatenate_datasets(parts)
 
 
 def _read_pictures(folder: Path, say: Callable[[str], None]) -> Dataset:

@@ -669,3 +669,48 @@ def test_a_draw_keeps_every_class_in_proportion() -> None:
     assert division.sample(rows, 500, seed=0) is rows
     many = data.read([{"text": f"t{i}", "label": f"c{i % 10}"} for i in range(100)])["train"]
     assert sorted(division.sample(many, 10, seed=3, by="label")["label"]) == sorted(f"c{i}" for i in range(10))
+
+
+# ---------------------------------------------------------------------- one part in several files
+
+
+def sharded(folder: Path, kind: str, stem: str = "train", of: int = 2) -> None:
+    for number in range(of):
+        path = folder / f"{stem}-{number:05d}-of-{of:05d}.{kind}"
+        rows = [{"text": f"{stem} {number} {row}", "label": "a"} for row in range(3)]
+        if kind == "parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        elif kind == "csv":
+            path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_the_files_of_a_part_are_read_in_their_order(kind: str, tmp_path: Path) -> None:
+    sharded(tmp_path, kind)
+    sharded(tmp_path, kind, "test", 1)
+    splits = data.read(tmp_path)
+    assert list(splits["train"]["text"]) == [f"train {number} {row}" for number in range(2) for row in range(3)]
+    assert list(splits["test"]["text"]) == [f"test 0 {row}" for row in range(3)]
+
+
+def test_files_of_a_part_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    sharded(tmp_path, "jsonl", of=3)
+    last = tmp_path / "train-00002-of-00003.jsonl"
+    content = last.read_text()
+    last.write_text('{"text": "a", "label": 1}\n')
+    with pytest.raises(DataError, match=r"train-00002-of-00003\.jsonl.*as in train-00000-of-00003\.jsonl"):
+        data.read(tmp_path)
+    last.unlink()
+    with pytest.raises(DataError, match=r"not whole .*train-00002-of-00003\.jsonl is missing"):
+        data.read(tmp_path)
+    last.write_text(content)
+    extra = tmp_path / "train-00000-of-00004.jsonl"
+    extra.write_text(content)
+    with pytest.raises(DataError, match="not whole"):
+        data.read(tmp_path)
+    extra.unlink()
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(RequestError, match="two files for the split 'train'"):
+        data.read(tmp_path)
