@@ -1,7 +1,7 @@
 """The peer of the tasks' benchmark: peft under transformers' own Trainer, written as their examples write it.
 
-Same backbone, rank, alpha, modules, learning rate, epochs and batch size as ours; warm-up, weight decay, order of the
-rows and all else are transformers' defaults.
+Same backbone, rank, alpha, modules and training arguments as ours, texts of like length together; all else are
+transformers' defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import transformers
 
-from benchmarks.tasks_child import Parts, Side, prepared
+from benchmarks.tasks_child import Parts, Side, prepared, settings
 from benchmarks.tasks_rows import LLAMA, MINILM, VIT, Row, Run
 
 if TYPE_CHECKING:
@@ -49,32 +49,22 @@ def wrapped(row: Row, model: Any, task_type: str | None, modules_to_save: list[s
     return peft.get_peft_model(model, config)
 
 
-def settings(run: Run, folder: Path) -> dict[str, Any]:
-    """Training arguments: what ours gets, and no more."""
-    return {
-        "output_dir": str(folder / "run"),
-        "learning_rate": run.learning_rate,
-        "num_train_epochs": run.size.epochs,
-        "per_device_train_batch_size": run.batch_size,
-        "per_device_eval_batch_size": 32,
-        "seed": run.seed,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-
-
 def trainer(
     run: Run, folder: Path, model: Any, rows: Dataset, processor: Any, collator: Any = None
 ) -> transformers.Trainer:
     """transformers.Trainer; without a collator its own choice."""
     return transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**settings(run, folder)),
+        args=transformers.TrainingArguments(**settings(run, folder), **order(rows)),
         train_dataset=rows,
         processing_class=processor,
         data_collator=collator,
     )
+
+
+def order(rows: Dataset) -> dict[str, Any]:
+    """Texts of like length together, as ours takes them; the sampler asks for token ids."""
+    return {"train_sampling_strategy": "group_by_length"} if "input_ids" in rows.column_names else {}
 
 
 def mapped(rows: Dataset, act: Callable[[Mapping[str, Any]], Any]) -> Dataset:
@@ -240,10 +230,11 @@ def seq2seq(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path
             ],
         }
 
+    rows = mapped(parts.train, inputs)
     made = transformers.Seq2SeqTrainer(
         model=model,
-        args=transformers.Seq2SeqTrainingArguments(**settings(run, folder), predict_with_generate=True),
-        train_dataset=mapped(parts.train, inputs),
+        args=transformers.Seq2SeqTrainingArguments(**settings(run, folder), **order(rows), predict_with_generate=True),
+        train_dataset=rows,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model),
     )
