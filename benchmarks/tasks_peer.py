@@ -67,6 +67,12 @@ def order(rows: Dataset) -> dict[str, Any]:
     return {"train_sampling_strategy": "group_by_length"} if "input_ids" in rows.column_names else {}
 
 
+def predicted(made: transformers.Trainer, rows: Dataset, **options: Any) -> Any:
+    """What the model says of the rows, in their order: transformers would group these by length as well."""
+    made.args.train_sampling_strategy = "random"
+    return made.predict(rows, **options).predictions
+
+
 def mapped(rows: Dataset, act: Callable[[Mapping[str, Any]], Any]) -> Dataset:
     """Model inputs from rows, a batch at a time."""
     return rows.map(act, batched=True, remove_columns=rows.column_names)
@@ -91,8 +97,7 @@ def text_classification(row: Row, run: Run, parts: Parts, folder_of_model: str, 
 
 def classes(made: transformers.Trainer, rows: Dataset, labels: list[str]) -> list[str]:
     """The label of the highest logit, row by row."""
-    found: Any = made.predict(rows).predictions
-    return [labels[index] for index in found.argmax(-1)]
+    return [labels[index] for index in predicted(made, rows).argmax(-1)]
 
 
 def image_classification(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path) -> Side:
@@ -149,7 +154,7 @@ def token_classification(row: Row, run: Run, parts: Parts, folder_of_model: str,
 
     def answers() -> list[list[str]]:
         rows = mapped(parts.test, inputs)
-        best: Any = made.predict(rows).predictions
+        best = predicted(made, rows)
         given = []
         for tags, words, logits in zip(parts.test["tags"], rows["labels"], best.argmax(-1), strict=True):
             said = [labels[tag] for tag, label in zip(logits, words, strict=False) if label != -100]
@@ -199,7 +204,7 @@ def question_answering(row: Row, run: Run, parts: Parts, folder_of_model: str, f
         from datasets import Dataset as Rows
 
         rows = Rows.from_dict({name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
-        starts, ends = made.predict(rows).predictions  # type: ignore[misc]
+        starts, ends = predicted(made, rows)
         best: dict[int, tuple[float, str]] = {}
         for number, sample in enumerate(samples):
             inside = {place for place, part in enumerate(encoded.sequence_ids(number)) if part == 1}
@@ -240,10 +245,8 @@ def seq2seq(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path
     )
 
     def answers() -> list[str]:
-        found: Any = made.predict(
-            mapped(parts.test, inputs), max_new_tokens=options["max_new_tokens"], num_beams=1
-        ).predictions
-        found = found.copy()
+        test = mapped(parts.test, inputs)
+        found = predicted(made, test, max_new_tokens=options["max_new_tokens"], num_beams=1).copy()
         found[found < 0] = tokenizer.pad_token_id
         return list(tokenizer.batch_decode(found, skip_special_tokens=True))
 
