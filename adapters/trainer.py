@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from torch.utils.data import IterableDataset, RandomSampler
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.epochs import Epochs, Order
+from adapters.epochs import Epochs, ordered
 from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.formats import arrange
 from adapters.order import frozen_below
@@ -188,8 +187,7 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
-        if self._draws:
-            self.data_collator = functools.partial(plain, draw=self._draw)
+        self.data_collator = functools.partial(plain, draw=self._draw) if self._draws else plain
         try:
             return super().get_train_dataloader()
         finally:
@@ -197,11 +195,7 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, in an order that seed and epoch alone decide."""
-        chosen = super()._get_train_sampler(*args, **kwargs)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if isinstance(chosen, LengthGroupedSampler):
-            return Order(len(chosen), seed, self._draw, list(chosen.lengths), chosen.batch_size)
-        return Order(len(chosen), seed, self._draw) if isinstance(chosen, RandomSampler) else chosen
+        return ordered(super()._get_train_sampler(*args, **kwargs), self.args, self._draw)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
