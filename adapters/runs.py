@@ -21,6 +21,7 @@ from adapters.fingerprint import Fingerprint
 
 # As transformers names them.
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
+RANDOM = "rng_state.pth"
 BEST = "best"  # folder in a checkpoint
 
 # Training arguments that change neither weights nor metrics: names, or how names begin.
@@ -139,12 +140,27 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
     return "; ".join(lines)
 
 
-def needed(args: TrainingArguments, accelerator: Any) -> list[str]:
+def refuse_many_processes(args: TrainingArguments) -> None:
+    """Checkpoints of several processes are not written: say so before the first one is due.
+
+    Raises:
+        RequestError: several processes, and a run that would save.
+    """
+    if args.world_size > 1 and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        raise RequestError(
+            message(
+                "checkpoints are written by one process",
+                where="args: save_strategy",
+                found=f"{args.world_size} processes",
+                remedy="Say save_strategy='no', or train in one process.",
+            )
+        )
+
+
+def needed(accelerator: Any) -> list[str]:
     """The files without which training cannot go on as if nothing had been."""
-    ranks = range(args.world_size)
-    random = [f"rng_state_{rank}.pth" for rank in ranks] if args.world_size > 1 else ["rng_state.pth"]
     scaler = [SCALER] if getattr(accelerator, "scaler", None) is not None else []
-    return [STATE, OPTIMIZER, SCHEDULER, *random, *scaler]
+    return [STATE, OPTIMIZER, SCHEDULER, RANDOM, *scaler]
 
 
 def checkpoint(

@@ -322,6 +322,7 @@ class Trainer(transformers.Trainer):
             FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
             RequestError: the checkpoint is another run's.
         """
+        runs.refuse_many_processes(self.args)
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
@@ -332,7 +333,7 @@ class Trainer(transformers.Trainer):
             folder = None
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
-                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.args, self.accelerator))
+                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
             self.pop_callback(self.stops)
             self.add_callback(self.stops)  # the last to say whether a step is saved
             stack.enter_context(self.stops.watched())
