@@ -454,6 +454,6 @@ class Trainer(transformers.Trainer):
         self._total_loss_scalar = sum(self._progress["losses"][:2])
         loss = self._total_loss_scalar / max(self.state.global_step, 1)
         metrics = {"train_loss": loss, "train_runtime": 0.0}
-        if "train_loss" not in self.state.log_history[-1]:
+        if not any("train_loss" in entry for entry in self.state.log_history):
             self.log(metrics)
         return TrainOutput(self.state.global_step, loss, metrics)
