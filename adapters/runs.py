@@ -230,8 +230,16 @@ def finished(folder: Path, override: Sequence[str]) -> bool:
     state = TrainerState.load_from_json(str(folder / STATE))
     if state.global_step >= state.max_steps:
         return not {"num_train_epochs", "max_steps"} & set(override)
-    stopped: bool = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-    return stopped and "early_stopping_patience" not in override
+    return "early_stopping_patience" not in override and any(map(_lost_patience, state.stateful_callbacks.values()))
+
+
+def _lost_patience(kept: Any) -> bool:
+    """Whether the state of a callback is that of early stopping which has stopped; others' stops end no run."""
+    for entry in kept if isinstance(kept, list) else [kept]:
+        count = entry.get("attributes", {}).get("early_stopping_patience_counter")
+        if count is not None and count >= entry["args"]["early_stopping_patience"]:
+            return True
+    return False
 
 
 def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tensor] | None) -> None:
