@@ -83,7 +83,9 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
                 "the backbone cannot be loaded",
                 where=f"{name}, load={load}" if load else name,
                 found=" ".join(f"{type(fault).__name__}: {fault}".split())[:400],
-                remedy="Check the id or folder; offline, only local folders and cached ids open.",
+                remedy="It brings code of its own, which load={'trust_remote_code': True} lets run if you trust it."
+                if "trust_remote_code" in str(fault)
+                else "Check the id or folder; offline, only local folders and cached ids open.",
             )
         ) from fault
     parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
