@@ -83,7 +83,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
                 "the backbone cannot be loaded",
                 where=f"{name}, load={load}" if load else name,
                 found=" ".join(f"{type(fault).__name__}: {fault}".split())[:400],
-                remedy="It brings code of its own, which load={'trust_remote_code': True} lets run if you trust it."
+                remedy="It brings code of its own. If you trust it: load={'trust_remote_code': True}."
                 if "trust_remote_code" in str(fault)
                 else "Check the id or folder; offline, only local folders and cached ids open.",
             )
@@ -196,6 +196,7 @@ def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 
     Raises:
         MissingPackageError: image processors need Pillow.
+        FolderError: a vocabulary that is none.
     """
     import transformers
 
@@ -210,6 +211,12 @@ def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
                 found=" ".join(str(fault).split())[:200],
                 remedy='For pictures: pip install "holdfast[vision]".',
             )
+        ) from fault
+    except Exception as fault:
+        if type(fault) is not Exception:
+            raise
+        raise FolderError(  # tokenizers raises bare exceptions for a vocabulary that it cannot read
+            message(f"the {PROCESSORS[kind][0]} cannot be opened", where=name, found=" ".join(str(fault).split())[:300])
         ) from fault
 
 

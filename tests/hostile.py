@@ -539,6 +539,7 @@ def _of_files() -> Iterator[Case]:
         yield Case(f"{MANIFEST}: {said}", "adapter", file(MANIFEST, content))
         yield Case(f"peft's config: {said}", "peft", file("adapter_config.json", content))
         yield Case(f"a backbone's config: {said}", "backbone", file("config.json", content))
+        yield Case(f"a backbone's vocabulary: {said}", "backbone", file("tokenizer.json", content))
         if said not in ("a list", "null", "a number", "a text"):
             yield Case(f"tokenizer_config.json: {said}", "adapter", file("tokenizer_config.json", content))
             yield Case(f"adapter_config.json: {said}", "adapter", file("adapter_config.json", content))
