@@ -178,15 +178,17 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         return open_processor(kind, name, kept)
-    except (OSError, ValueError, KeyError) as fault:
-        if quiet or not isinstance(fault, OSError):
+    except MissingPackageError:
+        raise
+    except Exception as fault:  # tokenizers raises bare exceptions for what it cannot read
+        if quiet or not (isinstance(fault, OSError) or folder.is_dir()):
             return None
         raise RequestError(
             message(
-                f"the backbone has no {what}",
+                f"the backbone has no {what} that opens",
                 where=name,
-                found=" ".join(str(fault).split())[:300],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:300],
+                remedy=f"Mend its files, or pass processor={kind}.from_pretrained(...).",
             )
         ) from fault
 
@@ -196,7 +198,6 @@ def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 
     Raises:
         MissingPackageError: image processors need Pillow.
-        FolderError: a vocabulary that is none.
     """
     import transformers
 
@@ -211,12 +212,6 @@ def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
                 found=" ".join(str(fault).split())[:200],
                 remedy='For pictures: pip install "holdfast[vision]".',
             )
-        ) from fault
-    except Exception as fault:
-        if type(fault) is not Exception:
-            raise
-        raise FolderError(  # tokenizers raises bare exceptions for a vocabulary that it cannot read
-            message(f"the {PROCESSORS[kind][0]} cannot be opened", where=name, found=" ".join(str(fault).split())[:300])
         ) from fault
 
 
