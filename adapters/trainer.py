@@ -21,7 +21,22 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
+from adapters import (
+    checkpoints,
+    checks,
+    course,
+    data,
+    fidelity,
+    finite,
+    locks,
+    manifest,
+    memory,
+    pace,
+    quantize,
+    runs,
+    storage,
+    vocabulary,
+)
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, ordered
@@ -115,6 +130,8 @@ class Trainer(transformers.Trainer):
         self._paces = adapted.strategy.paces(adapted.model, trained)
         if train_dataset is not None:
             pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
+            if (dead := checks.check_rows(train_dataset, task)) is not None:
+                self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
@@ -127,6 +144,9 @@ class Trainer(transformers.Trainer):
         self._progress: dict[str, Any] = {}
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._batch_rows: list[int] | None = None
+        self._portions = memory.Portions()
+        self._part: Any = None
+        self._course = course.Divergence(self._say)
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
         self.epochs = Epochs(self._draw)
@@ -267,14 +287,34 @@ class Trainer(transformers.Trainer):
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; stops before the optimizer step where numbers are not finite.
+        """One forward and backward pass; in parts of the batch, and the step begun anew, where memory runs out.
 
         Raises:
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
+            torch.OutOfMemoryError: a batch that cannot be divided.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        divide = num_items_in_batch is not None and self.args.world_size == 1
+        loss: torch.Tensor = self._portions.passed(
+            inputs,
+            lambda part: self._pass(model, part, num_items_in_batch),
+            model.zero_grad,
+            lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
+            divide=divide,
+        )
+        self._course.add(float(loss))
+        vocabulary.hold_the_rest(self.adapted)
+        if self.accelerator.sync_gradients:
+            self._portions.step_done()
+            if getattr(self.accelerator, "scaler", None) is None:
+                finite.check_gradients(model, self._where())
+        return loss
+
+    def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
+        """Loss and gradients of what is passed through the model at once."""
+        self._part = part
+        loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
+            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -283,10 +323,17 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
-        vocabulary.hold_the_rest(self.adapted)
-        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            finite.check_gradients(model, self._where())
         return loss
+
+    def _loss_now(self) -> float:
+        """The loss of the last batch as evaluation would have it."""
+        model, training = self.adapted.model, self.adapted.model.training
+        model.train(False)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
+                return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+        finally:
+            model.train(training)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
@@ -318,7 +365,8 @@ class Trainer(transformers.Trainer):
             args, kwargs: what transformers' `train` takes.
 
         Raises:
-            NumbersError: a loss or gradient is not finite.
+            NumbersError: a loss, gradient or weight is not finite; the last good weights are in the model.
+            ContractError: what was to train did not move, what was frozen did, or the saved adapter answers otherwise.
             FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
             RequestError: the checkpoint is another run's.
         """
@@ -334,19 +382,31 @@ class Trainer(transformers.Trainer):
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
                 folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+            contract = checks.Contract(
+                self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
+            )
             self.pop_callback(self.stops)
-            self.add_callback(self.stops)  # the last to say whether a step is saved
+            for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
+                stack.callback(self.remove_callback, callback)
+                self.add_callback(callback)
             stack.enter_context(self.stops.watched())
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             else:
-                result = super().train(str(folder) if folder else None, *args, **kwargs)
+                try:
+                    result = super().train(str(folder) if folder else None, *args, **kwargs)
+                    contract.finish()
+                except NumbersError:
+                    self._put_back(contract.good)
+                    raise
                 result = result._replace(training_loss=result.metrics["train_loss"])
             if self.stops.number:
                 self._save_checkpoint(self.model, None)
                 self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
+        self._compare_baseline()
+        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, Path(str(self.args.output_dir)))
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         record.metrics["train"] = {
             "loss": float(result.training_loss),
@@ -380,6 +440,22 @@ class Trainer(transformers.Trainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+    def _put_back(self, start: dict[str, torch.Tensor]) -> None:
+        """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
+        if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
+            storage.put(self.adapted, self._best or start, "last good weights")
+
+    def _compare_baseline(self) -> None:
+        """Say it where the best weights are no better on the validation rows than an answer without a look at them."""
+        name = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
+            return
+        baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        greater = bool(self.args.greater_is_better)
+        remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
+        if remark is not None:
+            self._say(remark)
 
     # ------------------------------------------------------------------ checkpoints
 
