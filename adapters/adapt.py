@@ -303,13 +303,14 @@ def assemble(
     import torch
 
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_nothing
+    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net, new, processor = open_model(model, task, load, processor)
         _refuse_adapted(net)
+        refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
         task = task.complete(net)
         head = frozenset(task.head(net)) | frozenset(new)
@@ -322,6 +323,8 @@ def assemble(
         trial = {own_name(name) for name in strategy.apply(ghost)}
         maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
         refuse_nothing(maps, storage)
+        if packed_modules(net):
+            refuse_unlike(net, maps, quantization)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
         if own & (trial | head):
             _refuse_half(net)
