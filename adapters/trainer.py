@@ -10,31 +10,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset, RandomSampler
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, data, finite, manifest, pace, shards, storage
-from adapters.anatomy import own_name
+from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.epochs import Epochs, Order
+from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.formats import arrange
 from adapters.order import frozen_below
 from adapters.predict import is_prepared
+from adapters.stops import EarlyStopping, Stops
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-OPTIMIZER = "optimizer.pt"  # in a checkpoint, unless save_only_model left it out
 
 
 @final
@@ -73,17 +74,21 @@ class Trainer(transformers.Trainer):
             adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
         )
         task = adapted.task
-        if train_dataset is not None:
+        self._data: dict[str, dict[str, Any]] = {}
+        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
+            adapted.record.data = self._data["data"] = data.fingerprint_of_stream(train_dataset)
+        elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
-            adapted.record.data = data.fingerprint(rows)
+            adapted.record.data = self._data["data"] = data.fingerprint(rows)
             train_dataset = self._inputs(rows)
             task = task.with_data(rows)
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
+            eval_dataset = {name: self._validation(part, f".{name}") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self.prepared(eval_dataset)
+            eval_dataset = self._validation(eval_dataset)
         self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed) if others.get("data_collator") is None else None
+        self._draw = Draw(arguments.seed)
+        self._draws = others.get("data_collator") is None
         others.setdefault(
             "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
         )
@@ -92,7 +97,7 @@ class Trainer(transformers.Trainer):
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with _accepted(adapted.model), complaints():
+        with quantize.accepted(adapted.model), complaints():
             super().__init__(
                 model=adapted.model,
                 args=arguments,
@@ -115,18 +120,25 @@ class Trainer(transformers.Trainer):
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
+        optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
+        self._terms = functools.partial(
+            runs.terms, adapted, self.args, self._data, handler, own=own, optimizers=optimizers
+        )
+        self._override: tuple[str, ...] = ()
+        self._progress: dict[str, Any] = {}
+        self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._batch_rows: list[int] | None = None
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
-        if self._draw is not None:
-            self.add_callback(_Epochs(self._draw))
+        self.epochs = Epochs(self._draw)
+        self.add_callback(self.epochs)
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
             if train_dataset is not None:
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
-            self.add_callback(_EarlyStopping(early_stopping_patience=int(patience)))
+            self.add_callback(EarlyStopping(early_stopping_patience=int(patience)))
         adapted.record.settings = changed(arguments) | own
 
     # ------------------------------------------------------------------ rows
@@ -143,6 +155,11 @@ class Trainer(transformers.Trainer):
     def prepared(self, source: Any) -> Dataset:
         """Model inputs from raw rows in any form; what is prepared already stays as it is."""
         return self._inputs(self._rows_of(source))
+
+    def _validation(self, source: Any, name: str = "") -> Dataset:
+        rows = self._rows_of(source)
+        self._data[f"validation_data{name}"] = data.fingerprint(rows)
+        return self._inputs(rows)
 
     def _inputs(self, rows: Dataset) -> Dataset:
         if is_prepared(rows):
@@ -171,29 +188,33 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
-        if self._draw is not None:
+        if self._draws:
             self.data_collator = functools.partial(plain, draw=self._draw)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' choice, in an order that seed and epoch alone decide."""
+        chosen = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if isinstance(chosen, LengthGroupedSampler):
+            return Order(len(chosen), seed, self._draw, list(chosen.lengths), chosen.batch_size)
+        return Order(len(chosen), seed, self._draw) if isinstance(chosen, RandomSampler) else chosen
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
         self._evaluated = dataloader.dataset
         self._summed = torch.zeros(2, dtype=torch.float64)
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        total, items = self._gathered_sums()
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
-
-    def _gathered_sums(self) -> tuple[float, float]:
-        """Loss and items of an evaluation, over all processes."""
         summed = self._summed
         if self.args.world_size > 1:
             summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        return float(summed[0]), float(summed[1])
+        total, items = summed.tolist()
+        if items and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
+        return result
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -227,6 +248,12 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     # ------------------------------------------------------------------ steps
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.epochs.batches += len(batches)
+        return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
@@ -262,25 +289,16 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
-        self._only_added_entries()
+        vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
             finite.check_gradients(model, self._where())
         return loss
 
-    def _only_added_entries(self) -> None:
-        """Of tensors that grew with added tokens only the added entries train."""
-        vocabulary = self.adapted.vocabulary
-        for name, parameter in self.adapted.model.named_parameters() if vocabulary is not None else ():
-            if vocabulary is not None and own_name(name) in vocabulary.axes and parameter.grad is not None:
-                others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
-                others[list(vocabulary.ids)] = False
-                parameter.grad[others] = 0
-
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
         names: list[str] = super().get_decay_parameter_names(model)
-        axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
-        return [name for name in names if own_name(name) not in axes]
+        grown = vocabulary.grown(self.adapted)
+        return [name for name in names if name not in grown]
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
@@ -288,20 +306,50 @@ class Trainer(transformers.Trainer):
 
     # ------------------------------------------------------------------ the run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        override: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Train; ends with the best weights of the validation rows in the model.
 
+        Ctrl-C and SIGTERM save a checkpoint at the end of the step and stop; a second one stops at once.
+
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder. What is
+                different from the run that wrote it is refused.
+            override: what is meant to be different, by the names that the refusal lists ("learning_rate").
+            args, kwargs: what transformers' `train` takes.
 
         Raises:
             NumbersError: a loss or gradient is not finite.
-            FolderError: nothing to resume from, or a damaged checkpoint.
+            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
+            RequestError: the checkpoint is another run's.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.newest(Path(str(self.args.output_dir))))
-        self._best = None
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        run = Path(str(self.args.output_dir))
+        self._best, self._override = None, tuple(override)
+        with contextlib.ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(locks.held(run / ".lock", str(run)))
+                checkpoints.recover(run)
+            self.epochs.start(0, 0)
+            folder = None
+            if resume_from_checkpoint:
+                asked = (resume_from_checkpoint, run, self._terms(), self._override)
+                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.args, self.accelerator))
+            self.pop_callback(self.stops)
+            self.add_callback(self.stops)  # the last to say whether a step is saved
+            stack.enter_context(self.stops.watched())
+            if folder is not None and runs.finished(folder, self._override):
+                result = self._nothing_left(folder)
+            else:
+                result = super().train(str(folder) if folder else None, *args, **kwargs)
+                result = result._replace(training_loss=result.metrics["train_loss"])
+            if self.stops.number:
+                self._save_checkpoint(self.model, None)
+                self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
@@ -328,13 +376,15 @@ class Trainer(transformers.Trainer):
         return better
 
     def _restore_best(self) -> None:
-        """The best weights: those kept in memory, or, after a resume that found no better ones, the checkpoint's."""
         if self._best is not None:
             storage.put(self.adapted, self._best, "best weights")
-        elif self.state.best_model_checkpoint is not None:
-            folder = Path(self.state.best_model_checkpoint)
-            storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -352,83 +402,63 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
         run = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        final_place = run / name
-        best_step = self.state.best_global_step
-        known_best = self.state.best_model_checkpoint
-        stage = run / f".staging-{os.getpid()}"
-        shards.remove(stage)
-        stage.mkdir(parents=True)
-        self._stage = stage
+        place = run / f"checkpoint-{self.state.global_step}"
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
+            "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
+            "position": [self._draw.epoch, self.epochs.batches],
+        }
+        facts = {"run": self._run, "terms": self._terms(), "progress": progress}
         try:
-            super()._save_checkpoint(model, trial)
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best_step}") if best_step else known_best
-            state_file = stage / name / "trainer_state.json"
-            state_file.unlink()
-            self.state.save_to_json(str(state_file))
-            checkpoints.seal(stage / name, self._run)
-            shards.remove(final_place) if checkpoints.run_of(final_place) else None
-            (stage / name).rename(final_place)
-            shards.sync_folder(run)
+            with checkpoints.staged(place, facts) as self._stage:
+                super()._save_checkpoint(model, trial)
+                known = best == place or checkpoints.run_of(best) == self._run
+                self.state.best_model_checkpoint = str(best) if known else None
+                runs.write_state(self._stage / place.name, self.state, self._best)
         finally:
             self._stage = None
-            shards.remove(stage)
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoints.verify(folder)
-        if not (folder / OPTIMIZER).is_file():
-            raise FolderError(
-                message(
-                    "the checkpoint holds no optimizer: training cannot go on as if nothing had been",
-                    where=str(folder),
-                    expected=OPTIMIZER,
-                    remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
-                )
-            )
-        document = manifest.read_manifest(folder)
-        manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
-        storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
-        self._run = checkpoints.run_of(folder) or self._run
+        kept = checkpoints.read(folder)
+        self._run, self._progress = kept["run"], kept["progress"]
+        self.epochs.start(*self._progress["position"])
+        storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
+        self._best = runs.best_weights(folder)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """transformers' position in the data; a stream may have ended and begun again."""
+        position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
 
-@final
-class _Epochs(TrainerCallback):
-    """Moves the draw of random rows on with the epochs, before the epoch's batches are made."""
+    def _load_callback_state(self) -> None:
+        with runs.own_patience(self.callback_handler):
+            super()._load_callback_state()
 
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._override:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        steps = self.state.global_step
+        runs.retune(self.optimizer, self.lr_scheduler, Path(checkpoint), self._override, self.args, steps)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The number of whole epochs behind us."""
-        self.draw.epoch = int(state.epoch or 0)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state, and with it the loss that was summed up since the last log."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            summed, self._total_loss_scalar, self._globalstep_last_logged = self._progress["losses"]
+            self._tr_loss = torch.tensor(summed, device=self.args.device)
+            # When to log and to save is this run's affair.
+            self.state.compute_steps(self.args, self.state.max_steps)  # type: ignore[no-untyped-call]
 
-
-@final
-class _EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing to check: `settings` has chosen the metric."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Count the evaluations that choose the best weights: of several validation sets one does."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _accepted(model: Any) -> Iterator[None]:
-    """transformers refuses to train a 4-bit model without a PeftModel around it; ours trains unpacked parts.
-
-    This is the one place where its check is met: what trains is never packed (see `adapt.assemble`).
-    """
-    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = True
-        try:
-            yield
-        finally:
-            del model._hf_peft_config_loaded
-    else:
-        yield
+    def _nothing_left(self, folder: Path) -> TrainOutput:
+        """What `train` ends with where no step is left."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self._total_loss_scalar = sum(self._progress["losses"][:2])
+        loss = self._total_loss_scalar / max(self.state.global_step, 1)
+        metrics = {"train_loss": loss, "train_runtime": 0.0}
+        if "train_loss" not in self.state.log_history[-1]:
+            self.log(metrics)
+        return TrainOutput(self.state.global_step, loss, metrics)
