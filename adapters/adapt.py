@@ -330,7 +330,7 @@ def assemble(
         if own & (trial | head):
             _refuse_half(net)
 
-        spelt = planned(net, processor, added_tokens) if added_tokens else {}
+        spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
         padding = plan_padding(net, processor)
 
         state = backbone_state(net, head)

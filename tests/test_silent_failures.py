@@ -1,4 +1,4 @@
-"""One test a pain of the field and one a finding about today's stack: what the plain stack does, and that ours does not.
+"""One test a pain of the field and a finding about today's stack: what the plain stack does, and that ours does not.
 
 The pains are the 25 ways to fail that keep coming back in the issues of peft, transformers and the libraries above
 them; the findings are the twelve that weigh most of what a trial of the stack under faults has shown. Most of them
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def saved_on(base: str, path: Path, strategy: Any = "lora", **options: Any) -> tuple[adapters.Adapted, Path]:
     """An adapter that does something, and its folder."""
     adapted = adapted_on(base, strategy, **options)
-    tiny.shake(adapted)
+    if adapted.vocabulary is None:
+        tiny.shake(adapted)
+    else:  # of what grew, only the new rows may move
+        rows = [{**row, "text": f"{' '.join(adapted.vocabulary.tokens)} {row['text']}"} for row in tiny.rows(24)]
+        trainer_on(path.parent / f"{path.name}-run", adapted, rows).train()
     return adapted, adapters.save(adapted, path)
 
 
@@ -346,7 +350,7 @@ def test_pain_07_resume_starts_from_scratch_or_fails(tmp_path: Path) -> None:
         save_strategy="steps",
         save_steps=1,
     )
-    with pytest.raises(Exception, match="pytorch_model|adapter|weights"):
+    with pytest.raises(Exception, match=r"pytorch_model|adapter|weights"):
         trainer.train()
 
     for strategy in ("lora", "probe", "full", "qlora"):
@@ -436,13 +440,14 @@ def test_pain_10_merged_qlora_much_worse(tmp_path: Path) -> None:
 
 
 PEAK = """
-import sys, torch, transformers, peft, adapters.merge
+import sys, torch, transformers, peft
+from adapters.merge import merge_on_disk
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 base, folder, out, who = sys.argv[1:]
 before = peak()
 if who == "ours":
-    adapters.merge.merge_on_disk(folder, out, check_logits=False)
+    merge_on_disk(folder, out, check_logits=False)
 else:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(out)
@@ -470,25 +475,26 @@ def test_pain_11_out_of_memory_at_the_merge(tmp_path: Path) -> None:
 
 
 def test_pain_12_merged_model_with_tied_embeddings_collapses(tmp_path: Path) -> None:
-    """Where embedding and output layer are one tensor, peft trains a copy of one of them, merges it, and the reload
-    ties them again: what was trained is gone, without a word."""
-    wrapped = peft.get_peft_model(
-        decoder("gpt2"), peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True)
-    )
-    with torch.no_grad():
-        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(3.0)
-    trained = tiny.logits(wrapped)
-    with warnings.catch_warnings():
+    """Where embedding and output layer are one tensor, peft warns at most: it merges what was trained for one of them
+    into both, and the merged model says something else."""
+    wrapped = peft.get_peft_model(decoder("gpt2"), peft.LoraConfig(target_modules=["c_attn", "lm_head"]))
+    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        trained = tiny.logits(wrapped)
         wrapped.merge_and_unload().save_pretrained(tmp_path / "plain")
-    assert not torch.allclose(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), trained, atol=1e-3)
+    assert not torch.allclose(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), trained, atol=1e-2)
 
     base = tiny.folder("gpt2", tmp_path / "base", auto="AutoModelForCausalLM")
     words().save_pretrained(base)
     for strategy, options in (("full", {}), ("lora", {}), ("lora", {"added_tokens": ["<order>"]})):
         name = f"{strategy}{len(options)}"
         adapted = adapters.adapt(base, strategy, task="causal-lm", **options)
-        tiny.shake(adapted, 0.2)
+        texts = [{"text": f"<order> {row['text']}"} for row in tiny.rows(12)]
+        trainer_on(tmp_path / name, adapted, texts, learning_rate=0.05).train()
         wanted = tiny.logits(adapted.model)
         folder = adapters.save(adapted, tmp_path / f"{name}-adapter")
         adapters.merge_on_disk(folder, tmp_path / f"{name}-merged")
@@ -538,9 +544,9 @@ def test_pain_14_adapter_file_of_the_size_of_the_base(tmp_path: Path) -> None:
     assert [tuple(t.shape) for name, t in tensors.items() if "embed_tokens" in name] == [(1, 32)]  # the one new row
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == adapted.adapter_bytes
     frozen = next(name for name, p in adapted.model.named_parameters() if not p.requires_grad)
+    rewrite(folder, lambda found: found.update({f"base_model.model.{frozen}": torch.zeros(3)}))
+    reseal(folder)
     with pytest.raises(adapters.FolderError, match="tensors"):
-        rewrite(folder, lambda found: found.update({f"base_model.model.{frozen}": torch.zeros(3)}))
-        reseal(folder)
         adapters.load(folder)
 
 
@@ -553,11 +559,8 @@ def test_pain_17_config_that_an_older_peft_cannot_read(base: str, tmp_path: Path
     for strategy, options in (("lora", {}), ("lora", {"use_dora": True, "r": 4}), ("ia3", {})):
         _, folder = saved_on(base, tmp_path / "ours", strategy, **options)
         config = json.loads((folder / "adapter_config.json").read_text())
-        inert = {name for name, value in config.items() if value in (None, {}, [])} - {
-            "base_model_name_or_path",
-            "revision",
-        }
-        assert not inert
+        inert = {name for name, value in config.items() if value in (None, {}, [])}
+        assert inert <= {"base_model_name_or_path", "revision", "task_type", "feedforward_modules"}
         assert not {"corda_config", "eva_config", "layer_replication", "megatron_config"} & set(config)
         assert len(config) <= 14
         assert loaded_by_peft(AutoModelForSequenceClassification.from_pretrained(base, num_labels=3), folder)
@@ -617,10 +620,11 @@ def test_pain_22_fp16_weights_that_train(base: str, tmp_path: Path) -> None:
         adapted_on(base, "full", load={"dtype": "float16"})
     with pytest.raises(adapters.RequestError, match="fp16 weights cannot train"):
         adapted_on(tiny.model("bert", dtype=torch.float16))
-    adapted = adapted_on(base, load={"dtype": "bfloat16"})
-    dtypes = {name: p.dtype for name, p in adapted.model.named_parameters() if p.requires_grad}
-    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
-    assert torch.float16 not in dtypes.values()
+    wide = adapted_on(base, load={"dtype": "bfloat16"})  # the way out that the errors name: it trains
+    start = state_of(wide)
+    trainer_on(tmp_path / "wide", wide).train()
+    moved = [name for name, tensor in wide.state().items() if not torch.equal(tensor, start[name])]
+    assert len(moved) == len(start)
 
     adapted = adapted_on()
     start = state_of(adapted)
@@ -633,15 +637,19 @@ def test_pain_22_fp16_weights_that_train(base: str, tmp_path: Path) -> None:
 
 
 def test_pain_24_no_eval_loss_and_no_metrics(tmp_path: Path) -> None:
-    """peft's wrapper hides the model's signature from the stock Trainer, which then finds no labels: no eval_loss, and
-    compute_metrics is never called."""
+    """The stock Trainer guesses the labels' columns from the model's signature, which peft's wrapper hides; where they
+    are called otherwise it drops them: no eval_loss, compute_metrics never called, and no error."""
     wrapped = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"]))
-    plain = plain_trainer(
-        tmp_path / "plain", wrapped, tiny.rows(6), eval_dataset=tokenized(tiny.rows(6)), remove_unused_columns=False
-    )
+    stars = [
+        {("stars" if name == "labels" else name): cell for name, cell in row.items()} for row in tokenized(tiny.rows(6))
+    ]
+    plain = plain_trainer(tmp_path / "plain", wrapped, tiny.rows(6), eval_dataset=stars)
     plain.compute_metrics = lambda found: {"seen": 1.0}
-    assert not {"eval_loss", "eval_seen"} <= set(plain.evaluate())
+    assert not {"eval_loss", "eval_seen"} & set(plain.evaluate())
 
+    reviews = [{"text": row["text"], "stars": row["label"]} for row in tiny.rows(6)]
+    with pytest.raises(adapters.DataError, match="label"):
+        trainer_on(tmp_path / "stars", adapted_on(), eval_dataset=reviews)
     for strategy in ("lora", "probe", "qlora", "ia3"):
         trainer = trainer_on(tmp_path / strategy, adapted_on(strategy=strategy), eval_dataset=tiny.rows(6))
         assert {"eval_loss", "eval_accuracy"} <= set(trainer.evaluate())
@@ -659,7 +667,8 @@ def test_pain_25_merge_or_save_drops_what_trained_besides_lora(tmp_path: Path) -
     vision tower or a head that was trained is the base's again."""
     base = tiny.folder("bert", tmp_path / "base", vocab_size=len(tiny.VOCABULARY))
     adapted, folder = saved_on(base, tmp_path / "adapter", bias="all", added_tokens=["<order>"])
-    wanted = tiny.logits(adapted.model)
+    batch = tiny.batch(vocabulary=len(tiny.VOCABULARY))
+    wanted = tiny.logits(adapted.model, batch)
     kinds = {"lora_": 0, ".bias": 0, "classifier": 0, "token": 0}
     for name in adapted.state():
         for kind in kinds:
@@ -667,7 +676,7 @@ def test_pain_25_merge_or_save_drops_what_trained_besides_lora(tmp_path: Path) -
     assert all(kinds.values()), kinds
     adapters.merge_on_disk(folder, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(tiny.logits(merged), wanted, atol=1e-5)
+    assert torch.allclose(tiny.logits(merged, batch), wanted, atol=1e-5)
     before = load_file(Path(base) / "model.safetensors")
     after = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in after.items():  # whatever trained is another tensor now, and nothing else is
@@ -676,8 +685,8 @@ def test_pain_25_merge_or_save_drops_what_trained_besides_lora(tmp_path: Path) -
         trained = (trained and "pooler.dense.weight" not in name) or "word_embeddings" in name or "classifier" in name
         assert (old is None or old.shape != tensor.shape or not torch.equal(old, tensor)) == trained, name
     rewrite(folder, lambda tensors: tensors.update({"base_model.model.bert.pooler.dense.weight": torch.ones(32, 32)}))
+    reseal(folder)
     with pytest.raises(adapters.FolderError):  # what no edit consumes is refused, not left out
-        reseal(folder)
         adapters.merge_on_disk(folder, tmp_path / "again")
 
 
@@ -783,7 +792,7 @@ def test_finding_03_killed_while_saving(tmp_path: Path) -> None:
         )
         assert child.returncode == -9, child.stderr[-2000:]
     steps = {"save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(Exception, match="checkpoint|trainer_state"):
+    with pytest.raises(Exception, match=r"checkpoint|trainer_state"):
         plain_trainer(tmp_path / "plain", tiny.model("bert"), tiny.rows(24), **steps).train(resume_from_checkpoint=True)
 
     assert sorted(entry.name for entry in (tmp_path / "ours").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -1015,7 +1024,7 @@ def test_finding_11_paths_out_of_the_folder_and_paths_taken_for_hub_ids(
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((Path(base) / "model.safetensors").read_bytes())
     (Path(base) / "model.safetensors").unlink()
-    names = [name for name in load_file(outside)]
+    names = list(load_file(outside))
     for spelt in ("../outside.safetensors", str(outside)):
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, spelt)}
         (Path(base) / "model.safetensors.index.json").write_text(json.dumps(index))
