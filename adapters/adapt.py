@@ -271,7 +271,7 @@ def assemble(
     import torch
 
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_nothing
+    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
@@ -282,6 +282,7 @@ def assemble(
             refuse_classless(model, task, load)
             raise
         _refuse_adapted(net)
+        refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
         task, remark = task.complete(net), ""
         if accept is None:  # a saved adapter brings its head
@@ -298,11 +299,13 @@ def assemble(
         trial = {own_name(name) for name in strategy.apply(ghost)}
         maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
         refuse_nothing(maps, storage)
+        if packed_modules(net):
+            refuse_unlike(net, maps, quantization)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
         if own & (trial | head):
             _refuse_half(net)
 
-        spelt = planned(net, processor, added_tokens) if added_tokens else {}
+        spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
         padding = plan_padding(net, processor)
 
         state = backbone_state(net, head)

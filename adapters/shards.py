@@ -398,21 +398,24 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(target: Path, remedy: str = "Make room, or give another output.") -> Iterator[None]:
+def writing(target: Path, remedy: str = "Nothing was changed. Make room, or give another output.") -> Iterator[None]:
     """What a full or failing disk does to any writer, as one error that names what was being written.
 
     Writers in C++ and Rust raise errors of no particular class, so every error but ours counts.
 
     Raises:
-        FolderError: anything went wrong meanwhile.
+        DiskError: anything went wrong meanwhile.
     """
     try:
         yield
     except AdaptersError:
         raise
     except Exception as fault:
-        found = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
-        raise FolderError(message("could not be written", where=str(target), found=found, remedy=remedy)) from fault
+        cause = fault.strerror if isinstance(fault, OSError) and fault.strerror else f"{type(fault).__name__}: {fault}"
+        found = " ".join(str(cause).split())[:200]
+        refusal = DiskError(message("could not be written", where=str(target), found=found, remedy=remedy))
+        refusal.errno = fault.errno if isinstance(fault, OSError) else None
+        raise refusal from fault
 
 
 @contextlib.contextmanager
@@ -446,15 +449,7 @@ def staged(target: Path) -> Iterator[Path]:
         if old.exists() and not target.exists():
             old.rename(target)
         remove(stage)
-        if not isinstance(fault, OSError) or isinstance(fault, AdaptersError):
-            raise
-        refusal = DiskError(
-            message(
-                "the folder cannot be written",
-                where=str(target),
-                found=fault.strerror or fault,
-                remedy="Nothing was changed. Make room, or give another output.",
-            )
-        )
-        refusal.errno = fault.errno
-        raise refusal from fault
+        if isinstance(fault, OSError):
+            with writing(target):
+                raise
+        raise

@@ -270,7 +270,7 @@ RAW: dict[str, tuple[Callable[[], Any], str, tuple[str, ...]]] = {
     "FileNotFoundError of an output": (
         lambda: adapters.save(adapted_on("probe"), "/proc/nowhere/out"),
         "DiskError",
-        ("cannot be written", "/proc/nowhere/out"),
+        ("could not be written", "/proc/nowhere/out"),
     ),
     "couldn't connect to huggingface.co": (
         lambda: adapters.adapt("./outputs/run1", labels=LABELS),
