@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import adapters
 from benchmarks.faults_runs import fresh
 from benchmarks.faults_sides import (
     SIDES,
@@ -33,7 +34,7 @@ from benchmarks.faults_trace import PASS, READS, Call, Verdict, watch, watched
 from benchmarks.harness import ROOT
 
 WEIGHTS = "adapter_model.safetensors"
-CAUGHT, NOTHING = "refused", "loaded, the same"
+CAUGHT, RAW, NOTHING = "refused", "a raw error", "loaded, the same"
 WARNED, SILENT = "loaded otherwise, with a warning", "loaded otherwise, nothing said"
 BATCH = 250  # flips in one child
 GROUPS = {"data": "weights, data", "header": "weights, header", "json": "JSON files"}
@@ -117,7 +118,8 @@ def opened(side: Side, folder: Path, good: tuple[str, str] | None) -> tuple[str,
         try:
             adapted = side.load(folder)
         except Exception as fault:
-            return CAUGHT, told(fault)
+            raw = side is OURS and not isinstance(fault, adapters.AdaptersError)
+            return RAW if raw else CAUGHT, told(fault)
     lines = [line for line in said if "is_gradient_checkpointing" not in line]
     if good is not None and _identity(side, adapted) == good:
         return NOTHING, "; ".join(lines)
@@ -136,7 +138,7 @@ def folders(name: str, count: int, place: Path) -> Iterator[Case]:
     import hostile
 
     side, good, folder, outside = SIDES[name], place / "good", place / "hostile", place / "outside"
-    in_child(lambda: _saved(side, fresh(good)), place)
+    in_child(lambda: _saved(OURS, fresh(good)), place)  # peft reads it too
     known: set[str] = set()  # what loading a good folder opens
 
     def load(seen: Callable[[Call], Verdict]) -> tuple[str, str]:

@@ -95,25 +95,13 @@ _TRACEME, _CONT, _GETREGS, _SETREGS, _SETOPTIONS = 0, 7, 12, 13, 0x4200
 _FORKS = 0x2 | 0x4 | 0x8  # threads and children of the child are watched too
 _OPTIONS = _FORKS | 0x10 | 0x80 | 0x100000  # exec, seccomp stops, the child ends with its parent
 _SECCOMP_STOP, _ALL_CHILDREN = 7, 0x40000000
-_REGISTERS = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi") + (
-    "orig_rax",
-    "rip",
-    "cs",
-    "eflags",
-    "rsp",
-    "ss",
-    "fs_base",
-    "gs_base",
-    "ds",
-    "es",
-    "fs",
-    "gs",
-)
+_GENERAL = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi")
+_SPECIAL = ("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs")
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 
 
 class _Registers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ulonglong) for name in _REGISTERS]
+    _fields_ = [(name, ctypes.c_ulonglong) for name in (*_GENERAL, *_SPECIAL)]
 
 
 class _Program(ctypes.Structure):
