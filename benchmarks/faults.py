@@ -19,30 +19,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.faults_outcomes import OUTCOMES
 from benchmarks.harness import CACHE, ROOT, say
 
 PARTS = ("kills", "states", "writes", "flips", "folders")
 TITLES = {"ours": "ours", "plain": "peft + transformers"}
-GOOD = {  # what ours may come to; everything else is a fault of ours
-    "resumed, bit for bit",
-    "from scratch, bit for bit",
-    "an older one, said so, bit for bit",
-    "no error; resumed, bit for bit",
-    "a clear error; resumed, bit for bit",
-    "killed; resumed, bit for bit",
-    "no error; the old or the new one whole",
-    "a clear error; the old or the new one whole",
-    "killed; the old or the new one whole",
-    "refused",
-    "loaded, the same",
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,7 @@ class Result:
     side: str
     case: str
     group: str
+    faults: int
     counts: dict[str, int]
     words: dict[str, str]
     machine: str
@@ -80,9 +68,9 @@ class Result:
         """From a line of the results file."""
         return cls(**line)
 
-    def faults(self) -> list[str]:
+    def wrong(self) -> list[str]:
         """Outcomes that ours must not have."""
-        return [came for came in self.counts if came not in GOOD] if self.side == "ours" else []
+        return [came for came in self.counts if not OUTCOMES[came]] if self.side == "ours" else []
 
 
 # ---------------------------------------------------------------------- the plan
@@ -102,7 +90,7 @@ def possible(parts: Sequence[str]) -> list[str]:
     return [part for part in parts if part not in lacking]
 
 
-def carry_out(parts: Sequence[str], size: Size, file: Path, place: Path) -> None:
+def carry_out(parts: Sequence[str], sides: Sequence[str], size: Size, file: Path, place: Path) -> None:
     """Do what the results file does not hold yet; each result is on disk before the next fault."""
     from benchmarks import faults_folders, faults_runs, faults_writes
     from benchmarks.faults_sides import SIDES, train
@@ -119,6 +107,8 @@ def carry_out(parts: Sequence[str], size: Size, file: Path, place: Path) -> None
     machine, versions = harness.machine("cpu"), harness.versions()
     for part in parts:
         for name, count in zip(SIDES, getattr(size, part), strict=True):
+            if name not in sides:
+                continue
             known = {(r.part, r.side, r.case) for r in harness.read(file, Result.parse)}
             room = place / f"{part}-{name}"
             room.mkdir()
@@ -127,9 +117,9 @@ def carry_out(parts: Sequence[str], size: Size, file: Path, place: Path) -> None
                 if (part, name, case.name) in known:
                     continue
                 found = case.act()
-                result = Result(part, name, case.name, found.group, found.counts, found.words, machine, versions)
+                result = Result(part, name, case.name, machine=machine, versions=versions, **vars(found))
                 harness.append(asdict(result), file)
-                for came in result.faults():
+                for came in result.wrong():
                     say(f"    {case.name}: {came} ({found.words[came]})")
 
 
@@ -147,20 +137,16 @@ def tables(results: Sequence[Result]) -> Iterator[str]:
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """The rows of a part: a group and a side; the columns are what happened."""
-    columns = list(dict.fromkeys(came for result in results for came in result.counts))
-    columns.sort(key=lambda came: came not in GOOD)
-    yield f"| | side | N | {' | '.join(columns)} |"
+    """The rows of a part: a group and a side; the columns are what came of its faults."""
+    columns = [came for came in OUTCOMES if any(came in result.counts for result in results)]
+    yield f"| | side | faults | {' | '.join(columns)} |"
     yield "|---|---|---:|" + "---:|" * len(columns)
     for group in dict.fromkeys(result.group for result in results):
         for side, title in TITLES.items():
-            counts: Counter[str] = Counter()
-            for result in results:
-                if (result.group, result.side) == (group, side):
-                    counts.update(result.counts)
-            if counts:
-                cells = " | ".join(f"{counts[came]:,}" for came in columns)
-                yield f"| {group} | {title} | {counts.total():,} | {cells} |"
+            mine = [result for result in results if (result.group, result.side) == (group, side)]
+            if mine:
+                cells = [f"{sum(result.counts.get(came, 0) for result in mine):,}" for came in columns]
+                yield f"| {group} | {title} | {sum(result.faults for result in mine):,} | {' | '.join(cells)} |"
 
 
 # ---------------------------------------------------------------------- the command
@@ -172,6 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a few of each")
     parser.set_defaults(mode="full")
     parser.add_argument("--only", type=harness.row_names(PARTS), metavar="PART[,PART]", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--side", choices=tuple(TITLES), help="this side alone")
     parser.add_argument("--table", action="store_true", help="print what the results file holds; do nothing")
     parser.add_argument("--results", type=Path, help="results file (benchmarks/.cache/faults-MODE.jsonl)")
     parser.add_argument("--folder", type=Path, help="where runs are written (a temporary folder)")
@@ -184,12 +171,13 @@ def main() -> None:
     file: Path = asked.results or CACHE / f"faults-{asked.mode}.jsonl"
     if not asked.table:
         with tempfile.TemporaryDirectory(prefix="faults-", dir=asked.folder) as place:
-            carry_out(possible(asked.only or PARTS), SIZES[asked.mode], file, Path(os.path.realpath(place)))
+            sides = [asked.side] if asked.side else list(TITLES)
+            carry_out(possible(asked.only or PARTS), sides, SIZES[asked.mode], file, Path(os.path.realpath(place)))
     results = harness.read(file, Result.parse)
     print("\n\n".join(tables(results)) if results else f"nothing measured yet ({file})")
-    faults = sum(len(result.faults()) for result in results)
-    if faults:
-        raise SystemExit(f"{faults} results of ours are not what they should be")
+    wrong = sum(bool(result.wrong()) for result in results)
+    if wrong:
+        raise SystemExit(f"{wrong} results of ours are not what they should be")
 
 
 if __name__ == "__main__":

@@ -16,26 +16,13 @@ from typing import Any
 import torch
 
 import adapters
+from benchmarks.faults_outcomes import CAUGHT, EXECUTED, HUNG, NOTHING, OUTSIDE, RAW, SILENT, WARNED, Case, Found
 from benchmarks.faults_runs import fresh
-from benchmarks.faults_sides import (
-    SIDES,
-    Case,
-    Found,
-    Side,
-    Unanswered,
-    answer_of,
-    child,
-    digest,
-    in_child,
-    listening,
-    told,
-)
+from benchmarks.faults_sides import OURS, SIDES, Side, Unanswered, answer_of, child, digest, in_child, listening, told
 from benchmarks.faults_trace import PASS, READS, Call, Verdict, watch, watched
 from benchmarks.harness import ROOT
 
 WEIGHTS = "adapter_model.safetensors"
-CAUGHT, RAW, NOTHING = "refused", "a raw error", "loaded, the same"
-WARNED, SILENT = "loaded otherwise, with a warning", "loaded otherwise, nothing said"
 BATCH = 250  # flips in one child
 GROUPS = {"data": "weights, data", "header": "weights, header", "json": "JSON files"}
 SHARES = {"data": 0.4, "header": 0.3, "json": 0.3}
@@ -100,7 +87,7 @@ def _flipped(side: Side, folder: Path, what: str, bits: list[Bit], place: Path) 
             first.setdefault(came, f"{name}, bit {bit}: {words}")
         return {"counts": counts, "words": first}
 
-    return Found(GROUPS[what], **in_child(act, place))
+    return Found(GROUPS[what], len(bits), **in_child(act, place))
 
 
 def _identity(side: Side, adapted: Any) -> tuple[str, str]:
@@ -128,7 +115,6 @@ def opened(side: Side, folder: Path, good: tuple[str, str] | None) -> tuple[str,
 
 # ---------------------------------------------------------------------- hostile folders
 
-EXECUTED, OUTSIDE, HUNG = "EXECUTED", "READ OUTSIDE", "hung"
 SECONDS = 30  # after these a load counts as hung
 
 
@@ -179,7 +165,7 @@ def folders(name: str, count: int, place: Path) -> Iterator[Case]:
             came, words = EXECUTED, f"{words}; {strange}"
         elif strange:
             came, words = OUTSIDE, f"{words}; {strange}"
-        return Found("hostile folders", {came: 1}, {came: f"{title}: {words}"})
+        return Found("hostile folders", 1, {came: 1}, {came: f"{title}: {words}"})
 
     for title, build in hostile.folders(count):
         yield Case("folders", name, title, partial(act, title, build))

@@ -14,12 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.faults_sides import SIDES, Answer, Case, Found, Side, answered, child, run, train
+from benchmarks.faults_outcomes import OTHER, SAID, SAME, SCRATCH, STUCK, UNSAID, Case, Found
+from benchmarks.faults_sides import SIDES, Answer, Side, answered, child, run, train
 
-SAME, SCRATCH = "resumed, bit for bit", "from scratch, bit for bit"
-SAID, UNSAID = "an older one, said so, bit for bit", "an older one, nothing said"
-SILENT, REFUSED, CRASH = "another result, no error", "refused, clear error", "cannot resume"
-KILLED = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2}  # ends in the middle of an epoch
+OFTEN = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2}  # ends in the middle of an epoch
 STATES = {"max_steps": 10, "save_steps": 4, "save_total_limit": 4}  # checkpoints of steps 4 and 8
 
 
@@ -43,9 +41,9 @@ def step(checkpoint: Path) -> int:
 def outcome(answer: Answer, reference: Answer, newest: int) -> str:
     """What came of a resume; `newest` is the step of the newest checkpoint."""
     if answer.fault:
-        return REFUSED if answer.clear else CRASH
+        return STUCK
     if not answer.same(reference):
-        return SILENT
+        return OTHER
     if answer.began == newest:
         return SAME
     return SAID if any(f"checkpoint-{newest}" in line for line in answer.said) else UNSAID
@@ -73,7 +71,7 @@ def kills(name: str, count: int, place: Path) -> Iterator[Case]:
                 begin, process = _started(side, fresh(folder))
                 os.waitpid(process, 0)
                 spans.append(time.monotonic() - begin)
-                answers.append(run(side, fresh(folder), False, **KILLED))
+                answers.append(run(side, fresh(folder), False, **OFTEN))
             if not all(answer.same(answers[0]) for answer in answers):
                 raise RuntimeError(f"{name}: runs that nobody kills differ: {answers}")
             whole = {str(file.relative_to(checkpoints(folder)[-1])) for file in checkpoints(folder)[-1].rglob("*")}
@@ -87,12 +85,14 @@ def kills(name: str, count: int, place: Path) -> Iterator[Case]:
         there = checkpoints(folder)
         torn = bool(there) and not whole <= {str(file.relative_to(there[-1])) for file in there[-1].rglob("*")}
         inside = torn or any(folder.glob(".staging*"))
-        answer = run(side, folder, bool(there), **KILLED)
+        answer = run(side, folder, bool(there), **OFTEN)
         if not there:
-            found = SCRATCH if answer.same(unkilled) else SILENT if not answer.fault else CRASH
+            found = SCRATCH if answer.same(unkilled) else STUCK if answer.fault else OTHER
         else:
             found = outcome(answer, unkilled, step(there[-1]))
-        return Found("killed inside a save" if inside else "killed between saves", {found: 1}, {found: words(answer)})
+        return Found(
+            "killed inside a save" if inside else "killed between saves", 1, {found: 1}, {found: words(answer)}
+        )
 
     for number, share in enumerate(shares, 1):
         yield Case("kills", name, f"kill {number} of {count}", partial(act, share))
@@ -102,7 +102,7 @@ def _started(side: Side, folder: Path) -> tuple[float, int]:
     """A run in a child, at the moment when its training begins."""
     ready, told = os.pipe()
     process = child(
-        lambda: vars(answered(lambda: train(side, folder, False, lambda: _tell(told), **KILLED))),
+        lambda: vars(answered(lambda: train(side, folder, False, lambda: _tell(told), **OFTEN))),
         folder.parent / "killed.json",
     )
     os.close(told)
@@ -147,7 +147,7 @@ def states(name: str, count: int | None, place: Path) -> Iterator[Case]:
         newest = step(checkpoints(folder)[-1])
         answer = run(side, folder, True, **STATES)
         found = outcome(answer, reference, newest)
-        return Found(group, {found: 1}, {found: words(answer)})
+        return Found(group, 1, {found: 1}, {found: words(answer)})
 
     for group, title, damage in chosen:
         yield Case("states", name, f"{group}: {title}", partial(act, group, damage))

@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -227,25 +227,6 @@ class Answer:
     def same(self, other: Answer) -> bool:
         """Bit for bit the same weights, the same losses."""
         return not self.fault and (self.weights, self.losses) == (other.weights, other.losses)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fault: what it is called, and the act that does it to a side and counts what came of it."""
-
-    part: str
-    side: str
-    name: str
-    act: Callable[[], Found]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What came of a fault, or of many at once: outcome -> number, and the first words for each outcome."""
-
-    group: str  # the row of the table that it is counted in
-    counts: dict[str, int]
-    words: dict[str, str] = field(default_factory=dict)
 
 
 def digest(state: Mapping[str, Any]) -> str:

@@ -11,12 +11,11 @@ from typing import final
 
 import torch
 
-from benchmarks.faults_runs import SILENT, checkpoints, fresh, outcome, step
+from benchmarks.faults_outcomes import CLEAR, KILLED, LOST, OTHER, QUIET, RAW, WHOLE, Case, Found
+from benchmarks.faults_runs import checkpoints, fresh, outcome, step, words
 from benchmarks.faults_sides import (
     SIDES,
     Answer,
-    Case,
-    Found,
     Side,
     Unanswered,
     answer_of,
@@ -31,18 +30,16 @@ from benchmarks.faults_sides import (
 from benchmarks.faults_trace import CHANGES, CREATES, PASS, Call, Verdict, watch, watched
 
 MODES = {
-    "ENOSPC": "fails with ENOSPC",
-    "EIO": "fails with EIO",
-    "short": "writes half of its bytes and says so",
-    "full": "writes half of its bytes, and from then on the disk is full",
-    "kill": "is never made: the process is killed",
+    "ENOSPC": "ENOSPC once",
+    "EIO": "EIO once",
+    "short": "half a write, the caller is told",
+    "full": "half a write, then a full disk",
+    "kill": "SIGKILL just before it",
 }
 WRITES = ("write", "pwrite64", "writev")
 GROWS = (*WRITES, "open", "openat", "mkdir", "mkdirat", "ftruncate")
 # Goes on from step 1, writes 2, then deletes 1; the run ends with an epoch.
 RUN = {"max_steps": 2, "save_steps": 1, "save_total_limit": 1, "per_device_train_batch_size": 12}
-WHOLE, LOST = "the old or the new one whole", "neither can be loaded"
-SPEECH = {True: "a clear error", False: "a raw error"}
 
 
 @final
@@ -112,15 +109,6 @@ def writes(name: str, count: int | None, place: Path) -> Iterator[Case]:
     yield from every if count is None else every[:: max(1, len(every) // count)][:count]
 
 
-def spoken(answer: Answer | None, mode: str, then: str) -> str:
-    """What a run under a fault said, then what came of it."""
-    if answer is None:
-        return f"killed; {then}"
-    if not answer.fault:
-        return f"no error; {then}"
-    return f"{SPEECH[answer.clear]}; {then}"
-
-
 # ---------------------------------------------------------------------- a checkpoint
 
 
@@ -141,12 +129,11 @@ def _checkpoint_cases(side: Side, name: str, place: Path) -> list[Case]:
     def act(number: int, mode: str) -> Found:
         answer, fault = again(number, mode)
         if answer is not None and not answer.fault and not answer.same(reference):
-            return _found("a checkpoint", mode, f"no error; {SILENT}", fault.hit)
+            return _found("a checkpoint", mode, answer, OTHER, fault.hit)
         there = checkpoints(folder)
         then = run(side, folder, True, **RUN)
         came = outcome(then, reference, step(there[-1]) if there else -1)
-        said = answer.fault if answer is not None else ""
-        return _found("a checkpoint", mode, spoken(answer, mode, came), f"{fault.hit}: {said} | {then.fault}")
+        return _found("a checkpoint", mode, answer, came, f"{fault.hit}; then: {words(then)}")
 
     return [
         Case("writes", name, f"checkpoint, change {number} of {len(calls)} {mode}", partial(act, number, mode))
@@ -154,8 +141,11 @@ def _checkpoint_cases(side: Side, name: str, place: Path) -> list[Case]:
     ]
 
 
-def _found(what: str, mode: str, came: str, words: str) -> Found:
-    return Found(f"{what}: it {MODES[mode]}", {came: 1}, {came: words})
+def _found(what: str, mode: str, answer: Answer | None, came: str, tale: str) -> Found:
+    """What the process under the fault said, and what came after it."""
+    said = KILLED if answer is None else QUIET if not answer.fault else CLEAR if answer.clear else RAW
+    error = answer.fault if answer is not None else ""
+    return Found(f"{what}: {MODES[mode]}", 1, {said: 1, came: 1}, {said: f"{tale.split(';')[0]}: {error}", came: tale})
 
 
 # ---------------------------------------------------------------------- an adapter folder
@@ -201,9 +191,8 @@ def _folder_cases(side: Side, name: str, place: Path) -> list[Case]:
         there = in_child(loaded, place)
         came = WHOLE if there in (old, new) else LOST
         if answer is not None and not answer.fault and there != new:
-            came = SILENT
-        said = answer.fault if answer is not None else ""
-        return _found("an adapter folder", mode, spoken(answer, mode, came), f"{fault.hit}: {said} | {there}")
+            came = OTHER
+        return _found("an adapter folder", mode, answer, came, f"{fault.hit}; then: {there}")
 
     return [
         Case("writes", name, f"folder, change {number} of {len(counted.seen)} {mode}", partial(act, number, mode))
