@@ -17,6 +17,7 @@ Ends with status 1 where ours lost, hid or let pass anything.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,7 @@ def carry_out(parts: Sequence[str], sides: Sequence[str], size: Size, file: Path
     for name, side in SIDES.items():  # what is imported here need not be imported in every child
         train(side, place / f"first-{name}", False, max_steps=1, save_steps=1)
     machine, versions = harness.machine("cpu"), harness.versions()
+    gc.freeze()  # what is here now no child has to look through
     for part in parts:
         for name, count in zip(SIDES, getattr(size, part), strict=True):
             if name not in sides:

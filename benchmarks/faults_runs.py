@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.faults_outcomes import OTHER, SAID, SAME, SCRATCH, STUCK, UNSAID, Case, Found
-from benchmarks.faults_sides import SIDES, Answer, Side, answered, child, run, train
+from benchmarks.faults_sides import SIDES, Answer, Side, answer_of, answered, child, run, train
 
 OFTEN = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2}  # ends in the middle of an epoch
 STATES = {"max_steps": 10, "save_steps": 4, "save_total_limit": 4}  # checkpoints of steps 4 and 8
@@ -120,7 +120,12 @@ def _killed(side: Side, folder: Path, seconds: float) -> bool:
     begin, process = _started(side, folder)
     time.sleep(max(0.0, begin + seconds - time.monotonic()))
     os.kill(process, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+        return True
+    ended = Answer.parse(answer_of(folder.parent / "killed.json"))
+    if ended.fault:
+        raise RuntimeError(f"{side.name}: a run fails before it is killed: {ended.fault}")
+    return False
 
 
 # ---------------------------------------------------------------------- states

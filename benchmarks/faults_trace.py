@@ -7,6 +7,7 @@ What is tested is left as it is: writes by Python, Rust and C++ all pass here. L
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import signal
@@ -63,6 +64,8 @@ KINDS = {
 NAMES = {kind.number: name for name, kind in KINDS.items()}
 CHANGES = tuple(name for name in KINDS if name not in ("execve", "connect"))  # what writes to a disk
 READS = ("open", "openat", "execve", "connect")
+WRITES = ("write", "pwrite64", "writev")
+GROWS = (*WRITES, "open", "openat", "mkdir", "mkdirat", "ftruncate")
 CREATES = os.O_CREAT | os.O_TRUNC
 
 
@@ -87,6 +90,33 @@ class Verdict:
 
 
 PASS = Verdict()
+
+
+@final
+class Fault:
+    """Decides about the calls of a process: those that change a folder are counted, the k-th meets its fate."""
+
+    def __init__(self, folder: Path, number: int = 0, mode: str = "") -> None:
+        self.folder, self.number, self.mode = str(folder), number, mode
+        self.seen: list[str] = []
+        self.hit = ""
+
+    def __call__(self, call: Call) -> Verdict:
+        """What becomes of a call."""
+        opens = call.name.startswith("open")
+        if not call.path.startswith(self.folder) or (opens and not call.flags & CREATES):
+            return PASS
+        self.seen.append(call.name)
+        if self.mode == "full" and self.hit and call.name in GROWS:
+            return Verdict(errno.ENOSPC)
+        if len(self.seen) != self.number:
+            return PASS
+        self.hit = f"{call.name} {call.path.removeprefix(self.folder)}"
+        if self.mode == "kill":
+            return Verdict(kill=True)
+        if self.mode in ("short", "full"):
+            return Verdict(half=True) if call.name in WRITES else Verdict(errno.ENOSPC)
+        return Verdict(getattr(errno, self.mode))
 
 
 # ---------------------------------------------------------------------- the kernel's side

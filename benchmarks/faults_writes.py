@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import final
 
 import torch
 
@@ -27,7 +25,7 @@ from benchmarks.faults_sides import (
     told,
     train,
 )
-from benchmarks.faults_trace import CHANGES, CREATES, PASS, Call, Verdict, watch, watched
+from benchmarks.faults_trace import CHANGES, GROWS, WRITES, Fault, watch, watched
 
 MODES = {
     "ENOSPC": "ENOSPC once",
@@ -36,37 +34,8 @@ MODES = {
     "full": "half a write, then a full disk",
     "kill": "SIGKILL just before it",
 }
-WRITES = ("write", "pwrite64", "writev")
-GROWS = (*WRITES, "open", "openat", "mkdir", "mkdirat", "ftruncate")
 # Goes on from step 1, writes 2, then deletes 1; the run ends with an epoch.
 RUN = {"max_steps": 2, "save_steps": 1, "save_total_limit": 1, "per_device_train_batch_size": 12}
-
-
-@final
-class Fault:
-    """Decides about the calls of a process: those that change a folder are counted, the k-th meets its fate."""
-
-    def __init__(self, folder: Path, number: int = 0, mode: str = "") -> None:
-        self.folder, self.number, self.mode = str(folder), number, mode
-        self.seen: list[str] = []
-        self.hit = ""
-
-    def __call__(self, call: Call) -> Verdict:
-        """What becomes of a call."""
-        opens = call.name.startswith("open")
-        if not call.path.startswith(self.folder) or (opens and not call.flags & CREATES):
-            return PASS
-        self.seen.append(call.name)
-        if self.mode == "full" and self.hit and call.name in GROWS:
-            return Verdict(errno.ENOSPC)
-        if len(self.seen) != self.number:
-            return PASS
-        self.hit = f"{call.name} {call.path.removeprefix(self.folder)}"
-        if self.mode == "kill":
-            return Verdict(kill=True)
-        if self.mode in ("short", "full"):
-            return Verdict(half=True) if call.name in WRITES else Verdict(errno.ENOSPC)
-        return Verdict(getattr(errno, self.mode))
 
 
 def planned(seen: list[str]) -> list[tuple[int, str]]:
