@@ -6,7 +6,8 @@ modules and whatever trains stay out of it by construction (QLoRA: Dettmers et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -230,3 +231,19 @@ def repacked_differs(model: PreTrainedModel, read: Callable[[str], Tensor | None
         if not all(torch.equal(one, other) for one, other in pairs):
             wrong.append(name)
     return wrong
+
+
+@contextlib.contextmanager
+def accepted(model: Any) -> Iterator[None]:
+    """transformers refuses to train a 4-bit model without a PeftModel around it; ours trains unpacked parts.
+
+    This is the one place where its check is met: what trains is never packed (see `adapt.assemble`).
+    """
+    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = True
+        try:
+            yield
+        finally:
+            del model._hf_peft_config_loaded
+    else:
+        yield

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
-from adapters.errors import FolderError, message
+from adapters.errors import AdaptersError, FolderError, message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -279,6 +279,24 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
+
+
+@contextlib.contextmanager
+def writing(target: Path, remedy: str = "Make room, or give another output.") -> Iterator[None]:
+    """What a full or failing disk does to any writer, as one error that names what was being written.
+
+    Writers in C++ and Rust raise errors of no particular class, so every error but ours counts.
+
+    Raises:
+        FolderError: anything went wrong meanwhile.
+    """
+    try:
+        yield
+    except AdaptersError:
+        raise
+    except Exception as fault:
+        found = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+        raise FolderError(message("could not be written", where=str(target), found=found, remedy=remedy)) from fault
 
 
 @contextlib.contextmanager

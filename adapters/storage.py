@@ -58,13 +58,13 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        FolderError: the folder holds something else.
+        FolderError: the folder holds something else, or the disk is full or fails; the old folder is whole then.
         NumbersError: a trained tensor is not finite.
     """
     target = Path(folder).expanduser()
     refuse_foreign(target)
     adapted.state()  # a spent adapter speaks before anything is written
-    with shards.staged(target) as stage:
+    with shards.writing(target), shards.staged(target) as stage:
         write(adapted, stage)
     return target
 

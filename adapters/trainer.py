@@ -10,31 +10,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from torch.utils.data import RandomSampler
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, data, finite, manifest, pace, shards, storage
+from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage
 from adapters.anatomy import own_name
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.epochs import Epochs, Order
+from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.formats import arrange
 from adapters.order import frozen_below
 from adapters.predict import is_prepared
+from adapters.stops import EarlyStopping, Stops
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-OPTIMIZER = "optimizer.pt"  # in a checkpoint, unless save_only_model left it out
 
 
 @final
@@ -73,17 +75,19 @@ class Trainer(transformers.Trainer):
             adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
         )
         task = adapted.task
+        self._data: dict[str, dict[str, Any]] = {}
         if train_dataset is not None:
             rows = self._rows_of(train_dataset)
-            adapted.record.data = data.fingerprint(rows)
+            adapted.record.data = self._data["data"] = data.fingerprint(rows)
             train_dataset = self._inputs(rows)
             task = task.with_data(rows)
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
+            eval_dataset = {name: self._validation(part, f".{name}") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self.prepared(eval_dataset)
+            eval_dataset = self._validation(eval_dataset)
         self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed) if others.get("data_collator") is None else None
+        self._draw = Draw(arguments.seed)
+        self._draws = others.get("data_collator") is None
         others.setdefault(
             "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
         )
@@ -92,7 +96,7 @@ class Trainer(transformers.Trainer):
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with _accepted(adapted.model), complaints():
+        with quantize.accepted(adapted.model), complaints():
             super().__init__(
                 model=adapted.model,
                 args=arguments,
@@ -115,18 +119,22 @@ class Trainer(transformers.Trainer):
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
+        self._own = own
+        self._optimizers = others.get("optimizers", (None, None))
+        self._override: tuple[str, ...] = ()
+        self._progress: dict[str, Any] = {}
+        self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._batch_rows: list[int] | None = None
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
-        if self._draw is not None:
-            self.add_callback(_Epochs(self._draw))
+        self.add_callback(Epochs(self._draw))
         patience = own.get("early_stopping_patience", PATIENCE)
-        stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
+        stops_already = any(_stops_early(c) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
             if train_dataset is not None:
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
-            self.add_callback(_EarlyStopping(early_stopping_patience=int(patience)))
+            self.add_callback(EarlyStopping(early_stopping_patience=int(patience)))
         adapted.record.settings = changed(arguments) | own
 
     # ------------------------------------------------------------------ rows
@@ -143,6 +151,11 @@ class Trainer(transformers.Trainer):
     def prepared(self, source: Any) -> Dataset:
         """Model inputs from raw rows in any form; what is prepared already stays as it is."""
         return self._inputs(self._rows_of(source))
+
+    def _validation(self, source: Any, name: str = "") -> Dataset:
+        rows = self._rows_of(source)
+        self._data[f"validation_data{name}"] = data.fingerprint(rows)
+        return self._inputs(rows)
 
     def _inputs(self, rows: Dataset) -> Dataset:
         if is_prepared(rows):
@@ -171,12 +184,20 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
-        if self._draw is not None:
+        if self._draws:
             self.data_collator = functools.partial(plain, draw=self._draw)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' choice, in an order that seed and epoch alone decide."""
+        chosen = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if isinstance(chosen, LengthGroupedSampler):
+            return Order(len(chosen), seed, self._draw, list(chosen.lengths), chosen.batch_size)
+        return Order(len(chosen), seed, self._draw) if isinstance(chosen, RandomSampler) else chosen
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
@@ -288,20 +309,47 @@ class Trainer(transformers.Trainer):
 
     # ------------------------------------------------------------------ the run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        override: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Train; ends with the best weights of the validation rows in the model.
 
+        Ctrl-C and SIGTERM save a checkpoint at the end of the step and stop; a second one stops at once.
+
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder. What is
+                different from the run that wrote it is refused.
+            override: what is meant to be different, by the names that the refusal lists ("learning_rate").
+            args, kwargs: what transformers' `train` takes.
 
         Raises:
             NumbersError: a loss or gradient is not finite.
-            FolderError: nothing to resume from, or a damaged checkpoint.
+            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
+            RequestError: the checkpoint is another run's.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.newest(Path(str(self.args.output_dir))))
-        self._best = None
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        run = Path(str(self.args.output_dir))
+        self._best, self._override = None, tuple(override)
+        with contextlib.ExitStack() as stack:
+            if self.args.should_save:
+                run.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locks.held(run / ".lock", str(run)))
+                checkpoints.recover(run)
+            folder = self._checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
+            self.pop_callback(self.stops)
+            self.add_callback(self.stops)  # the last to say whether a step is saved
+            stack.enter_context(self.stops.watched())
+            if folder is not None and runs.finished(folder, self._override):
+                result = self._nothing_left(folder)
+            else:
+                result = super().train(str(folder) if folder else None, *args, **kwargs)
+                result = result._replace(training_loss=result.metrics["train_loss"])
+            if self.stops.number:
+                self._save_checkpoint(self.model, None)
+                self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
@@ -328,13 +376,15 @@ class Trainer(transformers.Trainer):
         return better
 
     def _restore_best(self) -> None:
-        """The best weights: those kept in memory, or, after a resume that found no better ones, the checkpoint's."""
         if self._best is not None:
             storage.put(self.adapted, self._best, "best weights")
-        elif self.state.best_model_checkpoint is not None:
-            folder = Path(self.state.best_model_checkpoint)
-            storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -353,82 +403,87 @@ class Trainer(transformers.Trainer):
         """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
         run = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
-        final_place = run / name
-        best_step = self.state.best_global_step
-        known_best = self.state.best_model_checkpoint
-        stage = run / f".staging-{os.getpid()}"
-        shards.remove(stage)
-        stage.mkdir(parents=True)
-        self._stage = stage
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        known = best.name == name or checkpoints.run_of(best) == self._run
+        progress = {
+            "loss": float(self._tr_loss),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
         try:
-            super()._save_checkpoint(model, trial)
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best_step}") if best_step else known_best
-            state_file = stage / name / "trainer_state.json"
-            state_file.unlink()
-            self.state.save_to_json(str(state_file))
-            checkpoints.seal(stage / name, self._run)
-            shards.remove(final_place) if checkpoints.run_of(final_place) else None
-            (stage / name).rename(final_place)
-            shards.sync_folder(run)
+            with checkpoints.staged(
+                run / name, {"run": self._run, "terms": self._terms(), "progress": progress}
+            ) as stage:
+                self._stage = stage
+                super()._save_checkpoint(model, trial)
+                self.state.best_model_checkpoint = str(best) if known else None
+                state_file = stage / name / "trainer_state.json"
+                state_file.unlink()
+                self.state.save_to_json(str(state_file))
+                if self._best is not None and not known:
+                    runs.keep_best(stage / name, self._best)
         finally:
             self._stage = None
-            shards.remove(stage)
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
+
+    def _terms(self) -> dict[str, Any]:
+        return runs.terms(
+            self.adapted,
+            self.args,
+            self._data,
+            own=self._own,
+            callbacks=self.callback_handler.callbacks,
+            optimizers=self._optimizers,
+        )
+
+    def _checkpoint(self, wanted: str | bool, run: Path) -> Path:
+        scaler = getattr(self.accelerator, "scaler", None) is not None
+        needed = runs.needed(self.args.world_size, scaler)
+        return runs.checkpoint(wanted, run, self._terms(), self._override, self.adapted.fingerprint, needed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoints.verify(folder)
-        if not (folder / OPTIMIZER).is_file():
-            raise FolderError(
-                message(
-                    "the checkpoint holds no optimizer: training cannot go on as if nothing had been",
-                    where=str(folder),
-                    expected=OPTIMIZER,
-                    remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
-                )
-            )
-        document = manifest.read_manifest(folder)
-        manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
-        storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
-        self._run = checkpoints.run_of(folder) or self._run
+        kept = checkpoints.read(folder)
+        self._run, self._progress = kept["run"], kept["progress"]
+        storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
+        self._best = runs.best_weights(folder)
+
+    def _load_callback_state(self) -> None:
+        """transformers' restoring, which would bring the old patience back as well."""
+        stopping = [c.early_stopping_patience for c in self.callback_handler.callbacks if _stops_early(c)]
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if _stops_early(callback):
+                callback.early_stopping_patience = stopping.pop(0)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._override:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        steps = self.state.global_step
+        runs.retune(
+            self.optimizer, self.lr_scheduler, Path(checkpoint), override=self._override, kind=kind, steps=steps
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state, and with it the loss that was summed up since the last log."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._tr_loss = torch.tensor(self._progress["loss"], device=self.args.device)
+            self._total_loss_scalar = self._progress["total"]
+            self._globalstep_last_logged = self._progress["logged"]
+            self.state.compute_steps(self.args, self.state.max_steps)  # type: ignore[no-untyped-call]  # when to log and save is this run's affair
+
+    def _nothing_left(self, folder: Path) -> TrainOutput:
+        """What `train` ends with where no step is left."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self._total_loss_scalar = self._progress["total"] + self._progress["loss"]
+        metrics = {"train_loss": 0.0, "train_runtime": 0.0}
+        self.log(metrics)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
 
-@final
-class _Epochs(TrainerCallback):
-    """Moves the draw of random rows on with the epochs, before the epoch's batches are made."""
-
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The number of whole epochs behind us."""
-        self.draw.epoch = int(state.epoch or 0)
-
-
-@final
-class _EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing to check: `settings` has chosen the metric."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Count the evaluations that choose the best weights: of several validation sets one does."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _accepted(model: Any) -> Iterator[None]:
-    """transformers refuses to train a 4-bit model without a PeftModel around it; ours trains unpacked parts.
-
-    This is the one place where its check is met: what trains is never packed (see `adapt.assemble`).
-    """
-    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = True
-        try:
-            yield
-        finally:
-            del model._hf_peft_config_loaded
-    else:
-        yield
+def _stops_early(callback: Any) -> bool:
+    return isinstance(callback, EarlyStoppingCallback)

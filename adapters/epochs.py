@@ -1,0 +1,57 @@
+"""The epochs of a run: in which order their rows come, a function of seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from adapters.contracts import Draw
+
+
+@final
+class Order(Sampler[int]):
+    """The rows of an epoch, shuffled; a resumed run sees the order that an uninterrupted one would have seen.
+
+    transformers' samplers draw from torch's global generator, whose state in the middle of an epoch is not the one
+    that the epoch began with.
+
+    Args:
+        rows: how many there are.
+        seed: of the order.
+        epoch: whose `epoch` counts.
+        lengths: of the rows, to keep rows of like length together; None for plain shuffling.
+        group: rows of a step.
+    """
+
+    def __init__(self, rows: int, seed: int, epoch: Draw, lengths: Sequence[int] | None = None, group: int = 1) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, epoch
+        self.lengths, self.group = lengths, group
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        mixed = np.random.SeedSequence((self.seed, self.epoch.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        order: list[int] = get_length_grouped_indices(self.lengths, self.group, generator=generator)  # type: ignore[no-untyped-call]
+        return iter(order)
+
+
+@final
+class Epochs(TrainerCallback):
+    """Moves what is drawn anew in every epoch on, before the epoch's batches are made."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The number of whole epochs behind us."""
+        self.draw.epoch = int(state.epoch or 0)
