@@ -286,7 +286,7 @@ def assemble(
     processor: Any,
     seed: int,
     *,
-    accept: Callable[[Strategy, Fingerprint], None] | None = None,
+    accept: Callable[[Strategy, Fingerprint, Mapping[str, tuple[int, ...]]], None] | None = None,
     full: bool = True,
     added_tokens: Sequence[str] = (),
     claimed: Fingerprint | None = None,
@@ -294,8 +294,9 @@ def assemble(
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
     Args:
-        accept: called with the resolved strategy and the backbone's fingerprint before anything changes; raises
-            where they are not the right ones. None for a new adapter, which begins at its strategy's first values.
+        accept: called with the resolved strategy, the backbone's fingerprint and the shapes that will train, by their
+            keys in the adapter file, before anything changes; raises where they are not the right ones.
+            None for a new adapter, which begins at its strategy's first values.
         full: hash every byte of the backbone, else samples alone.
         added_tokens: tokens that the backbone gets rows for.
         claimed: the fingerprint taken on the caller's word where packed weights cannot be identified.
@@ -334,7 +335,12 @@ def assemble(
             storage = Storage(packed_kind(net))
         fingerprint = identify(net, head, folder, trust=not live_model(model), full=full, claimed=claimed)
         if accept is not None:
-            accept(strategy, fingerprint)
+            shapes = {
+                strategy.key(name): tuple(parameter.shape)
+                for name, parameter in ghost.named_parameters()
+                if own_name(name) in trial | head
+            }
+            accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
         pack(net, maps, storage)
         vocabulary = extend(net, processor, spelt) if spelt else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import places, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message
 
@@ -33,13 +34,9 @@ PROCESSORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "AutoTokenizer": ("tokenizer", TOKENIZER_FILES),
     "AutoImageProcessor": ("image processor", ("preprocessor_config.json", "processor_config.json")),
 }
+MAX_CONFIG = 16 << 20  # bytes
 # What opens them. Two backends resize differently: the one that needs no torchvision makes the same pixels everywhere.
 OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend": "pil"}}
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can only be a place on this machine: it never becomes a look-up on the hub."""
-    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
 
 
 def live_model(model: object) -> bool:
@@ -48,7 +45,10 @@ def live_model(model: object) -> bool:
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
+    from pickle import UnpicklingError  # raised for what torch refuses to unpickle
+
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     if live_model(model):
@@ -57,9 +57,10 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
             set(),
             processor if processor is not None else _processor_of(task, model.name_or_path, load, quiet=True),
         )
+    trusted = _trusted(load)
     name = str(model)
     path = Path(name).expanduser()
-    if not path.is_dir() and (isinstance(model, Path) or is_path(name)):
+    if not path.is_dir() and (isinstance(model, Path) or places.is_path(name)):
         raise RequestError(
             message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
         )
@@ -67,17 +68,21 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         name = str(path)
         if not (path / "config.json").exists():
             raise RequestError(message("not a model folder", where=name, expected="a config.json in it"))
+        check_folder(path)
     auto: Any = getattr(transformers, task.auto_class)
-    options = {"dtype": "auto", **load, **task.config()}
+    options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
         with _hushed():
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as fault:
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
+        *(SafetensorError, UnpicklingError, StrictDataclassError, MemoryError),
+    ) as fault:
         raise RequestError(
             message(
                 "the backbone cannot be loaded",
                 where=f"{name}, load={load}" if load else name,
-                found=" ".join(str(fault).split())[:400],
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:400],
                 remedy="Check the id or folder; offline, only local folders and cached ids open.",
             )
         ) from fault
@@ -91,6 +96,46 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
             message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
         )
     return net, new, processor if processor is not None else _processor_of(task, name, load, quiet=False)
+
+
+def _trusted(load: Mapping[str, Any]) -> bool:
+    """Whether the caller lets the backbone bring code of its own; said outright, or not at all."""
+    said = load.get("trust_remote_code", False)
+    if not isinstance(said, bool):
+        raise RequestError(
+            message("a wrong value", where="load: trust_remote_code", expected="True or False", found=repr(said))
+        )
+    return said
+
+
+def check_folder(folder: Path) -> None:
+    """Look at a backbone's folder before transformers reads it.
+
+    Raises:
+        FolderError: links, a config that is too large or no JSON, one that names other files or code to be fetched, or
+            safetensors weights that are not whole or lie elsewhere.
+    """
+    places.refuse_strays(folder, deep=False)
+    file = folder / "config.json"
+    config = shards.read_json(file, MAX_CONFIG)
+    if not isinstance(config, dict):
+        raise FolderError(message("not a config", where=str(file), expected="a JSON object"))
+    if "transformers_weights" in config:
+        raise FolderError(message("a config that names a weights file of its own", where=str(file)))
+    fetched = next(_fetched(config), None)
+    if fetched is not None:
+        raise FolderError(message("a config that names code to be fetched", where=str(file), found=fetched))
+    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
+        shards.read_directory(folder)
+
+
+def _fetched(config: Any) -> Iterator[str]:
+    """Attention or expert implementations that are the name of a repository."""
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        if str(key).endswith("_implementation") and "/" in str(value):
+            yield f"{key}={value!r}"
+        elif isinstance(value, dict | list):
+            yield from _fetched(value)
 
 
 @contextlib.contextmanager
@@ -145,15 +190,16 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
-    """A tokenizer or image processor from a folder or id.
+    """A tokenizer or image processor from a folder or id; code that it brings runs only where the caller said so.
 
     Raises:
         MissingPackageError: image processors need Pillow.
     """
     import transformers
 
+    given = {**OPENED_WITH.get(kind, {}), "trust_remote_code": False, **options}
     try:
-        return getattr(transformers, kind).from_pretrained(name, **OPENED_WITH.get(kind, {}), **options)
+        return getattr(transformers, kind).from_pretrained(name, **given)
     except ImportError as fault:
         raise MissingPackageError(
             message(
@@ -172,7 +218,7 @@ def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if is_path(name):
+    if places.is_path(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 

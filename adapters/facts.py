@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import shards
 from adapters.contracts import Adapted
 from adapters.manifest import FORMAT
+from adapters.schema import load_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "quantization": adapted.storage.quantization,
             "packed": _packed(adapted),
             "dtype": str(adapted.model.dtype).removeprefix("torch."),
-            "load": record.load,
+            "load": {name: value for name, value in record.load.items() if not load_fault({name: value})},
             "config": plain({key: _string_keys(value) for key, value in config.items()}),
             "names": {memory: disk for memory, disk in sorted(adapted.names.items()) if memory != disk},
             "saved_as": saved_as,

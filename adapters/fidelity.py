@@ -36,7 +36,7 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = outputs(auto.from_pretrained(merged, dtype="auto"), batches)
+    found = outputs(auto.from_pretrained(merged, dtype="auto", trust_remote_code=False), batches)
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters import jsontext
 from adapters.errors import DataError, message
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_json(path: Path) -> list[Any]:
         marks.append(word)
         return float(word)
 
-    decoder = json.JSONDecoder(object_pairs_hook=_record, parse_constant=constant)
+    decoder = json.JSONDecoder(object_pairs_hook=jsontext.record, parse_constant=constant)
     rows: list[Any] = []
     if text.lstrip().startswith("["):
         try:
@@ -145,15 +146,6 @@ def read_json(path: Path) -> list[Any]:
     if marks:
         _refuse_marks(rows, str(path), marks[0])
     return rows
-
-
-def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand once; json would keep the last of two without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {name!r} stands twice in one object")
-    return made
 
 
 def _whole(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:

@@ -774,7 +774,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such type"}))
     refused(RequestError, lambda: adapters.adapt(tmp_path, labels=LABELS), "cannot be loaded", str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    refused(RequestError, lambda: adapters.adapt(tmp_path, labels=LABELS), str(tmp_path))
+    refused(FolderError, lambda: adapters.adapt(tmp_path, labels=LABELS), "broken JSON", str(tmp_path / "config.json"))
 
 
 def test_a_model_with_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "jsontext": 0,
     "edits": 1,
     "shards": 1,
+    "places": 1,
     "metrics": 1,
     "tables": 1,
     "corpora": 1,
@@ -51,6 +53,7 @@ FLOORS = {
     "windows": 4,
     "contracts": 4,
     "rehearsal": 4,
+    "schema": 3,
     "manifest": 4,
     "parts": 4,
     "stream": 4,
@@ -59,6 +62,7 @@ FLOORS = {
     "backbones": 5,
     "vocabulary": 5,
     "arguments": 5,
+    "bare": 5,
     "card": 5,
     "facts": 5,
     "stops": 1,

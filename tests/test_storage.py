@@ -166,7 +166,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (f / "adapter.json").write_text((f / "adapter.json").read_text().replace('"seed": 0', '"seed": 7')),
         "edited or damaged",
     ),
-    "manifest broken": (lambda f: (f / "adapter.json").write_text("{"), "manifest is broken"),
+    "manifest broken": (lambda f: (f / "adapter.json").write_text("{"), "broken JSON.*adapter.json"),
     "manifest a list": (lambda f: (f / "adapter.json").write_text("[]"), "not a manifest of ours"),
     "newer format": (lambda f: reseal(f, lambda d: d.update(format=99)), "newer version.*pip install -U"),
     "one tensor missing": (lambda f: rewrite(f, drop), "different tensors"),
