@@ -41,11 +41,11 @@ class Size:
     states: tuple[int | None, int | None]
     writes: tuple[int | None, int | None]
     flips: tuple[int, int]
-    folders: tuple[int, int]
+    folders: tuple[int | None, int | None]
 
 
 SIZES = {
-    "full": Size((200, 60), (None, None), (None, None), (10_000, 10_000), (500, 500)),
+    "full": Size((200, 60), (None, None), (None, None), (10_000, 10_000), (None, None)),
     "quick": Size((4, 4), (8, 4), (10, 5), (500, 250), (20, 10)),
 }
 

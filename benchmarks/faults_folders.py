@@ -18,7 +18,19 @@ import torch
 import adapters
 from benchmarks.faults_outcomes import CAUGHT, EXECUTED, HUNG, NOTHING, OUTSIDE, RAW, SILENT, WARNED, Case, Found
 from benchmarks.faults_runs import fresh
-from benchmarks.faults_sides import OURS, SIDES, Side, Unanswered, answer_of, child, digest, in_child, listening, told
+from benchmarks.faults_sides import (
+    OURS,
+    PLAIN,
+    SIDES,
+    Side,
+    Unanswered,
+    answer_of,
+    child,
+    digest,
+    in_child,
+    listening,
+    told,
+)
 from benchmarks.faults_trace import PASS, READS, Call, Verdict, watch, watched
 from benchmarks.harness import ROOT
 
@@ -81,7 +93,7 @@ def _flipped(side: Side, folder: Path, what: str, bits: list[Bit], place: Path) 
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
             file.write_bytes(changed)
-            came, words = opened(side, folder, good)
+            came, words = opened(side, partial(side.load, folder), good)
             file.write_bytes(whole)
             counts[came] += 1
             first.setdefault(came, f"{name}, bit {bit}: {words}")
@@ -99,11 +111,11 @@ def _identity(side: Side, adapted: Any) -> tuple[str, str]:
     return digest(side.state(adapted)), digest({"logits": logits})
 
 
-def opened(side: Side, folder: Path, good: tuple[str, str] | None) -> tuple[str, str]:
-    """Load a folder: the outcome, and the words that came with it."""
+def opened(side: Side, load: Callable[[], Any], good: tuple[str, str] | None) -> tuple[str, str]:
+    """Open a folder: the outcome, and the words that came with it; `good` is what loading has to give."""
     with listening() as said:
         try:
-            adapted = side.load(folder)
+            adapted = load()
         except Exception as fault:
             raw = side is OURS and not isinstance(fault, adapters.AdaptersError)
             return RAW if raw else CAUGHT, told(fault)
@@ -115,64 +127,96 @@ def opened(side: Side, folder: Path, good: tuple[str, str] | None) -> tuple[str,
 
 # ---------------------------------------------------------------------- hostile folders
 
-SECONDS = 30  # after these a load counts as hung
+SECONDS = 20  # after these an open counts as hung
+PLAINLY = ("peft", "backbone")  # the kinds of folder that the plain stack reads
 
 
-def folders(name: str, count: int, place: Path) -> Iterator[Case]:
-    """Folders made to do harm: each is loaded in a process whose opens, execs and connects are watched."""
+def folders(name: str, count: int | None, place: Path) -> Iterator[Case]:
+    """The corpus of tests/hostile.py: each folder is opened in a process whose opens, execs and connects are watched.
+
+    Args:
+        name: the side.
+        count: how many of them, spread over all; None for all.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     import hostile
 
-    side, good, folder, outside = SIDES[name], place / "good", place / "hostile", place / "outside"
-    in_child(lambda: _saved(OURS, fresh(good)), place)  # peft reads it too
-    known: set[str] = set()  # what loading a good folder opens
+    def make() -> dict[str, str]:
+        return {kind: str(folder) for kind, folder in hostile.whole(fresh(place / "whole")).items()}
 
-    def load(seen: Callable[[Call], Verdict]) -> tuple[str, str]:
-        file = place / "load.json"
+    (place / "whole").mkdir()
+    whole = {kind: Path(folder) for kind, folder in in_child(make, place).items()}
+    every = [case for case in hostile.corpus(whole) if name == "ours" or case.kind in PLAINLY]
+    chosen = every if count is None else every[:: max(1, len(every) // count)][:count]
+    good = {
+        kind: _watched(name, hostile.Case("good", kind, lambda folder, outside: None), whole, place / "attack", set())
+        for kind in dict.fromkeys(case.kind for case in every)
+    }
+    for kind, (came, words, _) in good.items():
+        if came in (CAUGHT, RAW, HUNG):
+            raise RuntimeError(f"a good folder is not opened as {kind}: {words}")
+    known = {path for _, _, paths in good.values() for path in paths}
+    for case in chosen:
+        yield Case("folders", name, case.name, partial(_attacked, name, case, whole, place / "attack", known))
 
-        def act() -> tuple[str, str]:
-            watched(READS)
-            return opened(side, folder, None)
 
-        status = watch(child(act, file, SECONDS), seen)
-        try:
-            came, words = answer_of(file)
-        except Unanswered:
-            return HUNG, f"wait status {status}"
-        return came, words
+def _attacked(name: str, case: Any, whole: dict[str, Path], root: Path, known: set[str]) -> Found:
+    came, words, strange = _watched(name, case, whole, root, known)
+    if (root / "outside" / "executed").exists() or any(path.startswith("execve") for path in strange):
+        came = EXECUTED
+    elif strange:
+        came = OUTSIDE
+    group = "a backbone" if case.kind in ("backbone", "base") else "a plain peft folder" if case.kind == "peft" else ""
+    return Found(group or "an adapter folder", 1, {came: 1}, {came: " ".join([words, *strange])[:500]})
 
-    def learn(call: Call) -> Verdict:
-        known.add(os.path.realpath(call.path))
+
+def _watched(name: str, case: Any, whole: dict[str, Path], root: Path, known: set[str]) -> tuple[str, str, list[str]]:
+    """Build a folder and open it: the outcome, its words, and the files opened that nobody expects."""
+    import hostile
+
+    outside, folder, base = fresh(root) / "outside", root / "folder", whole["backbone"]
+    outside.mkdir(parents=True)
+    if case.kind == "base":  # a hostile backbone, met by a merge
+        base = root / "base"
+        shutil.copytree(whole["backbone"], base)
+    shutil.copytree(whole["adapter" if case.kind == "base" else case.kind], folder)
+    case.build(base if case.kind == "base" else folder, outside)
+    rooms = tuple(f"{path}/" for path in (folder, base, root / "merged", sys.prefix, f"{sys.base_prefix}/lib"))
+    rooms += (f"{root}/.merged", f"{ROOT}/adapters/", "/proc/", "/sys/")
+    expected = known | {
+        str(each) for each in (folder, base, root, root / "merged", root / "open.json", root / "open.log")
+    }
+    strange: list[str] = []
+
+    def seen(call: Call) -> Verdict:
+        path = os.path.realpath(call.path)
+        if call.name in ("execve", "connect"):
+            strange.append(f"{call.name} {path}")
+        elif path not in expected and not path.startswith(rooms):
+            strange.append(path)
         return PASS
 
-    def act(title: str, build: Callable[[Path, Path], None]) -> Found:
-        if not known:
-            shutil.copytree(good, fresh(folder))
-            load(learn)
-        fresh(outside).mkdir()
-        shutil.copytree(good, fresh(folder), symlinks=True)
-        build(folder, outside)
-        strange: list[str] = []
+    def act() -> tuple[str, str]:
+        watched(READS)
+        if name == "ours":
+            kind = "merge" if case.kind == "base" else case.kind
+            return opened(OURS, lambda: hostile.open_as(kind, folder, base), None)
+        return opened(PLAIN, partial(_plainly, case.kind, folder), None)
 
-        def seen(call: Call) -> Verdict:
-            path = os.path.realpath(call.path)
-            if call.name in ("execve", "connect") or not _expected(path, folder, known):
-                strange.append(f"{call.name} {path}")
-            return PASS
-
-        came, words = load(seen)
-        if (outside / "executed").exists() or any(each.startswith("execve") for each in strange):
-            came, words = EXECUTED, f"{words}; {strange}"
-        elif strange:
-            came, words = OUTSIDE, f"{words}; {strange}"
-        return Found("hostile folders", 1, {came: 1}, {came: f"{title}: {words}"})
-
-    for title, build in hostile.folders(count):
-        yield Case("folders", name, title, partial(act, title, build))
+    status = watch(child(act, root / "open.json", SECONDS), seen)
+    try:
+        came, words = answer_of(root / "open.json")
+    except Unanswered:
+        return HUNG, f"wait status {status}", strange
+    return came, words, strange
 
 
-def _expected(path: str, folder: Path, known: set[str]) -> bool:
-    """Whether loading may open a file: the folder's, the interpreter's, its packages', what a good load opens."""
-    own = {str(folder), *(str(folder.parent / name) for name in ("load.json", "load.log"))}
-    rooms = (f"{folder}/", f"{sys.prefix}/", f"{sys.base_prefix}/lib/", f"{ROOT}/adapters/", "/proc/", "/sys/")
-    return path in known | own or path.startswith(rooms)
+def _plainly(kind: str, folder: Path) -> Any:
+    """Open a folder as the documentation of peft and transformers says."""
+    import peft
+    import tiny
+    import transformers
+
+    if kind == "backbone":
+        return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    return peft.PeftModel.from_pretrained(tiny.model("bert"), str(folder))

@@ -257,9 +257,9 @@ def train(side: Side, folder: Path, resume: bool, ready: Callable[[], None] = la
     trainer.add_callback(start)
     trainer.train(resume_from_checkpoint=True if resume else None)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Answer(
-        digest(side.state(adapted)), hashlib.sha256(json.dumps(logged, sort_keys=True).encode()).hexdigest(), start.step
-    )
+    losses = hashlib.sha256(json.dumps(logged, sort_keys=True).encode()).hexdigest()
+    began = start.step if start.step >= 0 else trainer.state.global_step  # a finished run does not begin again
+    return Answer(digest(side.state(adapted)), losses, began)
 
 
 @final
