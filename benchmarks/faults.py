@@ -46,7 +46,7 @@ class Size:
 
 SIZES = {
     "full": Size((200, 60), (None, None), (None, None), (10_000, 10_000), (None, None)),
-    "quick": Size((4, 4), (8, 4), (10, 5), (500, 250), (20, 10)),
+    "quick": Size((4, 2), (8, 3), (10, 4), (250, 100), (20, 10)),
 }
 
 

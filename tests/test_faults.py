@@ -28,7 +28,7 @@ def quick(parts: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["kills,states", "flips", pytest.param("writes", marks=WATCHED)])
+@pytest.mark.parametrize("parts", ["kills,states,flips", pytest.param("writes,folders", marks=WATCHED)])
 def test_ours_stands_every_fault(parts: str, tmp_path: Path) -> None:
     done, results = quick(parts, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
