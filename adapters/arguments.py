@@ -64,6 +64,9 @@ SETTLED: Mapping[str, tuple[object, str]] = {
         False,
         "Workers that outlive an epoch would draw the same random rows in every one.",
     ),
+    "dataloader_in_order": (True, "Batches in the order in which workers finish are others in every run."),
+    "ignore_data_skip": (False, "A resumed run goes on at the row where it stopped."),
+    "restore_callback_states_from_checkpoint": (True, "A resumed run goes on counting its patience."),
     "logging_nan_inf_filter": (False, "Numbers that are not finite stop the run."),
     "load_best_model_at_end": (True, "The best weights are put back; without an eval_dataset the last ones stay."),
     "auto_find_batch_size": (

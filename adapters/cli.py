@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,10 @@ Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one
 
 
 def main() -> NoReturn:
-    """Run the command line; the exit code tells whose fault it was (2 request, 3 data, 4 numbers, 130 interrupted)."""
+    """Run the command line.
+
+    The exit code tells whose fault it was: 2 the request's, 3 the data's, 4 the numbers'; 130 and 143: a signal's.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     debug = "--debug" in sys.argv
@@ -46,10 +50,7 @@ def main() -> NoReturn:
         print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
         raise SystemExit(2) from None
     if code == 130:  # typer turns Ctrl-C into this code and says nothing
-        rest = (
-            "; the checkpoint of the last whole epoch is kept, go on with --resume" if arguments[0] == "train" else ""
-        )
-        print(f"adapters: interrupted{rest}", file=sys.stderr)
+        print("adapters: interrupted", file=sys.stderr)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -124,6 +125,9 @@ def train(
         list[str] | None, typer.Option("--column", help="task column=data column, e.g. text=review.")
     ] = None,
     resume: Annotated[bool | None, typer.Option(help="Go on with an interrupted run, or forget it.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="With --resume: what is meant to differ from the interrupted run.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
@@ -134,7 +138,8 @@ def train(
     for wanted, found in _pairs(columns or [], "--column").items():
         changes[f"columns.{wanted}"] = str(found)
     plan = Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")
-    results = plan.run(_say, resume=resume)
+    onward = shlex.join(["adapters", *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
+    results = plan.run(_say, resume=resume, override=override or [], onward=f"{onward} --resume")
     if as_json:
         _out(results)
         return

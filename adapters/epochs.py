@@ -47,11 +47,24 @@ class Order(Sampler[int]):
 
 @final
 class Epochs(TrainerCallback):
-    """Moves what is drawn anew in every epoch on, before the epoch's batches are made."""
+    """Counts epochs, and moves what is drawn anew in each of them on, before its batches are made.
+
+    Attributes:
+        first: the epoch that a run begins or goes on with, and how many of its batches are behind us.
+        batches: taken of this epoch so far.
+    """
 
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
+        self.start(0, 0)
+
+    def start(self, epoch: int, batches: int) -> None:
+        """Where a run begins or goes on."""
+        self.first = self._next = (epoch, batches)
+        self.batches = batches
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The number of whole epochs behind us."""
-        self.draw.epoch = int(state.epoch or 0)
+        """Count on; the epochs of a stream, whose length nobody knows, show in no other number."""
+        epoch, self.batches = self._next
+        self.draw.epoch = max(int(state.epoch or 0), epoch)
+        self._next = (self.draw.epoch + 1, 0)

@@ -20,7 +20,7 @@ def held(file: Path, what: str) -> Iterator[None]:
     A record lock: the system drops it when the process ends, and child processes do not inherit it.
 
     Args:
-        file: the lock's file; its folder exists.
+        file: the lock's file; its folder is made where it is not there.
         what: what is locked, for the message.
 
     Raises:
@@ -42,6 +42,7 @@ def held(file: Path, what: str) -> Iterator[None]:
 def _taken(file: Path, what: str) -> int:
     while True:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as fault:
             raise FolderError(message("the lock cannot be taken", where=str(file), found=fault)) from fault

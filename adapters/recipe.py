@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -127,13 +127,23 @@ class Recipe(BaseModel):
             raise RequestError(message("not a recipe", where=str(path), expected="keys and values"))
         return cls.make(changed(document, changes or {}), str(path))
 
-    def run(self, say: Callable[[str], None] | None = None, *, resume: bool | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        say: Callable[[str], None] | None = None,
+        *,
+        resume: bool | None = None,
+        override: Sequence[str] = (),
+        onward: str = "recipe.run(resume=True)",
+    ) -> dict[str, Any]:
         """Do it: read, split, adapt, train, test beside the baselines, save.
 
         Args:
             say: takes one line of progress at a time; None logs it.
             resume: True goes on from the newest whole checkpoint of an interrupted run, False forgets it, None
                 refuses to choose where there is one.
+            override: what is meant to differ from the interrupted run, such as "learning_rate"; anything else that
+                does is refused.
+            onward: how to go on, said when Ctrl-C or SIGTERM has stopped the run after saving it.
 
         Returns:
             The numbers of the run: test metrics, baselines, sizes, seconds, output.
@@ -141,7 +151,7 @@ class Recipe(BaseModel):
         Raises:
             AdaptersError: whatever is wrong with recipe, data or numbers; no finished adapter is left behind then.
         """
-        return _run(self, say or (lambda line: logger.info(line)), resume)
+        return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
 
 def _line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
@@ -225,22 +235,33 @@ def parse_yaml(text: str, where: str) -> Any:
 # ---------------------------------------------------------------------- the run
 
 
-def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
+) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import shards, storage
+    from adapters import locks, shards, storage
 
     output = Path(recipe.output).expanduser()
     storage.refuse_foreign(output)
     work = output.with_name(f".{output.name}.run")
-    try:
-        return _steps(recipe, say, resume, output, work)
-    except BaseException:
-        if not any(work.glob("checkpoint-*")):
-            shards.remove(work)
-        raise
+    with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+        try:
+            return _steps(recipe, say, resume, override, onward, output, work)
+        except BaseException:
+            if not any(work.glob("checkpoint-*")):
+                shards.remove(work)
+            raise
 
 
-def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, output: Path, work: Path) -> dict[str, Any]:
+def _steps(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    resume: bool | None,
+    override: Sequence[str],
+    onward: str,
+    output: Path,
+    work: Path,
+) -> dict[str, Any]:
     import sys
 
     from adapters import data, division, formats, manifest, shards, storage
@@ -304,7 +325,8 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         results["majority"] = task.baseline(trainer.train_dataset, test, adapted.processor)
         results["untrained"] = evaluate(adapted, test)
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=True if interrupted and resume else None)
+    trainer.stops.onward = onward
+    trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
     seconds = time.monotonic() - begin
     if test is not None:
         results["test"] = evaluate(adapted, test)

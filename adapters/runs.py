@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def terms(
     adapted: Adapted,
     args: TrainingArguments,
     data: Mapping[str, Mapping[str, Any]],
+    handler: Any,
     *,
     own: Mapping[str, Any],
-    callbacks: Iterable[Any],
     optimizers: Sequence[Any],
 ) -> dict[str, Any]:
     """Everything that weights, losses and metrics of a run depend on, as flat plain data.
@@ -57,8 +58,8 @@ def terms(
         adapted: what trains.
         args: the run's training arguments.
         data: fingerprints: "data" of the training rows, "validation_data..." of others.
+        handler: of the run's callbacks; those that stop early count.
         own: our own settings beside the arguments.
-        callbacks: the run's; those that stop early count.
         optimizers: the caller's own optimizer and schedule, or Nones.
     """
     found: dict[str, Any] = {
@@ -72,9 +73,7 @@ def terms(
         "rows": data["data"]["rows"],
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: entry["sha256"] for name, entry in data.items()},
-        "early_stopping_patience": [
-            callback.early_stopping_patience for callback in callbacks if isinstance(callback, EarlyStoppingCallback)
-        ],
+        "early_stopping_patience": [callback.early_stopping_patience for callback in _stopping(handler)],
         "frozen_dropout": bool(own.get("frozen_dropout")),
     }
     if data["data"]["rows"] is None:  # workers divide a stream
@@ -88,6 +87,19 @@ def terms(
             found[entry.name] = getattr(value, "value", value)
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+@contextlib.contextmanager
+def own_patience(handler: Any) -> Iterator[None]:
+    """Keep the patience that this run was given, where transformers restores callbacks with all they were made of."""
+    given = [callback.early_stopping_patience for callback in _stopping(handler)]
+    yield
+    for callback, patience in zip(_stopping(handler), given, strict=True):
+        callback.early_stopping_patience = patience
+
+
+def _stopping(handler: Any) -> list[Any]:
+    return [callback for callback in handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -127,10 +139,12 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
     return "; ".join(lines)
 
 
-def needed(world_size: int, scaler: bool) -> list[str]:
+def needed(args: TrainingArguments, accelerator: Any) -> list[str]:
     """The files without which training cannot go on as if nothing had been."""
-    random = [f"rng_state_{rank}.pth" for rank in range(world_size)] if world_size > 1 else ["rng_state.pth"]
-    return [STATE, OPTIMIZER, SCHEDULER, *random, *([SCALER] if scaler else [])]
+    ranks = range(args.world_size)
+    random = [f"rng_state_{rank}.pth" for rank in ranks] if args.world_size > 1 else ["rng_state.pth"]
+    scaler = [SCALER] if getattr(accelerator, "scaler", None) is not None else []
+    return [STATE, OPTIMIZER, SCHEDULER, *random, *scaler]
 
 
 def checkpoint(
@@ -204,10 +218,13 @@ def finished(folder: Path, override: Sequence[str]) -> bool:
     return stopped and "early_stopping_patience" not in override
 
 
-def keep_best(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put the best weights into a checkpoint, where they are no checkpoint of their own."""
-    (folder / BEST).mkdir()
-    shards.save_tensors(folder / BEST / manifest.WEIGHTS, weights, {"format": "pt"})
+def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tensor] | None) -> None:
+    """Write a run's state into a checkpoint anew, and the best weights where they are no checkpoint of their own."""
+    (folder / STATE).unlink()
+    state.save_to_json(str(folder / STATE))
+    if best is not None and state.best_model_checkpoint is None:
+        (folder / BEST).mkdir()
+        shards.save_tensors(folder / BEST / manifest.WEIGHTS, best, {"format": "pt"})
 
 
 def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -227,7 +244,9 @@ def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
     return manifest.read_tensors(best, manifest.read_manifest(best))
 
 
-def retune(optimizer: Any, schedule: Any, folder: Path, *, override: Sequence[str], kind: str, steps: int) -> None:
+def retune(
+    optimizer: Any, schedule: Any, folder: Path, override: Sequence[str], args: TrainingArguments, steps: int
+) -> None:
     """Load an optimizer's moments and put this run's own rates, decay and schedule beside them.
 
     transformers restores the old rates with the moments, whatever the arguments say.
@@ -236,12 +255,13 @@ def retune(optimizer: Any, schedule: Any, folder: Path, *, override: Sequence[st
         optimizer, schedule: as this run made them, before the first step.
         folder: the checkpoint.
         override: terms that are meant to change.
-        kind: the schedule's type.
+        args: this run's.
         steps: optimizer steps behind us.
 
     Raises:
         RequestError: a schedule that follows a metric, whose past cannot be made up.
     """
+    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     changed = _SCHEDULE & set(override)
     if changed and kind in WATCHING:
         raise RequestError(

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from torch.utils.data import RandomSampler
+from torch.utils.data import IterableDataset, RandomSampler
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage
-from adapters.anatomy import own_name
+from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Order
@@ -76,7 +75,9 @@ class Trainer(transformers.Trainer):
         )
         task = adapted.task
         self._data: dict[str, dict[str, Any]] = {}
-        if train_dataset is not None:
+        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
+            adapted.record.data = self._data["data"] = data.fingerprint_of_stream(train_dataset)
+        elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
             adapted.record.data = self._data["data"] = data.fingerprint(rows)
             train_dataset = self._inputs(rows)
@@ -119,17 +120,20 @@ class Trainer(transformers.Trainer):
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
-        self._own = own
-        self._optimizers = others.get("optimizers", (None, None))
+        optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
+        self._terms = functools.partial(
+            runs.terms, adapted, self.args, self._data, handler, own=own, optimizers=optimizers
+        )
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._batch_rows: list[int] | None = None
         self._evaluated: Any = None
         self._summed = torch.zeros(2, dtype=torch.float64)
-        self.add_callback(Epochs(self._draw))
+        self.epochs = Epochs(self._draw)
+        self.add_callback(self.epochs)
         patience = own.get("early_stopping_patience", PATIENCE)
-        stops_already = any(_stops_early(c) for c in self.callback_handler.callbacks)
+        stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
             if train_dataset is not None:
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
@@ -204,17 +208,13 @@ class Trainer(transformers.Trainer):
         self._evaluated = dataloader.dataset
         self._summed = torch.zeros(2, dtype=torch.float64)
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        total, items = self._gathered_sums()
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
-
-    def _gathered_sums(self) -> tuple[float, float]:
-        """Loss and items of an evaluation, over all processes."""
         summed = self._summed
         if self.args.world_size > 1:
             summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        return float(summed[0]), float(summed[1])
+        total, items = summed.tolist()
+        if items and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
+        return result
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -248,6 +248,12 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     # ------------------------------------------------------------------ steps
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.epochs.batches += len(batches)
+        return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
@@ -283,25 +289,16 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
-        self._only_added_entries()
+        vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
             finite.check_gradients(model, self._where())
         return loss
 
-    def _only_added_entries(self) -> None:
-        """Of tensors that grew with added tokens only the added entries train."""
-        vocabulary = self.adapted.vocabulary
-        for name, parameter in self.adapted.model.named_parameters() if vocabulary is not None else ():
-            if vocabulary is not None and own_name(name) in vocabulary.axes and parameter.grad is not None:
-                others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
-                others[list(vocabulary.ids)] = False
-                parameter.grad[others] = 0
-
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
         names: list[str] = super().get_decay_parameter_names(model)
-        axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
-        return [name for name in names if own_name(name) not in axes]
+        grown = vocabulary.grown(self.adapted)
+        return [name for name in names if name not in grown]
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
@@ -335,10 +332,13 @@ class Trainer(transformers.Trainer):
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
             if self.args.should_save:
-                run.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locks.held(run / ".lock", str(run)))
                 checkpoints.recover(run)
-            folder = self._checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
+            self.epochs.start(0, 0)
+            folder = None
+            if resume_from_checkpoint:
+                asked = (resume_from_checkpoint, run, self._terms(), self._override)
+                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.args, self.accelerator))
             self.pop_callback(self.stops)
             self.add_callback(self.stops)  # the last to say whether a step is saved
             stack.enter_context(self.stops.watched())
@@ -402,88 +402,63 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
         run = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
+        place = run / f"checkpoint-{self.state.global_step}"
         best = run / f"checkpoint-{self.state.best_global_step}"
-        known = best.name == name or checkpoints.run_of(best) == self._run
-        progress = {
-            "loss": float(self._tr_loss),
-            "total": self._total_loss_scalar,
-            "logged": self._globalstep_last_logged,
+        progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
+            "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
+            "position": [self._draw.epoch, self.epochs.batches],
         }
+        facts = {"run": self._run, "terms": self._terms(), "progress": progress}
         try:
-            with checkpoints.staged(
-                run / name, {"run": self._run, "terms": self._terms(), "progress": progress}
-            ) as stage:
-                self._stage = stage
+            with checkpoints.staged(place, facts) as self._stage:
                 super()._save_checkpoint(model, trial)
+                known = best == place or checkpoints.run_of(best) == self._run
                 self.state.best_model_checkpoint = str(best) if known else None
-                state_file = stage / name / "trainer_state.json"
-                state_file.unlink()
-                self.state.save_to_json(str(state_file))
-                if self._best is not None and not known:
-                    runs.keep_best(stage / name, self._best)
+                runs.write_state(self._stage / place.name, self.state, self._best)
         finally:
             self._stage = None
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
-
-    def _terms(self) -> dict[str, Any]:
-        return runs.terms(
-            self.adapted,
-            self.args,
-            self._data,
-            own=self._own,
-            callbacks=self.callback_handler.callbacks,
-            optimizers=self._optimizers,
-        )
-
-    def _checkpoint(self, wanted: str | bool, run: Path) -> Path:
-        scaler = getattr(self.accelerator, "scaler", None) is not None
-        needed = runs.needed(self.args.world_size, scaler)
-        return runs.checkpoint(wanted, run, self._terms(), self._override, self.adapted.fingerprint, needed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         kept = checkpoints.read(folder)
         self._run, self._progress = kept["run"], kept["progress"]
+        self.epochs.start(*self._progress["position"])
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = runs.best_weights(folder)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """transformers' position in the data; a stream may have ended and begun again."""
+        position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
+
     def _load_callback_state(self) -> None:
-        """transformers' restoring, which would bring the old patience back as well."""
-        stopping = [c.early_stopping_patience for c in self.callback_handler.callbacks if _stops_early(c)]
-        super()._load_callback_state()
-        for callback in self.callback_handler.callbacks:
-            if _stops_early(callback):
-                callback.early_stopping_patience = stopping.pop(0)
+        with runs.own_patience(self.callback_handler):
+            super()._load_callback_state()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._override:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         steps = self.state.global_step
-        runs.retune(
-            self.optimizer, self.lr_scheduler, Path(checkpoint), override=self._override, kind=kind, steps=steps
-        )
+        runs.retune(self.optimizer, self.lr_scheduler, Path(checkpoint), self._override, self.args, steps)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state, and with it the loss that was summed up since the last log."""
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            self._tr_loss = torch.tensor(self._progress["loss"], device=self.args.device)
-            self._total_loss_scalar = self._progress["total"]
-            self._globalstep_last_logged = self._progress["logged"]
-            self.state.compute_steps(self.args, self.state.max_steps)  # type: ignore[no-untyped-call]  # when to log and save is this run's affair
+            summed, self._total_loss_scalar, self._globalstep_last_logged = self._progress["losses"]
+            self._tr_loss = torch.tensor(summed, device=self.args.device)
+            # When to log and to save is this run's affair.
+            self.state.compute_steps(self.args, self.state.max_steps)  # type: ignore[no-untyped-call]
 
     def _nothing_left(self, folder: Path) -> TrainOutput:
         """What `train` ends with where no step is left."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self._total_loss_scalar = self._progress["total"] + self._progress["loss"]
-        metrics = {"train_loss": 0.0, "train_runtime": 0.0}
-        self.log(metrics)
-        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
-
-
-def _stops_early(callback: Any) -> bool:
-    return isinstance(callback, EarlyStoppingCallback)
+        self._total_loss_scalar = sum(self._progress["losses"][:2])
+        loss = self._total_loss_scalar / max(self.state.global_step, 1)
+        metrics = {"train_loss": loss, "train_runtime": 0.0}
+        if "train_loss" not in self.state.log_history[-1]:
+            self.log(metrics)
+        return TrainOutput(self.state.global_step, loss, metrics)

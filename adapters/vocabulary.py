@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.contracts import Strategy, Vocabulary
+from adapters.anatomy import own_name
+from adapters.contracts import Adapted, Strategy, Vocabulary
 from adapters.errors import FolderError, RequestError, message
 
 if TYPE_CHECKING:
@@ -156,3 +157,21 @@ def of_manifest(document: Mapping[str, Any], where: str) -> Vocabulary | None:
         return Vocabulary.from_json(entry)
     except (KeyError, TypeError, ValueError) as fault:
         raise FolderError(message("a broken record of added tokens", where=where, found=repr(fault))) from fault
+
+
+def grown(adapted: Adapted) -> set[str]:
+    """The parameters, by name in memory, of which only the added entries train."""
+    axes = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
+    return {name for name, _ in adapted.model.named_parameters() if own_name(name) in axes} if axes else set()
+
+
+def hold_the_rest(adapted: Adapted) -> None:
+    """Take the gradients of the entries that do not train out of tensors that only grew."""
+    import torch
+
+    names = grown(adapted)
+    for name, parameter in adapted.model.named_parameters() if names else ():
+        if name in names and adapted.vocabulary is not None and parameter.grad is not None:
+            others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
+            others[list(adapted.vocabulary.ids)] = False
+            parameter.grad[others] = 0
