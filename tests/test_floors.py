@@ -31,6 +31,7 @@ FLOORS = {
     "finite": 3,
     "tags": 2,
     "order": 2,
+    "rendering": 2,
     "checkpoints": 2,
     "locks": 1,
     "formats": 3,
