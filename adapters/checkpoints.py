@@ -89,7 +89,7 @@ def staged(place: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         facts: "run", "terms" and "progress" of its document.
 
     Raises:
-        FolderError: the disk is full or fails.
+        DiskError: the disk is full or fails.
     """
     stage = place.parent / f".staging-{os.getpid()}"
     remedy = "The checkpoints beside it are whole. Make room, then go on with resume_from_checkpoint=True (--resume)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -116,6 +117,7 @@ def _string_keys(value: Any) -> Any:
     return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
+@functools.cache  # asked at every save, and slow: it parses the package's metadata
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -60,7 +60,8 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        FolderError: the folder holds something else, or the disk is full or fails; the old folder is whole then.
+        FolderError: the folder holds something else.
+        DiskError: the disk is full or fails; the old folder is whole then.
         NumbersError: a trained tensor is not finite.
     """
     target = Path(folder).expanduser()

@@ -367,7 +367,8 @@ class Trainer(transformers.Trainer):
         Raises:
             NumbersError: a loss, gradient or weight is not finite; the last good weights are in the model.
             ContractError: what was to train did not move, what was frozen did, or the saved adapter answers otherwise.
-            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
+            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there.
+            DiskError: the disk is full or fails.
             RequestError: the checkpoint is another run's.
         """
         runs.refuse_many_processes(self.args)
