@@ -29,6 +29,7 @@ FLOORS = {
     "finite": 3,
     "tags": 2,
     "order": 2,
+    "prefix": 3,
     "checkpoints": 2,
     "formats": 3,
     "fingerprint": 3,
