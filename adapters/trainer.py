@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from adapters import (
     manifest,
     memory,
     pace,
+    prefix,
     quantize,
     runs,
     storage,
@@ -58,7 +59,7 @@ class Trainer(transformers.Trainer):
 
     Args:
         adapted: what `adapt` or `load` returned.
-        args: `TrainingArguments`, a dict taken literally (also "early_stopping_patience" and "frozen_dropout"), or
+        args: `TrainingArguments`, a dict taken literally (also what `arguments.OWN` names), or
             None for the strategy's defaults in a fresh folder under `runs/`.
         train_dataset, eval_dataset: raw rows in any form, or prepared model inputs; `eval_dataset` may be a dict.
         columns: task column -> source column.
@@ -133,6 +134,8 @@ class Trainer(transformers.Trainer):
             if (dead := checks.check_rows(train_dataset, task)) is not None:
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
+        self._own = own
+        self._prefix: prefix.Prefix | None = None
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
@@ -280,7 +283,31 @@ class Trainer(transformers.Trainer):
         if model.training:
             for module in self._quiet:
                 module.training = False
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with self._prefix.given(inputs) if self._prefix is not None else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _kept_prefix(self) -> prefix.Prefix | None:
+        """The frozen prefix of all rows, where they pass more than once and it never changes."""
+        draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
+        wanted = self._own.get("prefix_cache", True)
+        once = args.max_steps <= 0 and args.num_train_epochs < 2
+        if not wanted or once or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+            return None
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        request = prefix.Request(
+            sets=[self.train_dataset, *(part for part in parts if part is not None)],
+            collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
+            redraw=lambda epoch: setattr(draw, "epoch", epoch),
+            dtype=torch.bfloat16 if wanted == "bfloat16" else None,
+            device=args.device,
+            noisy=bool(self._own.get("frozen_dropout")),
+        )
+        self._move_model_to_device(self.adapted.model, args.device)
+        with self.compute_loss_context_manager():
+            found, remark = prefix.kept(self.adapted.model, self.adapted.trained, request)
+        if remark:
+            self._say(remark)
+        return found
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._batch_rows = inputs.get("row")
@@ -394,6 +421,7 @@ class Trainer(transformers.Trainer):
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             else:
+                self._prefix = self._kept_prefix()
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
                     contract.finish()

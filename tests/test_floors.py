@@ -34,6 +34,7 @@ FLOORS = {
     "tags": 2,
     "order": 2,
     "rendering": 2,
+    "prefix": 3,
     "checkpoints": 2,
     "locks": 1,
     "formats": 3,
