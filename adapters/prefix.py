@@ -60,7 +60,7 @@ def cut_of(model: PreTrainedModel, trained: Sequence[str]) -> Cut | None:
         return id(modules[path]) in quiet and not inside & wanted
 
     if model.config.is_encoder_decoder:
-        encoder: Any = model.get_encoder()  # type: ignore[no-untyped-call]
+        encoder: Any = model.get_encoder()
         path = next((path for path, module in modules.items() if module is encoder), "")
         return Cut(path, encoder, ()) if path and frozen(path) else None
     lists = block_lists(model)

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import data, division, labels
+from adapters import data, division, identity, labels
 from adapters.errors import DataError, RequestError
 
 ROWS = [
@@ -623,7 +623,7 @@ def test_a_sample_is_drawn_by_its_seed_alone() -> None:
 
 
 def test_a_fingerprint_tells_rows_and_columns() -> None:
-    found = data.fingerprint(Dataset.from_list(ROWS))
+    found = identity.fingerprint(Dataset.from_list(ROWS))
     assert found["rows"] == 4
     assert found["columns"] == ["text", "label"]
     assert len(found["sha256"]) == 64
@@ -635,25 +635,27 @@ def test_equal_rows_have_one_fingerprint_wherever_they_come_from(tmp_path: Path)
         (tmp_path / kind).mkdir()
         write(tmp_path / kind / f"rows.{kind}", ROWS)
         sources.append(tmp_path / kind / f"rows.{kind}")
-    assert len({data.fingerprint(data.read(source)["train"])["sha256"] for source in sources}) == 1
+    assert len({identity.fingerprint(data.read(source)["train"])["sha256"] for source in sources}) == 1
 
 
 @QUICK
 @given(texts=st.lists(st.text(max_size=5), min_size=2, max_size=6), draw=st.data())
 def test_order_and_every_value_count(texts: list[str], draw: st.DataObject) -> None:
     rows = [{"text": text, "label": "a"} for text in texts]
-    own = data.fingerprint(Dataset.from_list(rows))["sha256"]
+    own = identity.fingerprint(Dataset.from_list(rows))["sha256"]
     shuffled = draw.draw(st.permutations(rows))
     changed = [dict(row) for row in rows]
     position = draw.draw(st.integers(0, len(rows) - 1))
     changed[position]["text"] += "!"
-    assert (data.fingerprint(Dataset.from_list(shuffled))["sha256"] == own) == (shuffled == rows)
-    assert data.fingerprint(Dataset.from_list(changed))["sha256"] != own
-    assert data.fingerprint(Dataset.from_list(rows[:-1]))["sha256"] != own
+    assert (identity.fingerprint(Dataset.from_list(shuffled))["sha256"] == own) == (shuffled == rows)
+    assert identity.fingerprint(Dataset.from_list(changed))["sha256"] != own
+    assert identity.fingerprint(Dataset.from_list(rows[:-1]))["sha256"] != own
 
 
 def test_text_and_number_are_not_the_same_value() -> None:
-    assert data.fingerprint(Dataset.from_list([{"label": "1"}])) != data.fingerprint(Dataset.from_list([{"label": 1}]))
+    assert identity.fingerprint(Dataset.from_list([{"label": "1"}])) != identity.fingerprint(
+        Dataset.from_list([{"label": 1}])
+    )
 
 
 # ---------------------------------------------------------------------- drawing a number of rows

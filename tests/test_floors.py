@@ -12,6 +12,7 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "identity": 1,
     "jsontext": 0,
     "edits": 1,
     "memory": 1,
@@ -80,10 +81,11 @@ FLOORS = {
     "predict": 7,
     "fidelity": 8,
     "merge": 8,
-    "trainer": 9,
-    "recipe": 10,
-    "quickstart": 11,
-    "cli": 12,
+    "objective": 9,
+    "trainer": 10,
+    "recipe": 11,
+    "quickstart": 12,
+    "cli": 13,
     "__main__": 13,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}

@@ -20,7 +20,7 @@ from datasets import Image as Feature
 from PIL import Image
 
 import adapters
-from adapters import cli, data, division, fidelity, formats, pixels
+from adapters import cli, data, division, fidelity, formats, identity, pixels
 from adapters.contracts import Draw
 from adapters.errors import DataError, MissingPackageError, RequestError
 from adapters.merge import BOUNDS
@@ -289,12 +289,12 @@ def test_a_split_keeps_equal_pictures_apart_and_classes_in_proportion(form: str,
     listed = [{"image": str(path), "label": path.parent.name} for path in sorted(tmp_path.rglob("*.png"))]
     source: Any = str(tmp_path) if form == "folder" else listed
     found, _ = formats.arrange(data.one(source), None, ImageClassification.columns)
-    assert len(set(data.identities(found, "image"))) == 60
+    assert len(set(identity.identities(found, "image"))) == 60
     for seed in range(5):
         parts, _ = division.split(found, {"validation": 0.2, "test": 0.2}, seed=seed, by="label", text="image")
         owners: dict[str, set[str]] = {}
         for name, part in parts.items():
-            for key in data.identities(part, "image"):
+            for key in identity.identities(part, "image"):
                 owners.setdefault(key, set()).add(name)
             assert set(part["label"]) == set(LABELS)
         assert all(len(names) == 1 for names in owners.values())
@@ -308,7 +308,7 @@ def test_the_data_fingerprint_is_of_the_pictures_not_of_their_place(tmp_path: Pa
     known = ImageClassification.columns
 
     def print_of(source: Any) -> str:
-        return str(data.fingerprint(data.rename(data.one(source), None, known))["sha256"])
+        return str(identity.fingerprint(data.rename(data.one(source), None, known))["sha256"])
 
     assert print_of(str(one)) == print_of(str(other))
     listed = [{"image": str(path), "label": path.parent.name} for path in sorted(other.rglob("*.png"))]

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
-from adapters import data, formats, images
+from adapters import data, formats, identity, images
 from adapters.errors import AdaptersError, DataError, MissingPackageError, RequestError
 
 KNOWN = {"image": "a picture", "label": "its class"}
@@ -350,12 +350,12 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_fingerprint_is_of_the_pictures_not_of_their_places(tmp_path: Path) -> None:
-    one = data.fingerprint(data.one(classes(tmp_path / "one")))
-    assert one == data.fingerprint(data.one(classes(tmp_path / "two")))
+    one = identity.fingerprint(data.one(classes(tmp_path / "one")))
+    assert one == identity.fingerprint(data.one(classes(tmp_path / "two")))
     assert one["columns"] == ["image", "label"]
     write(tmp_path / "two" / "cat" / "0.png", picture((200, 30, 11)))
-    assert one != data.fingerprint(data.one(tmp_path / "two"))
+    assert one != identity.fingerprint(data.one(tmp_path / "two"))
     rows = data.one(tmp_path / "one")
     (tmp_path / "one" / "cat" / "0.png").unlink()
     with pytest.raises(DataError, match="row 0, column 'image'"):
-        data.fingerprint(rows)
+        identity.fingerprint(rows)
