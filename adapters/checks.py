@@ -277,7 +277,7 @@ class Contract(TrainerCallback):
             elif entry.steps >= STEPS:
                 due.append(name)
         if due or all(name not in self._watched for name in self._in_step):
-            self._judge(due, [n for n in self._in_step if n not in self._watched])
+            self._judge(due, [n for n in self._parameters if n not in self._watched and n not in self._still])
         self._in_step = []
 
     def finish(self) -> None:
