@@ -69,7 +69,7 @@ ROWS: dict[str, Row] = {
         same="Reviews are cut to 128 tokens on both sides.",
     ),
     "wnut17": Row(
-        *("token-classification", "wnut17", MINILM, "lora", 2e-3, 8),
+        *("token-classification", "wnut17", MINILM, "lora", 5e-3, 8),
         *(Size(800, 400, 6), Size(3394, 1287, 6)),
         scores=(Score("f1", "entity F1, %"), Score("accuracy", "accuracy over words, %")),
         options={"max_length": 128},

@@ -294,7 +294,7 @@ def test_every_flush_that_fails_leaves_the_last_checkpoint_whole(
     total = flushes
     assert total > 5
     for bad in range(1, total + 1):
-        with pytest.raises(adapters.FolderError, match=os.strerror(fault)):
+        with pytest.raises(adapters.DiskError, match=os.strerror(fault)):
             write("new")
         checkpoints.verify(place)
         # Where only the last flush failed, of the folder above, the new one stands there already.
