@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, owner
+from adapters.errors import RequestError, message
 from adapters.order import frozen_below
 
 if TYPE_CHECKING:
@@ -372,7 +373,7 @@ def _hidden(output: Any) -> Tensor:
         return output
     first = output[0]
     if not isinstance(first, Tensor):
-        raise TypeError("the first thing that the block returns is not a tensor")
+        raise RequestError(message("a block that returns something else before its hidden states", where="prefix"))
     return first
 
 

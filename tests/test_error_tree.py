@@ -32,6 +32,8 @@ PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
     ("cli.py", "SystemExit"): "the exit code",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
+    ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
+    ("stops.py", "SystemExit"): "what a signal ends the process with",
     ("rendering.py", "ValueError"): "what a template says; whoever knows the row names it",
     ("schema.py", "ValueError"): "what a validator of pydantic raises",
 }
@@ -133,6 +135,12 @@ def pointer(monkeypatch: pytest.MonkeyPatch) -> Any:
     return shards.read_header(Path("adapter_model.safetensors"))
 
 
+def unmoved(monkeypatch: pytest.MonkeyPatch) -> Any:
+    adapted = adapted_on()
+    adapted.model.classifier.bias.requires_grad_(False)
+    return adapters.Trainer(adapted, {"output_dir": "run", "disable_tqdm": True}, prepared()).train()
+
+
 def spent(monkeypatch: pytest.MonkeyPatch) -> Any:
     adapted = adapted_on()
     adapters.merge(adapted)
@@ -152,6 +160,7 @@ EXAMPLES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "DiskError": full_disk,
     "BackboneError": other_backbone,
     "NumbersError": infinite,
+    "ContractError": unmoved,
     "SpentError": spent,
     "MissingPackageError": without_bitsandbytes,
 }
