@@ -139,7 +139,7 @@ def _opened_with(folder: str, task: str) -> str:
 
 @app.command()
 def quickstart(
-    strategy: Annotated[str, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = "lora",
+    strategy: Annotated[str, typer.Option(help=f"{STRATEGY_NAMES}.")] = "lora",
     model: Annotated[str | None, typer.Option(help="Your own model's folder or id.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own rows: csv, jsonl, parquet with text and label.")] = None,
     output: Annotated[str, typer.Option(help="Where the adapter goes.")] = "out/quickstart",
