@@ -86,7 +86,7 @@ FLOORS = {
     "recipe": 11,
     "quickstart": 12,
     "cli": 13,
-    "__main__": 13,
+    "__main__": 14,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
