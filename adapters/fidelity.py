@@ -5,6 +5,7 @@ A merged folder is opened in a process of its own; a saved adapter on the frozen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adapters import shards
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
@@ -150,7 +152,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
 
     Raises:
         ContractError: other tensors or other logits; rows and tensors are named.
-        NumbersError, FolderError: what writing and reading refuse.
+        NumbersError, FolderError, DiskError: what writing and reading refuse.
     """
     import torch
 
@@ -162,9 +164,12 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     batch.pop("labels", None)
     device = adapted.model.device
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-    with tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place) as name:
-        storage.write(adapted, Path(name))
-        again = _anew(adapted, Path(name))
+    with contextlib.ExitStack() as stack:
+        with shards.writing(place):
+            stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(stage))
+            storage.write(adapted, folder)
+        again = _anew(adapted, folder)
     saved, live = again.state(), adapted.state()
     other = [key for key in live if not torch.equal(saved[key], live[key].to(saved[key]))]
     wanted, found = ([part.cpu() for part in outputs(net, [batch])] for net in (_bare(adapted.model), again.model))
