@@ -158,8 +158,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
 
     from adapters import storage
 
-    features = [rows[index] for index in range(min(FEW, len(rows)))] if hasattr(rows, "__getitem__") else None
-    batch = dict(collate(features if features is not None else list(islice(iter(rows), FEW))))
+    batch = dict(collate(list(islice(iter(rows), FEW))))
     numbers = batch.pop("row", range(FEW))
     batch.pop("labels", None)
     device = adapted.model.device
