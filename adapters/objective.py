@@ -232,8 +232,11 @@ class ObjectiveTrainer(transformers.Trainer):
         """The frozen prefix of all rows, where they pass more than once and it never changes."""
         draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
         wanted = self._own.get("prefix_cache", True)
-        once = args.max_steps <= 0 and args.num_train_epochs < 2
-        if not wanted or once or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+        passes = float(args.num_train_epochs)
+        if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
+            step = args.train_batch_size * args.gradient_accumulation_steps
+            passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
+        if not wanted or passes < 2 or not self._draws or args.world_size > 1 or args.n_gpu > 1:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         request = prefix.Request(
