@@ -69,8 +69,10 @@ def _group(name: str, head: set[str]) -> str:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The facts as a table for people."""
     backbone, task = found["backbone"], found["task"]
-    labels = task["options"].get("labels", [])
-    shown = f"{len(labels)} labels: {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}" if labels else ""
+    named = task["options"].get("labels")
+    labels = list(map(str, named)) if isinstance(named, list | tuple) else []  # `load` is who refuses other kinds
+    more = " ..." if len(labels) > 6 else ""
+    shown = f"{len(labels)} labels: {', '.join(labels[:6])}{more}" if labels else ""
     storage = f" kept in {backbone['quantization']}" if backbone["quantization"] else ""
     options = ", ".join(f"{k}={v}" for k, v in found["options"].items() if k != "modules_to_save")
     result = [
