@@ -18,6 +18,7 @@ _HOMES = {
     "BackboneError": "errors",
     "ContractError": "errors",
     "DataError": "errors",
+    "DiskError": "errors",
     "FolderError": "errors",
     "MissingPackageError": "errors",
     "NumbersError": "errors",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from adapters.errors import BackboneError as BackboneError
     from adapters.errors import ContractError as ContractError
     from adapters.errors import DataError as DataError
+    from adapters.errors import DiskError as DiskError
     from adapters.errors import FolderError as FolderError
     from adapters.errors import MissingPackageError as MissingPackageError
     from adapters.errors import NumbersError as NumbersError

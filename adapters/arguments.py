@@ -35,6 +35,7 @@ HOUSE: Mapping[str, object] = {
 OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
     "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
+    "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
 }
 ALIASES = {
     "lr": "learning_rate",
@@ -64,6 +65,9 @@ SETTLED: Mapping[str, tuple[object, str]] = {
         False,
         "Workers that outlive an epoch would draw the same random rows in every one.",
     ),
+    "dataloader_in_order": (True, "Batches in the order in which workers finish are others in every run."),
+    "ignore_data_skip": (False, "A resumed run goes on at the row where it stopped."),
+    "restore_callback_states_from_checkpoint": (True, "A resumed run goes on counting its patience."),
     "logging_nan_inf_filter": (False, "Numbers that are not finite stop the run."),
     "load_best_model_at_end": (True, "The best weights are put back; without an eval_dataset the last ones stay."),
     "auto_find_batch_size": (
@@ -157,6 +161,8 @@ def _value_faults(name: str, value: Any) -> list[str]:
         expected = "a whole number > 0, or null"
     elif name == "frozen_dropout":
         fine, expected = isinstance(value, bool), "true or false"
+    elif name == "prefix_cache":
+        fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":
         fine, expected = value in SAMPLING, f"one of {', '.join(SAMPLING)}"
     elif name == "use_liger_kernel":

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import places, shards
 from adapters.contracts import Task
-from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message
+from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,13 +34,9 @@ PROCESSORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "AutoTokenizer": ("tokenizer", TOKENIZER_FILES),
     "AutoImageProcessor": ("image processor", ("preprocessor_config.json", "processor_config.json")),
 }
+MAX_CONFIG = 16 << 20  # bytes
 # What opens them. Two backends resize differently: the one that needs no torchvision makes the same pixels everywhere.
 OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend": "pil"}}
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can only be a place on this machine: it never becomes a look-up on the hub."""
-    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
 
 
 def live_model(model: object) -> bool:
@@ -48,18 +45,30 @@ def live_model(model: object) -> bool:
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
+    """The model, the parameters that loading made new, and the processor.
+
+    Args:
+        model: a live model, a folder or an id.
+        task: that the model is for.
+        load: what `from_pretrained` takes.
+        processor: the caller's own, options over those of the backbone's image processor, or None.
+    """
+    from pickle import UnpicklingError  # raised for what torch refuses to unpickle
+
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    changes: Mapping[str, Any] = processor if isinstance(processor, Mapping) else {}
+    own = None if isinstance(processor, Mapping) else processor
     if live_model(model):
-        return (
-            model,
-            set(),
-            processor if processor is not None else _processor_of(task, model.name_or_path, load, quiet=True),
-        )
+        if own is None:
+            own = _processor_of(task, model.name_or_path, load, changes, quiet=not changes)
+        return model, set(), own
+    trusted = _trusted(load)
     name = str(model)
     path = Path(name).expanduser()
-    if not path.is_dir() and (isinstance(model, Path) or is_path(name)):
+    if not path.is_dir() and (isinstance(model, Path) or places.is_path(name)):
         raise RequestError(
             message("there is no such model folder", where=name, remedy="Give a folder that is there, or a hub id.")
         )
@@ -67,18 +76,24 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         name = str(path)
         if not (path / "config.json").exists():
             raise RequestError(message("not a model folder", where=name, expected="a config.json in it"))
+        check_folder(path)
     auto: Any = getattr(transformers, task.auto_class)
-    options = {"dtype": "auto", **load, **task.config()}
+    options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
         with _hushed():
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as fault:
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
+        *(SafetensorError, UnpicklingError, StrictDataclassError, MemoryError),
+    ) as fault:
         raise RequestError(
             message(
                 "the backbone cannot be loaded",
                 where=f"{name}, load={load}" if load else name,
-                found=" ".join(str(fault).split())[:400],
-                remedy="Check the id or folder; offline, only local folders and cached ids open.",
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:400],
+                remedy="It brings code of its own. If you trust it: load={'trust_remote_code': True}."
+                if "trust_remote_code" in str(fault)
+                else "Check the id or folder; offline, only local folders and cached ids open.",
             )
         ) from fault
     parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
@@ -90,7 +105,47 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         raise RequestError(
             message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
         )
-    return net, new, processor if processor is not None else _processor_of(task, name, load, quiet=False)
+    return net, new, own if own is not None else _processor_of(task, name, load, changes, quiet=False)
+
+
+def _trusted(load: Mapping[str, Any]) -> bool:
+    """Whether the caller lets the backbone bring code of its own; said outright, or not at all."""
+    said = load.get("trust_remote_code", False)
+    if not isinstance(said, bool):
+        raise RequestError(
+            message("a wrong value", where="load: trust_remote_code", expected="True or False", found=repr(said))
+        )
+    return said
+
+
+def check_folder(folder: Path) -> None:
+    """Look at a backbone's folder before transformers reads it.
+
+    Raises:
+        FolderError: links, a config that is too large or no JSON, one that names other files or code to be fetched, or
+            safetensors weights that are not whole or lie elsewhere.
+    """
+    places.refuse_strays(folder, deep=False)
+    file = folder / "config.json"
+    config = shards.read_json(file, MAX_CONFIG)
+    if not isinstance(config, dict):
+        raise FolderError(message("not a config", where=str(file), expected="a JSON object"))
+    if "transformers_weights" in config:
+        raise FolderError(message("a config that names a weights file of its own", where=str(file)))
+    fetched = next(_fetched(config), None)
+    if fetched is not None:
+        raise FolderError(message("a config that names code to be fetched", where=str(file), found=fetched))
+    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
+        shards.read_directory(folder)
+
+
+def _fetched(config: Any) -> Iterator[str]:
+    """Attention or expert implementations that are the name of a repository."""
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        if str(key).endswith("_implementation") and "/" in str(value):
+            yield f"{key}={value!r}"
+        elif isinstance(value, dict | list):
+            yield from _fetched(value)
 
 
 @contextlib.contextmanager
@@ -110,8 +165,12 @@ def _hushed() -> Iterator[None]:
             hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
+def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mapping[str, Any], *, quiet: bool) -> Any:
     """The backbone's own tokenizer or image processor; None where a live model has no place to load one from."""
+    if changes and task.processor != "AutoImageProcessor":
+        raise RequestError(
+            message("only an image processor takes options here", where="processor", found=", ".join(changes))
+        )
     if not name or (quiet and not Path(name).is_dir()):
         return None
     kind, what, files = task.processor, *PROCESSORS[task.processor]
@@ -130,30 +189,48 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
         )
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
-        return open_processor(kind, name, kept)
-    except (OSError, ValueError, KeyError) as fault:
-        if quiet or not isinstance(fault, OSError):
+        opened = open_processor(kind, name, {**kept, **changes})
+    except MissingPackageError:
+        raise
+    except Exception as fault:  # tokenizers raises bare exceptions for what it cannot read
+        if changes:
+            said = " ".join(str(fault).split())[:300]
+            raise RequestError(
+                message(f"the {what} does not open with these options", where=f"processor={dict(changes)}", found=said)
+            ) from fault
+        if quiet or not (isinstance(fault, OSError) or folder.is_dir()):
             return None
         raise RequestError(
             message(
-                f"the backbone has no {what}",
+                f"the backbone has no {what} that opens",
                 where=name,
-                found=" ".join(str(fault).split())[:300],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:300],
+                remedy=f"Mend its files, or pass processor={kind}.from_pretrained(...).",
             )
         ) from fault
+    odd = sorted(changes.keys() - opened.to_dict().keys()) if changes else []
+    if odd:
+        raise RequestError(
+            message(
+                f"the image processor has no {odd[0]!r}",
+                where="processor",
+                remedy=nearest(odd[0], opened.to_dict()),
+            )
+        )
+    return opened
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
-    """A tokenizer or image processor from a folder or id.
+    """A tokenizer or image processor from a folder or id; code that it brings runs only where the caller said so.
 
     Raises:
         MissingPackageError: image processors need Pillow.
     """
     import transformers
 
+    given = {**OPENED_WITH.get(kind, {}), "trust_remote_code": False, **options}
     try:
-        return getattr(transformers, kind).from_pretrained(name, **OPENED_WITH.get(kind, {}), **options)
+        return getattr(transformers, kind).from_pretrained(name, **given)
     except ImportError as fault:
         raise MissingPackageError(
             message(
@@ -172,7 +249,7 @@ def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if is_path(name):
+    if places.is_path(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -289,6 +366,9 @@ class Padding:
             processor.pad_token = self.token
         processor.padding_side = "right"
         config = model.config.get_text_config()
+        generation = model.generation_config if model.can_generate() else None
+        if generation is not None and generation.pad_token_id is None:
+            generation.pad_token_id = self.id
         if config.pad_token_id == self.id:
             return {}
         config.pad_token_id = model.config.pad_token_id = self.id

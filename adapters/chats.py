@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import DataError, RequestError, message
+from adapters.rendering import rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,22 +92,6 @@ def need_template(processor: Any, name: str | None) -> None:
         )
 
 
-def _rendered(row: int, make: Callable[[], Any]) -> Any:
-    """What the template makes of a row; its complaints become errors with the row's number."""
-    from jinja2 import TemplateError
-
-    try:
-        return make()
-    except (TemplateError, TypeError, ValueError, KeyError) as fault:
-        raise DataError(
-            message(
-                "the chat template refuses the conversation",
-                where=f"row {row}, column 'messages'",
-                found=" ".join(str(fault).split())[:200],
-            )
-        ) from fault
-
-
 def learnt(turns: Sequence[Message], processor: Any, ends: Sequence[int], row: int) -> tuple[list[int], list[bool]]:
     """A conversation's token ids, and for each whether the assistant says it.
 
@@ -125,11 +110,12 @@ def learnt(turns: Sequence[Message], processor: Any, ends: Sequence[int], row: i
             when it goes on.
     """
     turns = [dict(turn) for turn in turns]
-    if GENERATION.search(str(processor.chat_template)):
-        encoded = _rendered(row, lambda: processor.apply_chat_template(turns, return_assistant_tokens_mask=True))
-        ids, said = list(encoded["input_ids"]), [bool(entry) for entry in encoded["assistant_masks"]]
-    else:
-        ids, said = by_prefixes(turns, processor, row)
+    whole, spans = rendered(turns, processor, row)
+    if not GENERATION.search(str(processor.chat_template)):
+        spans = by_prefixes(turns, processor, row, whole)
+    encoded = processor(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    said = [any(stop > begin and start < end for begin, end in spans) and stop > start for start, stop in offsets]
     if len(ids) > 1 and ids[0] == ids[1] == processor.bos_token_id:
         raise DataError(
             message("the chat template writes two beginning tokens", where=f"row {row}", expected="one", found=ids[:2])
@@ -147,18 +133,16 @@ def learnt(turns: Sequence[Message], processor: Any, ends: Sequence[int], row: i
     return ids, said
 
 
-def by_prefixes(turns: Sequence[Message], processor: Any, row: int) -> tuple[list[int], list[bool]]:
-    """Ids and what the assistant says, from the beginnings of the conversation rendered one by one.
+def by_prefixes(turns: Sequence[Message], processor: Any, row: int, whole: str) -> list[list[int]]:
+    """From where to where the assistant speaks, from the beginnings of the conversation rendered one by one.
 
     Raises:
         DataError: a beginning that is rendered otherwise when the conversation goes on.
     """
 
     def text_of(part: Sequence[Message], prompt: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": prompt}
-        return str(_rendered(row, lambda: processor.apply_chat_template(list(part), **options)))
+        return rendered(part, processor, row, add_generation_prompt=prompt)[0]
 
-    whole = text_of(turns, False)
     spans = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -177,11 +161,8 @@ def by_prefixes(turns: Sequence[Message], processor: Any, row: int) -> tuple[lis
                     remedy="Use a template with {% generation %}, or rows that end with their only assistant message.",
                 )
             )
-        spans.append((len(before), len(upto)))
-    encoded = processor(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    said = [any(stop > begin and start < end for begin, end in spans) and stop > start for start, stop in offsets]
-    return list(encoded["input_ids"]), said
+        spans.append([len(before), len(upto)])
+    return spans
 
 
 def _stopped(ids: Sequence[int], said: Sequence[bool], ends: Sequence[int]) -> list[bool]:
@@ -203,8 +184,8 @@ def asked(turns: Sequence[Message], processor: Any, row: int) -> list[int]:
     """The token ids of a conversation that the assistant is to go on with: a new message, or its own last one."""
     goes_on = turns[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-    encoded = _rendered(row, lambda: processor.apply_chat_template([dict(turn) for turn in turns], **options))
-    return list(encoded["input_ids"])
+    text, _ = rendered(turns, processor, row, **options)
+    return list(processor(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def answered(turns: Sequence[Message], text: str) -> list[dict[str, Any]]:

@@ -215,7 +215,6 @@ class Contract(TrainerCallback):
         self._watched: dict[str, _Watched] = {}
         self._still: dict[str, tuple[str, str]] = {}  # name -> why it stands, its digest
         self._frozen: dict[str, str] = {}
-        self._moved: set[str] = set()
         self._in_step: list[str] = []
         self._left_out = 0
         self._counted = 0
@@ -246,12 +245,8 @@ class Contract(TrainerCallback):
             )
         turn = [n for n in self._watched if self._parameters[n].requires_grad and rates[id(self._parameters[n])] > 0]
         gradients = {name: self._parameters[name].grad for name in turn}
-        norms = {
-            n: max(-float(low), float(high))
-            for n, g in gradients.items()
-            if g is not None
-            for low, high in [torch.aminmax(g)]
-        }
+        ends = {name: torch.aminmax(gradient) for name, gradient in gradients.items() if gradient is not None}
+        norms = {name: max(-float(low), float(high)) for name, (low, high) in ends.items()}
         floor = NEGLIGIBLE * max(norms.values(), default=0.0)
         for name in turn:
             entry = self._watched[name]
@@ -281,16 +276,16 @@ class Contract(TrainerCallback):
             entry.steps += 1
             if entry.before and entry.before != digest(self._parameters[name]):
                 del self._watched[name]
-                self._moved.add(name)
             elif entry.steps >= STEPS:
                 due.append(name)
-        self._judge(due)
+        if due or all(name not in self._watched for name in self._in_step):
+            self._judge(due, [n for n in self._parameters if n not in self._watched and n not in self._still])
         self._in_step = []
 
     def finish(self) -> None:
         """The end of the run: judge what had too few steps, list what never moved, compare the frozen bytes."""
         joined = [name for name, entry in self._watched.items() if entry.steps]
-        self._judge(joined)
+        self._judge(joined, list(self._parameters))
         for why in sorted({why for why, _ in self._still.values()}):
             names = [n for n, (w, old) in self._still.items() if w == why and digest(self._parameters[n]) == old]
             if names:
@@ -300,7 +295,7 @@ class Contract(TrainerCallback):
             self._say("no step had a learning rate above 0: nothing was trained")
         check_frozen(self._frozen, self._adapted)
 
-    def _judge(self, due: Sequence[str]) -> None:
+    def _judge(self, due: Sequence[str], moved: Sequence[str]) -> None:
         """Of tensors that have not moved: which stand rightly, which are at fault."""
         faults: dict[str, list[str]] = {}
         unreached = [name for name in due if not self._watched[name].reached]
@@ -322,9 +317,9 @@ class Contract(TrainerCallback):
             self._still[name] = why, digest(tensor)
         grown = self._adapted.vocabulary.axes if self._adapted.vocabulary is not None else {}
         body = [n for n in due if own_name(n) not in self._adapted.head and own_name(n) not in grown]
-        if due and not faults and self._counted >= STEPS and not self._moved:
+        if due and not moved and self._counted >= STEPS and len(self._still) == len(self._parameters):
             faults["nothing moves at all"] = list(due)
-        elif len(body) > 1 and not faults and self._counted >= STEPS and not self._moved - self._adapted.head:
+        if not faults and len(body) > 1 and not set(moved) - self._adapted.head and self._counted >= STEPS:
             faults["nothing but the head moves"] = body
         if faults:
             raise ContractError(

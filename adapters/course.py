@@ -7,24 +7,11 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, final
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 WINDOW = 16  # steps of the moving median
 LOST = 0.5  # share of what was gained that a run may lose again
 RISE = 0.2  # share of the first median that it may rise above its best in any case
-
-
-@final
-class Patience(EarlyStoppingCallback):
-    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing to check: `settings` has chosen the metric."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Count the evaluations that choose the best weights: of several validation sets one does."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @final

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import shards
 from adapters.contracts import Adapted
 from adapters.manifest import FORMAT
+from adapters.schema import load_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +73,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "quantization": adapted.storage.quantization,
             "packed": _packed(adapted),
             "dtype": str(adapted.model.dtype).removeprefix("torch."),
-            "load": record.load,
+            "load": {name: value for name, value in record.load.items() if not load_fault({name: value})},
             "config": plain({key: _string_keys(value) for key, value in config.items()}),
             "names": {memory: disk for memory, disk in sorted(adapted.names.items()) if memory != disk},
             "saved_as": saved_as,
@@ -115,8 +118,22 @@ def _string_keys(value: Any) -> Any:
     return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
+@functools.cache  # asked at every save, and slow: it parses the package's metadata
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def keep_input_names(processor: Any, folder: Path) -> None:
+    """transformers' save leaves out which inputs a live tokenizer was told to make: the reload would make others."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    names = list(processor.model_input_names)
+    if names != config.get("model_input_names", list(type(processor).model_input_names)):
+        text = json.dumps({**config, "model_input_names": names}, indent=2, sort_keys=True, ensure_ascii=False)
+        file.unlink()  # still staged: nothing reads it yet
+        shards.write_text(file, text + "\n")

@@ -5,6 +5,7 @@ A merged folder is opened in a process of its own; a saved adapter on the frozen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adapters import shards
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
@@ -48,7 +50,7 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = outputs(auto.from_pretrained(merged, dtype="auto"), batches)
+    found = outputs(auto.from_pretrained(merged, dtype="auto", trust_remote_code=False), batches)
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
@@ -150,21 +152,23 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
 
     Raises:
         ContractError: other tensors or other logits; rows and tensors are named.
-        NumbersError, FolderError: what writing and reading refuse.
+        NumbersError, FolderError, DiskError: what writing and reading refuse.
     """
     import torch
 
     from adapters import storage
 
-    features = [rows[index] for index in range(min(FEW, len(rows)))] if hasattr(rows, "__getitem__") else None
-    batch = dict(collate(features if features is not None else list(islice(iter(rows), FEW))))
+    batch = dict(collate(list(islice(iter(rows), FEW))))
     numbers = batch.pop("row", range(FEW))
     batch.pop("labels", None)
     device = adapted.model.device
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-    with tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place) as name:
-        storage.write(adapted, Path(name))
-        again = _anew(adapted, Path(name))
+    with contextlib.ExitStack() as stack:
+        with shards.writing(place):
+            stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(stage))
+            storage.write(adapted, folder)
+        again = _anew(adapted, folder)
     saved, live = again.state(), adapted.state()
     other = [key for key in live if not torch.equal(saved[key], live[key].to(saved[key]))]
     wanted, found = ([part.cpu() for part in outputs(net, [batch])] for net in (_bare(adapted.model), again.model))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import shards
-from adapters.errors import BackboneError, FolderError, message
+from adapters import places, schema, shards
+from adapters.errors import BackboneError, FolderError, RequestError, message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,21 +22,23 @@ RECIPE = "run.yaml"
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
 MAX_MANIFEST = 64 << 20  # bytes
+MAX_SETTINGS = 16 << 20  # bytes of any other JSON file but a vocabulary
+MAX_VOCABULARY = 1 << 30  # bytes of a tokenizer's own files
+VOCABULARIES = {"tokenizer.json", "vocab.json"}  # read by their tokenizers, whose format is their own
+# What a checkpoint holds beside an adapter; never read with an adapter, and verified by its own digests before use.
+BEST = "best"  # folder in a checkpoint: the best weights so far, where no checkpoint of their own holds them
+OF_CHECKPOINTS = {"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", f"{BEST}/{WEIGHTS}"}
 
 
-def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
-    """The manifest of an adapter folder, checked; imports no torch.
-
-    Args:
-        folder: an adapter folder.
-        digests: also check the size and sha256 of every file.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter folder, every field checked, and every file by size and sha256; imports no torch.
 
     Raises:
-        FolderError: not an adapter folder, an edited manifest, a file that is missing, truncated or changed, a
-            newer format.
+        FolderError: not an adapter folder, an edited manifest, a field that is unknown or out of range, a file that is
+            missing, truncated, changed or a link, code or pickles, a newer format.
     """
     file = folder / MANIFEST
-    if not file.is_file() or file.is_symlink():
+    if not file.is_file() and not file.is_symlink():
         found = sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else []
         raise FolderError(
             message(
@@ -48,13 +49,9 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
                 remedy="Give a folder that adapters.save or `adapters train` wrote.",
             )
         )
-    if file.stat().st_size > MAX_MANIFEST:
-        raise FolderError(message("the manifest is too large to be one", where=str(file)))
-    try:
-        document: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise FolderError(message("the manifest is broken", where=str(file), found=fault)) from fault
-    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+    places.refuse_strays(folder, deep=True)
+    document: Any = shards.read_json(file, MAX_MANIFEST)
+    if not isinstance(document, dict) or type(document.get("format")) is not int:
         raise FolderError(message("not a manifest of ours", where=str(file), expected='a JSON object with "format"'))
     if document["format"] > FORMAT:
         raise FolderError(
@@ -76,16 +73,25 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
                 remedy="Take the folder from its source again.",
             )
         )
-    if digests:
-        _check_files(folder, document)
+    lines = schema.faults(document)
+    if not lines and WEIGHTS not in document["files"]:
+        lines = [f"files: no {WEIGHTS}"]
+    if lines:
+        raise FolderError(
+            message(
+                "a manifest that no version of ours writes",
+                where=str(file),
+                found="; ".join(lines[:3]),
+                remedy="Take the folder from whom you trust.",
+            )
+        )
+    _check_files(folder, document)
     return document
 
 
 def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
     for name, entry in document["files"].items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
-            raise FolderError(message("a file outside the folder, or a link", where=f"{folder}: {name}"))
         if not file.is_file():
             raise FolderError(message("a file is missing", where=str(file)))
         size = file.stat().st_size
@@ -108,13 +114,65 @@ def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
                     remedy="Take the folder from its source again.",
                 )
             )
-    extra = {p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors")} - set(
-        document["files"]
-    )
-    unknown = extra - {"optimizer.pt", "scheduler.pt", "scaler.pt"} - {p for p in extra if p.startswith("rng_state")}
-    if unknown:
+        if name != WEIGHTS:
+            check_settings(file)
+    refuse_code(folder, known=set(document["files"]))
+
+
+def check_settings(file: Path) -> None:
+    """Look at a file of an adapter's processor before any library reads it.
+
+    Raises:
+        FolderError: too large, JSON that two readers could read in two ways, or settings that name code to be run.
+    """
+    if file.suffix != ".json" or file.name in VOCABULARIES:
+        if file.stat().st_size > MAX_VOCABULARY:
+            raise FolderError(message("a file too large to be a tokenizer's", where=str(file)))
+        return
+    if names_code(shards.read_json(file, MAX_SETTINGS)):
         raise FolderError(
-            message("tensor files that the manifest does not know", where=str(folder), found=", ".join(sorted(unknown)))
+            message(
+                "settings that name code to be run",
+                where=str(file),
+                found="auto_map",
+                remedy="An adapter is data. Load the processor yourself if you trust its code.",
+            )
+        )
+
+
+def names_code(settings: Any) -> bool:
+    """Whether settings name a class of their own to be fetched and run."""
+    if isinstance(settings, dict):
+        return "auto_map" in settings or any(names_code(value) for value in settings.values())
+    return isinstance(settings, list) and any(names_code(value) for value in settings)
+
+
+def refuse_code(folder: Path, known: Collection[str]) -> None:
+    """Refuse pickles, code, and tensors that nobody vouches for.
+
+    Args:
+        folder: an adapter folder.
+        known: the files that its manifest lists.
+
+    Raises:
+        FolderError: naming them.
+    """
+    odd = []
+    for entry in sorted(folder.rglob("*")):
+        name = entry.relative_to(folder).as_posix()
+        suffix = entry.suffix.lower()
+        if name in OF_CHECKPOINTS or (name.startswith("rng_state") and suffix == ".pth") or not entry.is_file():
+            continue
+        if suffix in schema.REFUSED_SUFFIXES or (suffix == ".safetensors" and name not in known):
+            odd.append(name)
+    if odd:
+        raise FolderError(
+            message(
+                "files that may hold code, or tensors that the manifest does not know",
+                where=str(folder),
+                found=", ".join(odd[:5]),
+                remedy="Delete them if they are yours; an adapter does not need them.",
+            )
         )
 
 
@@ -141,8 +199,6 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
     Raises:
         FolderError: missing or unexpected tensors, other shapes or dtypes, values that are not finite.
     """
-    import torch
-
     slots, _ = shards.read_header(folder / WEIGHTS)
     odd = sorted(set(slots) ^ set(document["tensors"]))
     if odd:
@@ -165,10 +221,22 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
                     found=f"{slot.dtype} {list(slot.shape)}",
                 )
             )
-        tensors[name] = shards.read_tensor(slot)
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise FolderError(message("a tensor with values that are not finite", where=f"{folder / WEIGHTS}: {name}"))
+        tensors[name] = finite_tensor(slot, name)
     return tensors
+
+
+def finite_tensor(slot: shards.Slot, name: str) -> Tensor:
+    """A trained tensor from its file.
+
+    Raises:
+        FolderError: values that are not finite.
+    """
+    import torch
+
+    tensor = shards.read_tensor(slot)
+    if not bool(torch.isfinite(tensor).all()):
+        raise FolderError(message("a tensor with values that are not finite", where=f"{slot.file}: {name}"))
+    return tensor
 
 
 def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where: str) -> None:
@@ -179,7 +247,12 @@ def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where
     """
     from adapters.fingerprint import Fingerprint, differences
 
-    lines = differences(Fingerprint.from_json(document["backbone"]["fingerprint"]), found)
+    recorded = Fingerprint.from_json(document["backbone"]["fingerprint"])
+    if recorded.digest != document["backbone"]["fingerprint"]["digest"]:
+        raise FolderError(
+            message("the fingerprint's digest is not that of its tensors", where=where, expected=recorded.digest)
+        )
+    lines = differences(recorded, found)
     if lines:
         total = len(document["backbone"]["fingerprint"]["tensors"])
         raise BackboneError(
@@ -194,17 +267,43 @@ def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where
         )
 
 
+def refuse_gone(document: Mapping[str, Any], where: str) -> None:
+    """A backbone that was a folder is never looked up on the hub under that folder's name.
+
+    Whatever came from there has a revision.
+
+    Raises:
+        RequestError: it was a folder, which is not here.
+    """
+    backbone = document["backbone"]
+    name = backbone["name"]
+    if not backbone["revision"] and not Path(name).expanduser().is_dir():
+        raise RequestError(
+            message(
+                "there is no such model folder",
+                where=where,
+                expected=f"the backbone's folder {name}, which is no name of the hub",
+                remedy="Give the backbone: its folder, its hub id, or a live model.",
+            )
+        )
+
+
 def fetch(folder_or_id: str | Path) -> Path:
     """The local folder of an adapter: the folder itself, or the download of a hub id.
 
     Raises:
         FolderError: neither a folder nor an id that opens.
+        RequestError: no name at all.
     """
+    if not isinstance(folder_or_id, str | Path):
+        raise RequestError(
+            message("no adapter", where="load", expected="a folder or hub id", found=type(folder_or_id).__name__)
+        )
     path = Path(folder_or_id).expanduser()
     if path.is_dir():
         return path
     name = str(folder_or_id)
-    if isinstance(folder_or_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+    if isinstance(folder_or_id, Path) or "/" not in name or places.is_path(name):
         raise FolderError(message("there is no such adapter folder", where=name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

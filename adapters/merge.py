@@ -7,6 +7,7 @@ own merge needs it) nor a model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import parts, shards
+from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, read_manifest, read_tensors
-from adapters.storage import strategy_of
+from adapters.storage import strategy_of, task_of
 from adapters.stream import plan, verify, write
 from adapters.vocabulary import all_edits, of_manifest
 
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from adapters.edits import Edit
 
 # How far merged logits may lie from adapted ones, as a share of the logits' spread, by the coarsest dtype at work.
 BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 ROWS = 8  # rows of the logits check
+# Fields of the backbone's config that classes of answers, padding and added tokens set.
+CONFIG_FIELDS = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size"}
 MARK = "merged_adapters"  # config field that names what has been merged into a checkpoint
 
 
@@ -149,8 +154,10 @@ def merge_on_disk(
     where = str(adapter)
     target = Path(out).expanduser()
     _refuse_output(target)
-    edits = all_edits(of_manifest(document, where), strategy_of(document, where), read_tensors(adapter, document))
+    _refuse_config(document, where)
+    edits = _edits(document, read_tensors(adapter, document), where)
     source = _base_folder(document, base, where)
+    check_folder(source)
     edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
     with shards.staged(target) as stage:
@@ -168,6 +175,40 @@ def merge_on_disk(
             verified=verified,
         )
         return _with_fidelity(report, stage, adapter, source, document, rows) if check_logits else report
+
+
+def _edits(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Edit]:
+    """What the adapter does to its backbone's tensors.
+
+    Raises:
+        FolderError: options that its tensors do not bear out.
+    """
+    try:
+        return all_edits(of_manifest(document, where), strategy_of(document, where), tensors)
+    except AdaptersError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as fault:
+        raise FolderError(
+            message(
+                "the adapter's tensors are not those of its strategy",
+                where=where,
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:200],
+            )
+        ) from fault
+
+
+def _refuse_config(document: Mapping[str, Any], where: str) -> None:
+    """The merged model's config takes over what the task sets, and nothing that a manifest might plant there."""
+    strangers = sorted(set(document["backbone"]["config"]) - set(task_of(document, where).config()) - CONFIG_FIELDS)
+    if strangers:
+        raise FolderError(
+            message(
+                "config fields that an adapter of this task does not set",
+                where=where,
+                expected=", ".join(sorted(CONFIG_FIELDS)),
+                found=", ".join(strangers[:3]),
+            )
+        )
 
 
 def _refuse_rows(rows: list[Any] | None) -> None:
@@ -190,10 +231,8 @@ def _refuse_output(target: Path) -> None:
     content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     ours = False
     if "config.json" in content:
-        try:
-            ours = MARK in json.loads((target / "config.json").read_text())
-        except ValueError:
-            ours = False
+        with contextlib.suppress(FolderError):
+            ours = MARK in shards.read_json(target / "config.json", MAX_CONFIG)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (content and not ours):
         raise FolderError(
             message(
@@ -207,7 +246,9 @@ def _refuse_output(target: Path) -> None:
 
 
 def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:
-    from adapters.backbones import is_path, local_folder
+    from adapters.backbones import local_folder
+    from adapters.manifest import refuse_gone
+    from adapters.places import is_path
 
     name = str(base) if base is not None else document["backbone"]["name"]
     revision = document["backbone"]["revision"]
@@ -224,6 +265,7 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
         return cached
     if place or base is not None:
         raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
+    refuse_gone(document, where)
     from huggingface_hub import snapshot_download
 
     try:
@@ -242,7 +284,7 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
 def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None) -> None:
     """config.json with the task's labels, the source's generation config, the adapter's processor files."""
     backbone = document["backbone"]
-    config = json.loads((source / "config.json").read_text())
+    config = shards.read_json(source / "config.json", MAX_CONFIG)
     config |= {key: value for key, value in backbone["config"].items() if key != "num_labels"}
     if "num_labels" in backbone["config"] and "id2label" not in backbone["config"]:
         count = backbone["config"]["num_labels"]
@@ -261,7 +303,7 @@ def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[st
     for name in document["files"]:
         if name not in skipped:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.write_text(stage / name, (adapter / name).read_text(encoding="utf-8"))
+            shards.copy(adapter / name, stage / name)
 
 
 # ---------------------------------------------------------------------- fidelity
@@ -287,7 +329,7 @@ def _with_fidelity(
     )
     if child.returncode != 0:
         raise AdaptersError(
-            message("the logits check broke", where=str(stage), found=" ".join(child.stderr.split())[-500:])
+            message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
         )
     found = json.loads(child.stdout.strip().splitlines()[-1])
     coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))

@@ -47,9 +47,14 @@ def on_disk(edits: Mapping[str, Edit], document: Mapping[str, Any], source: Path
                 remedy="Merge in memory: adapters.merge(adapters.load(folder)).save_pretrained(output).",
             )
         ) from fault
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    kind = getattr(transformers, backbone["model_class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise RequestError(
+            message("transformers has no such model class", where="backbone", found=backbone["model_class"])
+        )
     with torch.device("meta"):
-        model = getattr(transformers, backbone["model_class"])(config)
+        model = kind(config)
     divided = revert_weight_conversion(model, tensors)
     kept = {name: edit for name, edit in edits.items() if name not in apart}
     return kept | replace_all({name: tensor.contiguous() for name, tensor in divided.items()})

@@ -5,10 +5,11 @@ Reading and checking a recipe imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -56,6 +57,7 @@ class Recipe(BaseModel):
     quantization: str | None = Field(None, description="nf4 or fp4: the frozen rest in 4 bits")
     added_tokens: list[str] = Field(default_factory=list, description="new tokens: their embedding rows are trained")
     load: dict[str, Any] = Field(default_factory=dict, description="what from_pretrained takes (dtype, revision ...)")
+    processor: dict[str, Any] = Field(default_factory=dict, description="options of the image processor (size ...)")
     validation: float = Field(0.1, gt=0, lt=1, description="share of rows for validation, where the data has none")
     test: float = Field(
         0.1, ge=0, lt=1, description="share of rows for the test, where the data has none; 0 for no test"
@@ -127,13 +129,23 @@ class Recipe(BaseModel):
             raise RequestError(message("not a recipe", where=str(path), expected="keys and values"))
         return cls.make(changed(document, changes or {}), str(path))
 
-    def run(self, say: Callable[[str], None] | None = None, *, resume: bool | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        say: Callable[[str], None] | None = None,
+        *,
+        resume: bool | None = None,
+        override: Sequence[str] = (),
+        onward: str = "recipe.run(resume=True)",
+    ) -> dict[str, Any]:
         """Do it: read, split, adapt, train, test beside the baselines, save.
 
         Args:
             say: takes one line of progress at a time; None logs it.
             resume: True goes on from the newest whole checkpoint of an interrupted run, False forgets it, None
                 refuses to choose where there is one.
+            override: what is meant to differ from the interrupted run, such as "learning_rate"; anything else that
+                does is refused.
+            onward: how to go on, said when Ctrl-C or SIGTERM has stopped the run after saving it.
 
         Returns:
             The numbers of the run: test metrics, baselines, sizes, seconds, output.
@@ -141,7 +153,7 @@ class Recipe(BaseModel):
         Raises:
             AdaptersError: whatever is wrong with recipe, data or numbers; no finished adapter is left behind then.
         """
-        return _run(self, say or (lambda line: logger.info(line)), resume)
+        return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
 
 def _line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
@@ -225,22 +237,33 @@ def parse_yaml(text: str, where: str) -> Any:
 # ---------------------------------------------------------------------- the run
 
 
-def _run(recipe: Recipe, say: Callable[[str], None], resume: bool | None) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
+) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import shards, storage
+    from adapters import locks, shards, storage
 
     output = Path(recipe.output).expanduser()
     storage.refuse_foreign(output)
     work = output.with_name(f".{output.name}.run")
-    try:
-        return _steps(recipe, say, resume, output, work)
-    except BaseException:
-        if not any(work.glob("checkpoint-*")):
-            shards.remove(work)
-        raise
+    with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+        try:
+            return _steps(recipe, say, resume, override, onward, output, work)
+        except BaseException:
+            if not any(work.glob("checkpoint-*")):
+                shards.remove(work)
+            raise
 
 
-def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, output: Path, work: Path) -> dict[str, Any]:
+def _steps(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    resume: bool | None,
+    override: Sequence[str],
+    onward: str,
+    output: Path,
+    work: Path,
+) -> dict[str, Any]:
     import sys
 
     from adapters import data, division, formats, manifest, shards, storage
@@ -260,13 +283,14 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     if interrupted and not resume:
         shards.remove(work)
     splits = data.read(recipe.data, say)
-    for name, rows in splits.items():
-        splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-        if remark:
-            say(f"{name}: {remark}")
     if "train" not in splits:
         raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    task, options = _checked(recipe, splits)
+    with _task_named(recipe, splits["train"]):
+        for name, rows in splits.items():
+            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+            if remark:
+                say(f"{name}: {remark}")
+        task, options = _checked(recipe, splits)
     splits, remarks = _divided(recipe, splits, task)
     if recipe.limit is not None:
         splits["train"] = division.sample(
@@ -286,6 +310,7 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         task=task,
         quantization=recipe.quantization,
         load=recipe.load,
+        processor=recipe.processor or None,
         seed=recipe.seed,
         added_tokens=recipe.added_tokens,
         **options,
@@ -301,10 +326,11 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
     test = splits.get("test")
     if test is not None:
         test = trainer.prepared(test)
-        results["majority"] = task.baseline(trainer.train_dataset, test, adapted.processor)
+        results["majority"] = adapted.task.baseline(trainer.train_dataset, test, adapted.processor)
         results["untrained"] = evaluate(adapted, test)
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=True if interrupted and resume else None)
+    trainer.stops.onward = onward
+    trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
     seconds = time.monotonic() - begin
     if test is not None:
         results["test"] = evaluate(adapted, test)
@@ -334,6 +360,21 @@ def _steps(recipe: Recipe, say: Callable[[str], None], resume: bool | None, outp
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+@contextlib.contextmanager
+def _task_named(recipe: Recipe, rows: Dataset) -> Iterator[None]:
+    """Rows that the default task cannot take may be right for another, which has to be named."""
+    from adapters.tasks import TASKS
+
+    columns = {*rows.column_names, *recipe.columns}
+    try:
+        yield
+    except DataError as fault:
+        if "task" in recipe.model_fields_set or {"text", "label"} <= columns:
+            raise
+        others = ", ".join(name for name in TASKS if name != recipe.task)
+        raise DataError(f"{fault} No task was named, so it is {recipe.task}; the others are {others}.") from fault
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
-from adapters.errors import FolderError, message
+from adapters import jsontext
+from adapters.errors import AdaptersError, DiskError, FolderError, message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 CHUNK = 4 << 20  # bytes per read when a tensor passes through untouched
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format itself
+MAX_INDEX = 64 << 20  # bytes of a shard index
 # The format's code -> torch's name and bytes per value.
 DTYPES = {
     "F64": ("float64", 8),
@@ -74,21 +76,77 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * WIDTHS[dtype]
 
 
+def foreign(head: bytes) -> str:
+    """What stands at a file's place where a download went wrong; empty where its first bytes say nothing of that."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer"
+    return "an HTML page" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else ""
+
+
+def _refuse_foreign(file: Path, head: bytes) -> None:
+    kind = foreign(head)
+    if kind:
+        raise FolderError(
+            message(
+                f"this is {kind}, not the file itself",
+                where=str(file),
+                remedy="Run `git lfs pull`." if "lfs" in kind else "Download the file again.",
+            )
+        )
+
+
+def read_json(file: Path, limit: int) -> Any:
+    """A JSON file from anywhere, read strictly.
+
+    Args:
+        file: the file; a link is refused where the folder is (`places.refuse_strays`).
+        limit: bytes that it may have.
+
+    Raises:
+        FolderError: no file, too large, a page or pointer in its place, or no JSON that everybody reads alike.
+    """
+    try:
+        if not file.is_file():
+            raise FolderError(message("a file is missing", where=str(file)))
+        size = file.stat().st_size
+        if size > limit:
+            raise FolderError(
+                message(
+                    "a file too large to be what its name says",
+                    where=str(file),
+                    expected=f"at most {limit:,} bytes",
+                    found=f"{size:,}",
+                )
+            )
+        content = file.read_bytes()
+    except OSError as fault:
+        raise FolderError(message("cannot read a file", where=str(file), found=fault)) from fault
+    _refuse_foreign(file, content[:256])
+    try:
+        return jsontext.parse(content)
+    except ValueError as fault:
+        raise FolderError(
+            message(
+                "broken JSON" if content.strip() else "an empty file in the place of JSON",
+                where=str(file),
+                found=fault,
+                remedy="Take the file from its source again.",
+            )
+        ) from fault
+
+
 def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
     """The tensors of one safetensors file and its metadata, checked against the file's size.
 
     Raises:
-        FolderError: the file is not a whole safetensors file.
+        FolderError: the file is not a whole safetensors file, or says a thing twice.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(8)
-            if head.startswith(b"version "):
-                raise FolderError(
-                    message("this is a git-lfs pointer, not the weights", where=str(file), remedy="Run `git lfs pull`.")
-                )
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            head = stream.read(256)
+            _refuse_foreign(file, head)
+            length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise FolderError(
                     message(
@@ -99,19 +157,28 @@ def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
                         remedy="Download or save it again.",
                     )
                 )
-            header: dict[str, Any] = json.loads(stream.read(length))
+            stream.seek(8)
+            text = stream.read(length)
+        if not text.startswith(b"{"):
+            raise FolderError(message("a safetensors header that does not begin with {", where=str(file)))
+        header: Any = jsontext.parse(text)
     except (OSError, ValueError) as fault:
         if isinstance(fault, FolderError):
             raise
         raise FolderError(message("cannot read the safetensors header", where=str(file), found=str(fault))) from fault
-    metadata = header.pop("__metadata__", {})
+    metadata: Any = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FolderError(message("safetensors metadata that is not text", where=str(file)))
+    for name, entry in header.items():
+        if not _well_formed(name, entry):
+            raise FolderError(message("a broken safetensors entry", where=f"{file}: {name!r}", found=str(entry)[:200]))
     slots: dict[str, Slot] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, stop = entry["data_offsets"]
-        dtype, width = DTYPES.get(entry["dtype"], ("", 0))
-        if not dtype or begin != end or stop - begin != width * math.prod(entry["shape"]):
-            raise FolderError(message("a broken safetensors entry", where=f"{file}: {name}", found=entry))
+        dtype, width = DTYPES[entry["dtype"]]
+        if begin != end or stop - begin != width * math.prod(entry["shape"]):
+            raise FolderError(message("a broken safetensors entry", where=f"{file}: {name}", found=str(entry)[:200]))
         slots[name] = Slot(file, dtype, tuple(entry["shape"]), 8 + length + begin, stop - begin)
         end = stop
     if 8 + length + end != size:
@@ -127,15 +194,32 @@ def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
     return slots, metadata
 
 
+def _well_formed(name: str, entry: Any) -> bool:
+    """A name that is no path, and exactly dtype, shape and two offsets of the kinds that they must be."""
+    if not is_name(name) or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return False
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        return False
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+
+
+def is_name(name: str) -> bool:
+    """Whether a text can be the name of a tensor: words between dots, never a path."""
+    return name.isprintable() and not any(mark in name for mark in ("/", "\\", "..")) and bool(name)
+
+
 def read_directory(folder: Path) -> dict[str, Slot]:
     """Every tensor of a transformers checkpoint folder, by its name on disk; headers only.
 
     Raises:
-        FolderError: no safetensors weights, a shard that is missing, or an index that points out of the folder.
+        FolderError: no safetensors weights, two sets of them, a shard that is missing, an index that points out of the
+            folder, or one that names other tensors than its shards hold.
     """
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / WEIGHTS
     if not index.exists():
-        single = folder / WEIGHTS
         if not single.exists():
             raise FolderError(
                 message(
@@ -146,13 +230,27 @@ def read_directory(folder: Path) -> dict[str, Slot]:
                 )
             )
         return read_header(single)[0]
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as fault:
-        raise FolderError(message("cannot read the shard index", where=str(index), found=repr(fault))) from fault
+    document = read_json(index, MAX_INDEX)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise FolderError(message("cannot read the shard index", where=str(index), expected="a weight_map"))
+    shards = sorted(set(weight_map.values()))
+    if single.exists() and WEIGHTS not in shards:
+        raise FolderError(
+            message(
+                "two sets of weights in one folder",
+                where=str(folder),
+                found=f"{WEIGHTS} beside {INDEX}",
+                remedy="Delete the one that does not belong there.",
+            )
+        )
     slots: dict[str, Slot] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
+    for shard in shards:
+        if Path(shard).name != shard or "\\" in shard or not (folder / shard).is_file():
             raise FolderError(
                 message(
                     "the shard index names a file that is not in the folder",
@@ -161,10 +259,21 @@ def read_directory(folder: Path) -> dict[str, Slot]:
                     remedy="Download the checkpoint again.",
                 )
             )
-        slots.update(read_header(folder / shard)[0])
-    missing = set(weight_map) - set(slots)
+        found = read_header(folder / shard)[0]
+        strays = sorted(name for name in found if weight_map.get(name) != shard)
+        if strays:
+            raise FolderError(
+                message(
+                    "a shard holds tensors that the index does not look for in it",
+                    where=f"{folder / shard}, {index.name}",
+                    found=", ".join(strays[:3]),
+                    remedy="Download the checkpoint again.",
+                )
+            )
+        slots.update(found)
+    missing = sorted(set(weight_map) - set(slots))
     if missing:
-        raise FolderError(message("shards lack tensors of the index", where=str(index), found=sorted(missing)[:3]))
+        raise FolderError(message("shards lack tensors of the index", where=str(index), found=", ".join(missing[:3])))
     return slots
 
 
@@ -253,6 +362,13 @@ def write_text(file: Path, text: str) -> None:
         flush(stream)
 
 
+def copy(source: Path, target: Path) -> None:
+    """A new file with another's bytes, flushed to the disk."""
+    with source.open("rb") as old, target.open("xb") as new:
+        shutil.copyfileobj(old, new)
+        flush(new)
+
+
 def canonical_json(document: Mapping[str, Any]) -> str:
     """The one text of a JSON document that its digest is taken over."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -282,21 +398,46 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(target: Path, remedy: str = "Nothing was changed. Make room, or give another output.") -> Iterator[None]:
+    """What a full or failing disk does to any writer, as one error that names what was being written.
+
+    Writers in C++ and Rust raise errors of no particular class, so every error but ours counts.
+
+    Raises:
+        DiskError: anything went wrong meanwhile.
+    """
+    try:
+        yield
+    except AdaptersError:
+        raise
+    except Exception as fault:
+        cause = fault.strerror if isinstance(fault, OSError) and fault.strerror else f"{type(fault).__name__}: {fault}"
+        found = " ".join(str(cause).split())[:200]
+        refusal = DiskError(message("could not be written", where=str(target), found=found, remedy=remedy))
+        refusal.errno = fault.errno if isinstance(fault, OSError) else None
+        raise refusal from fault
+
+
+@contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into; on success it takes the place of `target`, on failure it is gone.
 
     The old folder is moved aside first and deleted last: whenever the process dies, a whole folder stands.
+
+    Raises:
+        DiskError: the disk refuses; what stood there still stands.
+        FolderError: the target is a link.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
         raise FolderError(
             message("the output is a symbolic link", where=str(target), remedy="Give the folder it points to.")
         )
     stage = target.with_name(f".{target.name}.staging-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    remove(stage)
-    stage.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(stage)
+        stage.mkdir()
         yield stage
         sync_folder(stage)
         if target.exists():
@@ -304,8 +445,11 @@ def staged(target: Path) -> Iterator[Path]:
         stage.rename(target)
         sync_folder(target.parent)
         remove(old)
-    except BaseException:
+    except BaseException as fault:
         if old.exists() and not target.exists():
             old.rename(target)
         remove(stage)
+        if isinstance(fault, OSError):
+            with writing(target):
+                raise
         raise

@@ -12,22 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import facts, shards
+from adapters import bare, facts, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import PROCESSORS, live_model, open_processor
 from adapters.card import card
-from adapters.contracts import Adapted, Record, Strategy, Task
-from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
+from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
+from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import (
     CARD,
     EDITABLE,
     FORMAT,
     MANIFEST,
     RECIPE,
+    VOCABULARIES,
     WEIGHTS,
     fetch,
     read_manifest,
     read_tensors,
+    refuse_gone,
     refuse_other_backbone,
 )
 from adapters.options import make
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PEFT_CONFIG = "adapter_config.json"
+MAX_RECIPE = 1 << 20  # bytes
 LEVELS = ("strict", "fast", "off")
 
 
@@ -59,12 +61,13 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
 
     Raises:
         FolderError: the folder holds something else.
+        DiskError: the disk is full or fails; the old folder is whole then.
         NumbersError: a trained tensor is not finite.
     """
     target = Path(folder).expanduser()
     refuse_foreign(target)
     adapted.state()  # a spent adapter speaks before anything is written
-    with shards.staged(target) as stage:
+    with shards.writing(target), shards.staged(target) as stage:
         write(adapted, stage)
     return target
 
@@ -75,6 +78,8 @@ def refuse_foreign(target: Path) -> None:
     Raises:
         FolderError: with what was found.
     """
+    if "\0" in str(target):
+        raise FolderError(message("no name of a folder", where=repr(str(target))))
     below = next((parent for parent in target.parents if parent.exists()), None)
     if below is not None and not below.is_dir():
         raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
@@ -130,6 +135,8 @@ def write(adapted: Adapted, folder: Path) -> None:
         shards.write_text(folder / name, json.dumps(filled, indent=2, sort_keys=True) + "\n")
     if adapted.processor is not None:
         adapted.processor.save_pretrained(folder)
+        facts.keep_input_names(adapted.processor, folder)
+        _without_code(folder)
     if adapted.record.recipe:
         import yaml
 
@@ -145,6 +152,28 @@ def write(adapted: Adapted, folder: Path) -> None:
     document["digest"] = shards.digest_of(document)
     shards.write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     read_manifest(folder)
+
+
+def _without_code(folder: Path) -> None:
+    """Take the names of code out of a saved processor's settings: it is one of transformers' own and needs none.
+
+    Raises:
+        RequestError: the processor is code of its own.
+    """
+    code = sorted(file.name for file in folder.rglob("*.py"))
+    if code:
+        raise RequestError(
+            message(
+                "the processor brings code, which an adapter folder never holds",
+                where=", ".join(code),
+                remedy="Use a processor that transformers itself has.",
+            )
+        )
+    for file in sorted(folder.glob("*.json")):
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.name not in VOCABULARIES else None
+        if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+            file.unlink()
+            shards.write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------- reading
@@ -204,7 +233,7 @@ def load(
     if verify not in LEVELS:
         raise RequestError(message(f"unknown verify {verify!r}", where="verify", expected=", ".join(LEVELS)))
     folder = fetch(folder_or_hub_id)
-    if not (folder / MANIFEST).exists() and (folder / PEFT_CONFIG).is_file():
+    if not (folder / MANIFEST).exists() and (folder / bare.CONFIG).is_file():
         return _load_bare(folder, model)
     document = read_manifest(folder)
     where = str(folder / MANIFEST)
@@ -225,8 +254,10 @@ def load(
                 remedy="Give the backbone: load(folder, model=...).",
             )
         )
+    if model is None:
+        refuse_gone(document, str(folder))
 
-    def accept(strategy: Strategy, found: Fingerprint) -> None:
+    def accept(strategy: Strategy, found: Fingerprint, trained: Mapping[str, tuple[int, ...]]) -> None:
         if facts.plain(facts.options_of(strategy)) != facts.plain(facts.options_of(saved_strategy)):
             raise BackboneError(
                 message(
@@ -238,6 +269,7 @@ def load(
             )
         if verify != "off":
             refuse_other_backbone(document, found, str(folder))
+        _refuse_shapes(tensors, trained, vocabulary, str(folder))
 
     from adapters.fingerprint import Fingerprint
 
@@ -274,6 +306,26 @@ def load(
     return adapted
 
 
+def _refuse_shapes(
+    tensors: Mapping[str, Tensor], trained: Mapping[str, tuple[int, ...]], vocabulary: Vocabulary | None, where: str
+) -> None:
+    """Compare the adapter's tensors with what the strategy would train, while the live model is still untouched.
+
+    Added tokens come later: what grows with them is left to `put`.
+    """
+    grown = tuple(vocabulary.whole) if vocabulary is not None else ()
+    for name, shape in trained.items():
+        if name in tensors and tuple(tensors[name].shape) != shape and not name.endswith(grown):
+            raise FolderError(
+                message(
+                    "a tensor of another shape",
+                    where=f"{where}: {name}",
+                    expected=shape,
+                    found=tuple(tensors[name].shape),
+                )
+            )
+
+
 def _quantization_for(base: Any, quantization: str | None) -> str | None:
     """A live model that is packed already is taken as it is."""
     if quantization is None or not live_model(base):
@@ -286,7 +338,18 @@ def _quantization_for(base: Any, quantization: str | None) -> str | None:
 def _saved_processor(folder: Path, document: Mapping[str, Any], task: Task) -> Any:
     if not set(PROCESSORS[task.processor][1]) & set(document["files"]):
         return None
-    return open_processor(task.processor, str(folder), {})
+    try:
+        return open_processor(task.processor, str(folder), {})
+    except AdaptersError:
+        raise
+    except Exception as fault:  # tokenizers raises bare exceptions for a vocabulary that it cannot read
+        raise FolderError(
+            message(
+                f"the adapter's {PROCESSORS[task.processor][0]} cannot be opened",
+                where=str(folder),
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:300],
+            )
+        ) from fault
 
 
 def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -336,21 +399,33 @@ def fill_record(record: Record, document: Mapping[str, Any], folder: Path) -> No
     record.why_not = document.get("why_not_reproducible", record.why_not)
     recipe = folder / RECIPE
     if document["reproducible"] and recipe.is_file():
-        import yaml
+        record.recipe = _recipe(recipe)
 
-        record.recipe = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+
+def _recipe(file: Path) -> dict[str, Any]:
+    """The recipe that lies beside an adapter; people edit it, so it is read and not trusted.
+
+    Raises:
+        FolderError: no YAML mapping.
+    """
+    import yaml
+
+    if file.stat().st_size > MAX_RECIPE:
+        raise FolderError(message("a file too large to be a recipe", where=str(file), remedy="Delete the file."))
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as fault:
+        raise FolderError(
+            message("broken YAML", where=str(file), found=" ".join(str(fault).split())[:200], remedy="Delete the file.")
+        ) from fault
+    if not isinstance(found, dict):
+        raise FolderError(message("not a recipe", where=str(file), expected="keys and values"))
+    return found
 
 
 def _load_bare(folder: Path, model: Any) -> Adapted:
     """A folder that peft itself wrote: it names no backbone that could be verified."""
-    import peft
-
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as fault:
-        raise FolderError(
-            message("cannot read the peft config", where=str(folder / PEFT_CONFIG), found=fault)
-        ) from fault
+    config, tensors = bare.read(folder)
     if model is None or not live_model(model):
         raise RequestError(
             message(
@@ -359,7 +434,6 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
                 remedy="Load the backbone with its head (AutoModelForSequenceClassification...) and give it as model=.",
             )
         )
-    slots, _ = shards.read_header(folder / WEIGHTS)
     from adapters.adapt import adapt
 
     logger.warning(
@@ -367,7 +441,6 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
         folder,
     )
     adapted = adapt(model, from_peft(config))
-    tensors = {name: shards.read_tensor(slot) for name, slot in slots.items()}
     parameters = dict(adapted.model.named_parameters())
     for name in adapted.trained:  # a head that peft did not train is the live model's own
         key = adapted.strategy.key(name)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters import jsontext
 from adapters.errors import DataError, message
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_json(path: Path) -> list[Any]:
         marks.append(word)
         return float(word)
 
-    decoder = json.JSONDecoder(object_pairs_hook=_record, parse_constant=constant)
+    decoder = json.JSONDecoder(object_pairs_hook=jsontext.record, parse_constant=constant)
     rows: list[Any] = []
     if text.lstrip().startswith("["):
         try:
@@ -145,15 +146,6 @@ def read_json(path: Path) -> list[Any]:
     if marks:
         _refuse_marks(rows, str(path), marks[0])
     return rows
-
-
-def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand once; json would keep the last of two without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {name!r} stands twice in one object")
-    return made
 
 
 def _whole(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
@@ -263,6 +255,28 @@ def from_dicts(rows: list[Any], where: str) -> Dataset:
         return Dataset.from_list([dict(row) for row in rows])
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as fault:
         raise DataError(message("rows of different shapes", where=where, found=fault)) from fault
+
+
+def refuse_partial(files: list[Path]) -> None:
+    """Refuse the files of one part (train-00000-of-00002.parquet ...) where one is missing or one is too many.
+
+    Raises:
+        DataError: naming it.
+    """
+    count = int(files[0].name.split(".")[0].rpartition("-")[2])
+    names = [file.name for file in files]
+    stem, ending = files[0].name.split("-00000-of-")[0], files[0].name.partition(".")[2]
+    wanted = [f"{stem}-{number:05d}-of-{count:05d}.{ending}" for number in range(count)]
+    odd = [name for name in wanted if name not in names] or [name for name in names if name not in wanted]
+    if odd:
+        raise DataError(
+            message(
+                "the files of a part are not whole",
+                where=str(files[0].parent),
+                expected=f"{wanted[0]} to {wanted[-1]}",
+                found=f"{', '.join(names[:4])}; {odd[0]} is {'missing' if odd[0] in wanted else 'one too many'}",
+            )
+        )
 
 
 def _kind(value: Any) -> str:

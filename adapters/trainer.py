@@ -1,50 +1,55 @@
 """One trainer for every strategy and task: transformers.Trainer at its documented hooks.
 
-What it adds: defaults that work, early stopping and best weights, the task's own loss, metrics and batches, a stop
-before the step on numbers that are not finite, and checkpoints that hold the adapter alone and appear whole or not
-at all.
+What it adds to what a run learns (see `objective`): early stopping and best weights, a contract that every run is held
+to, a stop before the step on numbers that are not finite, and checkpoints that hold the adapter alone, appear whole or
+not at all, and are resumed bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
-import transformers
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, checks, course, data, fidelity, finite, manifest, memory, pace, shards, storage
-from adapters.anatomy import own_name
-from adapters.arguments import PATIENCE, changed, complaints, settings
-from adapters.contracts import Adapted, Draw
-from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
-from adapters.formats import arrange
-from adapters.order import frozen_below
+from adapters import (
+    checkpoints,
+    checks,
+    course,
+    fidelity,
+    finite,
+    locks,
+    manifest,
+    memory,
+    runs,
+    storage,
+    vocabulary,
+)
+from adapters.arguments import PATIENCE, changed
+from adapters.contracts import Adapted
+from adapters.errors import NumbersError, RequestError, message, nearest
+from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
-from adapters.quantize import accepted
-from adapters.vocabulary import only_added_entries
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from adapters.stops import EarlyStopping, Stops
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER = "optimizer.pt"  # in a checkpoint, unless save_only_model left it out
-
 
 @final
-class Trainer(transformers.Trainer):
+class Trainer(ObjectiveTrainer):
     """transformers.Trainer for an `Adapted`; callbacks, report_to, compute_metrics and TrainingArguments keep working.
 
     Args:
         adapted: what `adapt` or `load` returned.
-        args: `TrainingArguments`, a dict taken literally (also "early_stopping_patience" and "frozen_dropout"), or
+        args: `TrainingArguments`, a dict taken literally (also what `arguments.OWN` names), or
             None for the strategy's defaults in a fresh folder under `runs/`.
         train_dataset, eval_dataset: raw rows in any form, or prepared model inputs; `eval_dataset` may be a dict.
         columns: task column -> source column.
@@ -64,193 +69,31 @@ class Trainer(transformers.Trainer):
         columns: Mapping[str, str] | None = None,
         **others: Any,
     ) -> None:
-        adapted.state()  # a spent adapter speaks here
-        self.adapted = adapted
-        self.columns = columns
-        self.remarks: list[str] = []
-        self._own_metrics = own_metrics = others.get("compute_metrics") is not None
-        parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
-        arguments, own = settings(
-            adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
-        )
-        task = adapted.task
-        if train_dataset is not None:
-            rows = self._rows_of(train_dataset)
-            adapted.record.data = data.fingerprint(rows)
-            train_dataset = self._inputs(rows)
-            task = task.with_data(rows)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self.prepared(eval_dataset)
-        self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed) if others.get("data_collator") is None else None
-        others.setdefault(
-            "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
-        )
-        others.setdefault("compute_loss_func", task.loss)
-        others.setdefault("compute_metrics", self._metrics)
-        others.setdefault("processing_class", adapted.processor)
-        self.keep = arguments.save_total_limit
-        arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with accepted(adapted.model), complaints():
-            super().__init__(
-                model=adapted.model,
-                args=arguments,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                **others,
-            )
-        # The loss comes from the task alone, so the models' own normalisation by item counts stays out of it.
-        self.model_accepts_loss_kwargs = False
-        self._loss_shifts_labels = False
-        self.label_smoother = None
-        trained = adapted.trained
-        self._quiet = frozen_below(adapted.model, trained)
-        if own.get("frozen_dropout"):
-            self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
-        self._paces = adapted.strategy.paces(adapted.model, trained)
-        if train_dataset is not None:
-            pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
-            if (dead := checks.check_rows(train_dataset, task)) is not None:
-                self._say(dead)
-            self.add_callback(pace.Joining(self._paces))
+        super().__init__(adapted, args, train_dataset, eval_dataset, columns, **others)
+        own = self._own
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
-        self._batch_rows: list[int] | None = None
+        optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
+        self._terms = functools.partial(
+            runs.terms, adapted, self.args, self._data, handler, own=own, optimizers=optimizers
+        )
+        self._override: tuple[str, ...] = ()
+        self._progress: dict[str, Any] = {}
+        self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
-        self.add_callback(self._course)
-        self._evaluated: Any = None
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        if self._draw is not None:
-            self.add_callback(_Epochs(self._draw))
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
             if train_dataset is not None:
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
-            self.add_callback(course.Patience(early_stopping_patience=int(patience)))
-        adapted.record.settings = changed(arguments) | own
-
-    # ------------------------------------------------------------------ rows
-
-    def _rows_of(self, source: Any) -> Dataset:
-        if is_prepared(source):
-            rows: Dataset = source
-            return rows
-        rows, remark = arrange(data.one(source), self.columns, self.adapted.task.columns)
-        if remark:
-            logger.info(remark)
-        return rows
-
-    def prepared(self, source: Any) -> Dataset:
-        """Model inputs from raw rows in any form; what is prepared already stays as it is."""
-        return self._inputs(self._rows_of(source))
-
-    def _inputs(self, rows: Dataset) -> Dataset:
-        if is_prepared(rows):
-            return rows
-        prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
-        for remark in remarks:
-            self._say(remark)
-        return prepared
-
-    def _say(self, remark: str) -> None:
-        if remark not in self.remarks:
-            self.remarks.append(remark)
-            logger.warning(remark)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
-        if eval_dataset is not None and not (isinstance(eval_dataset, str) or is_prepared(eval_dataset)):
-            if isinstance(eval_dataset, Mapping):
-                eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
-            else:
-                eval_dataset = self.prepared(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_train_dataloader(self) -> Any:
-        """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
-        plain: Any = self.data_collator
-        if self._draw is not None:
-            self.data_collator = functools.partial(plain, draw=self._draw)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
-        self._evaluated = dataloader.dataset
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        result = super().evaluation_loop(dataloader, *args, **kwargs)
-        total, items = self._gathered_sums()
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
-
-    def _gathered_sums(self) -> tuple[float, float]:
-        """Loss and items of an evaluation, over all processes."""
-        summed = self._summed
-        if self.args.world_size > 1:
-            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        return float(summed[0]), float(summed[1])
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
-        if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        numbers = torch.as_tensor(inputs["row"], device=self.args.device)
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
-            found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
-        items = self.task.items(batch["labels"])
-        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
-        return loss.detach(), tuple(part.contiguous() for part in found), numbers
-
-    def _metrics(self, found: Any) -> dict[str, float]:
-        parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
-        place = {number: position for position, number in enumerate(self._evaluated["row"])}
-        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
-        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' optimizer, its groups divided by the strategy's rates."""
-        fresh = self.optimizer is None
-        if fresh:
-            pace.let_join(self.adapted.model, self._paces, float("inf"))  # an earlier run may have broken off
-        optimizer = super().create_optimizer(model)
-        if fresh:
-            pace.set_rates(optimizer, self.adapted.model, self._paces)
-        return optimizer
+            self.add_callback(EarlyStopping(early_stopping_patience=int(patience)))
+        adapted.record.settings = changed(self.args) | own
 
     # ------------------------------------------------------------------ steps
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """Loss items of the global batch, as the task counts them."""
-        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
-        if model.training:
-            for module in self._quiet:
-                module.training = False
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        self._batch_rows = inputs.get("row")
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; in parts of the batch, and the step begun anew, where memory runs out.
@@ -268,7 +111,7 @@ class Trainer(transformers.Trainer):
             divide=divide,
         )
         self._course.add(float(loss))
-        only_added_entries(self.adapted)
+        vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
             if getattr(self.accelerator, "scaler", None) is None:
@@ -301,44 +144,70 @@ class Trainer(transformers.Trainer):
         finally:
             model.train(training)
 
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
-        names: list[str] = super().get_decay_parameter_names(model)
-        axes = self.adapted.vocabulary.axes if self.adapted.vocabulary is not None else {}
-        return [name for name in names if own_name(name) not in axes]
-
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
         return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
 
     # ------------------------------------------------------------------ the run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        override: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Train; ends with the best weights of the validation rows in the model.
 
+        Ctrl-C and SIGTERM save a checkpoint at the end of the step and stop; a second one stops at once.
+
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder. What is
+                different from the run that wrote it is refused.
+            override: what is meant to be different, by the names that the refusal lists ("learning_rate").
+            args, kwargs: what transformers' `train` takes.
 
         Raises:
             NumbersError: a loss, gradient or weight is not finite; the last good weights are in the model.
             ContractError: what was to train did not move, what was frozen did, or the saved adapter answers otherwise.
-            FolderError: nothing to resume from, or a damaged checkpoint.
+            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there.
+            DiskError: the disk is full or fails.
+            RequestError: the checkpoint is another run's.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.newest(Path(str(self.args.output_dir))))
-        self._best = None
-        contract = checks.Contract(
-            self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
-        )
-        self.add_callback(contract)
-        try:
-            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-            contract.finish()
-        except NumbersError:
-            self._put_back(contract.good)
-            raise
-        finally:
-            self.remove_callback(contract)
+        runs.refuse_many_processes(self.args)
+        run = Path(str(self.args.output_dir))
+        self._best, self._override = None, tuple(override)
+        with contextlib.ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(locks.held(run / ".lock", str(run)))
+                checkpoints.recover(run)
+            self.epochs.start(0, 0)
+            folder = None
+            if resume_from_checkpoint:
+                asked = (resume_from_checkpoint, run, self._terms(), self._override)
+                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+            contract = checks.Contract(
+                self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
+            )
+            self.pop_callback(self.stops)
+            for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
+                stack.callback(self.remove_callback, callback)
+                self.add_callback(callback)
+            stack.enter_context(self.stops.watched())
+            if folder is not None and runs.finished(folder, self._override):
+                result = self._nothing_left(folder)
+            else:
+                self._prefix = self._kept_prefix()
+                try:
+                    result = super().train(str(folder) if folder else None, *args, **kwargs)
+                    contract.finish()
+                except NumbersError:
+                    self._put_back(contract.good)
+                    raise
+                result = result._replace(training_loss=result.metrics["train_loss"])
+            if self.stops.number:
+                self._save_checkpoint(self.model, None)
+                self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
         self._compare_baseline()
@@ -367,16 +236,18 @@ class Trainer(transformers.Trainer):
         return better
 
     def _restore_best(self) -> None:
-        """The best weights: those kept in memory, or, after a resume that found no better ones, the checkpoint's."""
         if self._best is not None:
             storage.put(self.adapted, self._best, "best weights")
-        elif self.state.best_model_checkpoint is not None:
-            folder = Path(self.state.best_model_checkpoint)
-            storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = None
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
     def _put_back(self, start: dict[str, torch.Tensor]) -> None:
-        """After a stop: the best weights of the validation rows; else the last, where finite; else the first."""
+        """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
         if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
             storage.put(self.adapted, self._best or start, "last good weights")
 
@@ -386,8 +257,9 @@ class Trainer(transformers.Trainer):
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
         baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
-        greater, best = bool(self.args.greater_is_better), self.state.best_metric
-        if (remark := course.unbeaten(best, baseline, name, greater=greater, rows="validation")) is not None:
+        greater = bool(self.args.greater_is_better)
+        remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
+        if remark is not None:
             self._say(remark)
 
     # ------------------------------------------------------------------ checkpoints
@@ -406,54 +278,63 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
         run = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        final_place = run / name
-        best_step = self.state.best_global_step
-        known_best = self.state.best_model_checkpoint
-        stage = run / f".staging-{os.getpid()}"
-        shards.remove(stage)
-        stage.mkdir(parents=True)
-        self._stage = stage
+        place = run / f"checkpoint-{self.state.global_step}"
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
+            "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
+            "position": [self._draw.epoch, self.epochs.batches],
+        }
+        facts = {"run": self._run, "terms": self._terms(), "progress": progress}
         try:
-            super()._save_checkpoint(model, trial)
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best_step}") if best_step else known_best
-            state_file = stage / name / "trainer_state.json"
-            state_file.unlink()
-            self.state.save_to_json(str(state_file))
-            checkpoints.seal(stage / name, self._run)
-            shards.remove(final_place) if checkpoints.run_of(final_place) else None
-            (stage / name).rename(final_place)
-            shards.sync_folder(run)
+            with checkpoints.staged(place, facts) as self._stage:
+                super()._save_checkpoint(model, trial)
+                known = best == place or checkpoints.run_of(best) == self._run
+                self.state.best_model_checkpoint = str(best) if known else None
+                runs.write_state(self._stage / place.name, self.state, self._best)
         finally:
             self._stage = None
-            shards.remove(stage)
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoints.verify(folder)
-        if not (folder / OPTIMIZER).is_file():
-            raise FolderError(
-                message(
-                    "the checkpoint holds no optimizer: training cannot go on as if nothing had been",
-                    where=str(folder),
-                    expected=OPTIMIZER,
-                    remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
-                )
-            )
-        document = manifest.read_manifest(folder)
-        manifest.refuse_other_backbone(document, self.adapted.fingerprint, str(folder))
-        storage.put(self.adapted, manifest.read_tensors(folder, document), str(folder))
-        self._run = checkpoints.run_of(folder) or self._run
+        kept = checkpoints.read(folder)
+        self._run, self._progress = kept["run"], kept["progress"]
+        self.epochs.start(*self._progress["position"])
+        storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
+        self._best = runs.best_weights(folder)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """transformers' position in the data; a stream may have ended and begun again."""
+        position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
 
-@final
-class _Epochs(TrainerCallback):
-    """Moves the draw of random rows on with the epochs, before the epoch's batches are made."""
+    def _load_callback_state(self) -> None:
+        with runs.own_patience(self.callback_handler):
+            super()._load_callback_state()
 
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._override:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        steps = self.state.global_step
+        runs.retune(self.optimizer, self.lr_scheduler, Path(checkpoint), self._override, self.args, steps)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The number of whole epochs behind us."""
-        self.draw.epoch = int(state.epoch or 0)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state, and with it the loss that was summed up since the last log."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            summed, self._total_loss_scalar, self._globalstep_last_logged = self._progress["losses"]
+            self._tr_loss = torch.tensor(summed, device=self.args.device)
+            # When to log and to save is this run's affair.
+            self.state.compute_steps(self.args, self.state.max_steps)  # type: ignore[no-untyped-call]
+
+    def _nothing_left(self, folder: Path) -> TrainOutput:
+        """What `train` ends with where no step is left."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self._total_loss_scalar = sum(self._progress["losses"][:2])
+        loss = self._total_loss_scalar / max(self.state.global_step, 1)
+        metrics = {"train_loss": loss, "train_runtime": 0.0}
+        if not any("train_loss" in entry for entry in self.state.log_history):
+            self.log(metrics)
+        return TrainOutput(self.state.global_step, loss, metrics)

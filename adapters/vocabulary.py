@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from adapters.edits import Edit
 
 
-def planned(model: PreTrainedModel, processor: Any, tokens: Sequence[str]) -> dict[str, list[int]]:
+def planned(
+    model: PreTrainedModel, processor: Any, tokens: Sequence[str], *, again: bool = False
+) -> dict[str, list[int]]:
     """What will be added, token -> the ids that spell it today; checks all, changes nothing.
+
+    Args:
+        model, processor: as they are before.
+        tokens: as text.
+        again: on load, where the saved tokenizer has the tokens already, perhaps in rows that the model had to spare.
 
     Raises:
         RequestError: no tokenizer, a token twice, an empty one, or one that the model has rows and the tokenizer a
@@ -42,7 +49,7 @@ def planned(model: PreTrainedModel, processor: Any, tokens: Sequence[str]) -> di
             faults.append(message("not a token", where=where, found=repr(token)))
         elif token in tokens[:position]:
             faults.append(message("a token twice", where=where, found=repr(token)))
-        elif known.get(token, rows) < rows:
+        elif not again and known.get(token, rows) < rows:
             faults.append(message("the model knows the token already", where=where, found=repr(token)))
     if faults:
         raise RequestError("; ".join(faults))
@@ -158,15 +165,21 @@ def of_manifest(document: Mapping[str, Any], where: str) -> Vocabulary | None:
         raise FolderError(message("a broken record of added tokens", where=where, found=repr(fault))) from fault
 
 
-def only_added_entries(adapted: Adapted) -> None:
-    """After a backward pass: of tensors that grew with added tokens only the added 
+def grown(adapted: Adapted) -> set[str]:
+    """The parameters, by name in memory, of which only the added entries train."""
     from adapters.anatomy import own_name
 
-    vocabulary = adapted.vocabulary
-    if vocabulary is None:
-        return
-    for name, parameter in adapted.model.named_parameters():
-        if own_name(name) in vocabulary.axes and parameter.grad is not None:
+    axes = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
+    return {name for name, _ in adapted.model.named_parameters() if own_name(name) in axes} if axes else set()
+
+
+def hold_the_rest(adapted: Adapted) -> None:
+    """Take the gradients of the entries that do not train out of tensors that only grew."""
+    import torch
+
+    names = grown(adapted)
+    for name, parameter in adapted.model.named_parameters() if names else ():
+        if name in names and adapted.vocabulary is not None and parameter.grad is not None:
             others = torch.ones(parameter.shape[0], dtype=torch.bool, device=parameter.device)
-            others[list(vocabulary.ids)] = False
+            others[list(adapted.vocabulary.ids)] = False
             parameter.grad[others] = 0

@@ -10,7 +10,9 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -59,7 +61,7 @@ for line in sys.stdin:
     deadline = time.monotonic() + 60
     while asked["interrupt"] and time.monotonic() < deadline:
         if os.path.exists(asked["err"]) and asked["interrupt"] in open(asked["err"]).read():
-            os.kill(child, signal.SIGINT)
+            os.kill(child, asked["signal"])
             break
         time.sleep(0.01)
     _, status = os.waitpid(child, 0)
@@ -121,7 +123,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Don
     assert host.stdout is not None
     assert host.stdout.readline() == "ready\n"
 
-    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "") -> Done:
+    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
         out, err = streams / "out", streams / "err"
         err.unlink(missing_ok=True)
         asked = {
@@ -130,6 +132,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Don
             "out": str(out),
             "err": str(err),
             "interrupt": interrupt,
+            "signal": int(number),
         }
         host.stdin.write(json.dumps(asked) + "\n")
         host.stdin.flush()
@@ -203,6 +206,9 @@ def test_inspect_prints_a_table_for_people(place: Place) -> None:
     assert done.err == ""
     for said in (str(place.saved), "lora adapter, every digest right", str(place.base), "3 labels: a, b, c", "lora_A"):
         assert said in done.out
+    assert " 1 tensor " in done.out
+    assert " 1 tensors" not in done.out
+    assert all(line == line.rstrip() for line in done.out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -217,8 +223,21 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert not imported(done.err) & (HEAVY | {"huggingface_hub", "safetensors", "yaml", "rich"})
 
 
+def test_help_names_every_task_and_strategy() -> None:
+    from adapters import cli
+    from adapters.adapt import STRATEGIES
+    from adapters.tasks import TASKS
+
+    for known, said in ((TASKS, cli.TASK_NAMES), (STRATEGIES, cli.STRATEGY_NAMES)):
+        assert set(re.sub(r" \(.*?\)", "", said).split(", ")) == set(known)
+
+
 LIGHT: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "nothing at all": (["train"], ("'model' is missing", "'data' is missing", "'output' is missing")),
+    "a model where the recipe stands": (
+        ["train", "<base>", "--data", "d", "--output", "<out>"],
+        ("not a recipe", "given as --model"),
+    ),
     "unknown strategy": (
         ["train", "--model", "m", "--data", "d", "--output", "<out>", "--strategy", "loraa"],
         ("unknown strategy 'loraa'", "Did you mean 'lora'"),
@@ -431,6 +450,77 @@ def test_predict_takes_another_place_of_the_same_backbone(
     assert one == warm("predict", place.saved, "the parcel", "--json").document()
 
 
+def test_answers_and_numbers_of_other_tasks_are_readable(
+    place: Place, warm: Callable[..., Done], tmp_path: Path
+) -> None:
+    base = tiny.folder("bert", tmp_path / "base", auto="AutoModelForMaskedLM")
+    adapters.save(adapters.adapt(base, "lora", task="masked-lm"), tmp_path / "fill")
+    for text in ("my [MASK]\nis [MASK]", "my [MASK] is late"):  # a list of fillings for each mask, or for the one
+        done = warm("predict", tmp_path / "fill", text)
+        assert done.code == 0, done.err
+        (line,) = done.out.splitlines()
+        answer, row = line.split("\t")
+        assert (row, len(json.loads(answer))) == (" ".join(text.split()), 2 if "\n" in text else 5)
+    lines = warm("evaluate", tmp_path / "fill", "--data", place.rows).out.splitlines()
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert all(len(line.split()) == 2 for line in lines)
+    merged = warm("merge", tmp_path / "fill", tmp_path / "merged").out
+    assert f"next      transformers.pipeline('fill-mask', '{(tmp_path / 'merged').as_posix()}')" in merged
+    tags = {"id2label": {0: "O", 1: "B-X", 2: "I-X"}}
+    live = tiny.model("bert", auto="AutoModelForTokenClassification", **tags)
+    live.save_pretrained(tmp_path / "tagger")
+    adapted = adapters.adapt(live, "lora", processor=tiny.tokenizer())
+    adapted.record.backbone = str(tmp_path / "tagger")
+    adapters.save(adapted, tmp_path / "tags")
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"tokens": ["my", "parcel"]}\n')
+    done = warm("predict", tmp_path / "tags", "--data", words)
+    assert done.out.rstrip().endswith("\tmy parcel"), done.err
+
+
+def test_rows_for_another_task_name_the_others(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("my parcel\n\nis late\n")
+    for data, task in ((texts, "masked-lm"), (_pictures(tmp_path / "pictures"), "image-classification")):
+        line = warm("train", "--model", place.base, "--data", data, "--output", tmp_path / "out").fault()
+        assert "No task was named, so it is text-classification; the others are " in line
+        assert task in line
+        named = warm(
+            "train",
+            "--model",
+            place.base,
+            "--data",
+            data,
+            "--output",
+            tmp_path / "out",
+            "--task",
+            "text-classification",
+        ).fault()
+        assert "No task was named" not in named
+
+
+def _pictures(folder: Path) -> Path:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "1.png")
+    return folder
+
+
+def test_a_remark_is_said_once(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    done = warm(
+        *("train", "--model", place.base, "--data", place.rows, "--output", tmp_path / "out"),
+        *("--set", "options.max_length=4", "--set", "train.num_train_epochs=1"),
+    )
+    assert done.code == 0, done.err
+    cut = [line for line in done.err.splitlines() if "longer than 4 tokens" in line]
+    assert cut
+    assert len(cut) == len(set(cut))
+    assert "gemm_4bit" not in done.err
+    assert "attention_mask" not in done.err
+
+
 def test_merge_writes_a_plain_model_and_reports(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
     from transformers import pipeline
 
@@ -599,21 +689,31 @@ def test_numbers_that_go_bad_have_a_code_of_their_own(place: Place, warm: Callab
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(
-    place: Place, warm: Callable[..., Done], tmp_path: Path
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_run_saves_its_step_and_goes_on(
+    name: str, code: int, place: Place, warm: Callable[..., Done], tmp_path: Path
 ) -> None:
     arguments = ["train", "--model", place.base, "--data", place.rows, "--output", "out", "--strategy", "probe"]
     settings = ["--set", "train.num_train_epochs=200", "--set", "train.early_stopping_patience=null"]
-    done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ")
-    assert done.code == 130, done.err
+    done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ", number=signal.Signals[name])
+    assert done.code == code, done.err
     assert "Traceback" not in done.err
-    assert done.err.splitlines()[-1].startswith("adapters: interrupted"), done.err
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / ".out.run").glob("checkpoint-*"))
+    command = shlex.join(["adapters", *map(str, [*arguments, *settings]), "--resume"])
+    said = [line for line in done.err.splitlines() if line.startswith(f"stopped by {name} after step ")]
+    assert said[0].endswith(f", which is saved; go on with {command}"), done.err
+    step = int(said[0].split("after step ")[1].split(",")[0])
+    assert (tmp_path / ".out.run" / f"checkpoint-{step}").is_dir()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.run"]
     again = warm(*arguments, *settings, folder=tmp_path)
     assert again.code == 2
     assert "--resume" in again.fault()
     fewer = ["--set", "train.num_train_epochs=4", "--set", "train.early_stopping_patience=null"]
-    done = warm(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
+    again = warm(*arguments, *fewer, "--resume", folder=tmp_path)
+    assert again.code == 2
+    assert "num_train_epochs was 200, is 4. Go on with the old values" in again.fault()
+    if name == "SIGINT":
+        done = warm(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
+    else:
+        done = warm(*arguments, *fewer, "--resume", "--override", "num_train_epochs", "--json", folder=tmp_path)
     assert done.document()["output"] == "out"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

@@ -22,6 +22,7 @@ from adapters.errors import (
     BackboneError,
     ContractError,
     DataError,
+    DiskError,
     FolderError,
     MissingPackageError,
     NumbersError,
@@ -73,6 +74,7 @@ def refused(kind: type[AdaptersError], call: Callable[[], object], *said: str) -
     [
         (RequestError, ValueError, 2),
         (DataError, ValueError, 3),
+        (DiskError, OSError, 2),
         (FolderError, ValueError, 2),
         (BackboneError, ValueError, 2),
         (NumbersError, RuntimeError, 4),
@@ -776,7 +778,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such type"}))
     refused(RequestError, lambda: adapters.adapt(tmp_path, labels=LABELS), "cannot be loaded", str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    refused(RequestError, lambda: adapters.adapt(tmp_path, labels=LABELS), str(tmp_path))
+    refused(FolderError, lambda: adapters.adapt(tmp_path, labels=LABELS), "broken JSON", str(tmp_path / "config.json"))
 
 
 def test_a_model_with_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:

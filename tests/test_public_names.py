@@ -17,6 +17,7 @@ PUBLIC = {
     "BackboneError",
     "ContractError",
     "DataError",
+    "DiskError",
     "FolderError",
     "MergeReport",
     "MissingPackageError",

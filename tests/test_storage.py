@@ -166,7 +166,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (f / "adapter.json").write_text((f / "adapter.json").read_text().replace('"seed": 0', '"seed": 7')),
         "edited or damaged",
     ),
-    "manifest broken": (lambda f: (f / "adapter.json").write_text("{"), "manifest is broken"),
+    "manifest broken": (lambda f: (f / "adapter.json").write_text("{"), "broken JSON.*adapter.json"),
     "manifest a list": (lambda f: (f / "adapter.json").write_text("[]"), "not a manifest of ours"),
     "newer format": (lambda f: reseal(f, lambda d: d.update(format=99)), "newer version.*pip install -U"),
     "one tensor missing": (lambda f: rewrite(f, drop), "different tensors"),
@@ -374,3 +374,19 @@ def test_whatever_loading_makes_new_trains_and_is_saved(tmp_path: Path) -> None:
         )
         assert not info["missing_keys"] | info["unexpected_keys"]
         assert torch.allclose(tiny.logits(merged), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_start", [False, True], ids=["told later", "told at its start"])
+def test_the_inputs_that_a_tokenizer_makes_come_back(tmp_path: Path, at_start: bool) -> None:
+    base = tiny.folder("bert", tmp_path / "base")
+    processor = tiny.tokenizer()
+    if at_start:
+        processor.save_pretrained(tmp_path / "words")
+        processor = type(processor).from_pretrained(tmp_path / "words", model_input_names=["input_ids"])
+    else:
+        processor.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    adapted = adapters.adapt(base, labels=list(tiny.LABELS), processor=processor)
+    adapters.save(adapted, tmp_path / "adapter")
+    loaded = adapters.load(tmp_path / "adapter")
+    assert loaded.processor.model_input_names == processor.model_input_names
+    assert dict(loaded.processor("refund", "my money")) == dict(processor("refund", "my money"))

@@ -1,0 +1,72 @@
+"""One process at a time: a lock on a file, held as long as the process that took it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapters.errors import FolderError, message
+
+_HELD: set[str] = set()  # a process does not keep itself out by a record lock
+
+
+@contextlib.contextmanager
+def held(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock that a file stands for; the file holds this process' number and is gone afterwards.
+
+    A record lock: the system drops it when the process ends, and child processes do not inherit it.
+
+    Args:
+        file: the lock's file; its folder is made where it is not there.
+        what: what is locked, for the message.
+
+    Raises:
+        FolderError: another process holds it, or the folder cannot be written to.
+    """
+    place = str(file.absolute())
+    if place in _HELD:
+        raise _refusal(what, str(os.getpid()))
+    handle = _taken(file, what)
+    _HELD.add(place)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds that it is gone
+        os.close(handle)
+        _HELD.discard(place)
+
+
+def _taken(file: Path, what: str) -> int:
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as fault:
+            raise FolderError(message("the lock cannot be taken", where=str(file), found=fault)) from fault
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+        except OSError as fault:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            os.close(handle)
+            if isinstance(fault, BlockingIOError | PermissionError):
+                raise _refusal(what, holder) from None
+            raise FolderError(message("the lock cannot be taken", where=str(file), found=fault)) from fault
+        os.close(handle)
+
+
+def _refusal(what: str, pid: str) -> FolderError:
+    return FolderError(
+        message(
+            "another process is writing there",
+            where=what,
+            found=f"process {pid or 'unknown'}",
+            remedy="Wait until it has ended, or give another output folder.",
+        )
+    )

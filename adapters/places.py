@@ -1,0 +1,55 @@
+"""Places of files: which names are paths on this machine, and which entries of a folder lead out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapters.errors import FolderError, message
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a place on this machine: it never becomes a look-up on the hub.
+
+    `runs/one` is read as a place where there is a folder `runs`, and as a name of the hub elsewhere.
+    """
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
+def lies_inside(name: str) -> bool:
+    """Whether a relative name in the form of a URL stays below the folder that it belongs to."""
+    parts = name.split("/")
+    return name.isprintable() and not any(p in ("", ".", "..") or "\\" in p or ":" in p for p in parts)
+
+
+def refuse_strays(folder: Path, *, deep: bool) -> None:
+    """Refuse links, and whatever is neither a file nor a folder: reading them would read something else.
+
+    The hub's cache keeps each file of a snapshot as a link to a blob of the same repository; these are followed.
+
+    Args:
+        folder: the folder; it may itself be reached by a link.
+        deep: look into folders below it too; else only at its files.
+
+    Raises:
+        FolderError: naming the entry.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for entry in sorted(root.rglob("*") if deep else root.iterdir()):
+        if entry.is_dir() and (not deep or not entry.is_symlink()):
+            continue
+        if entry.is_symlink():
+            if blobs is None or entry.resolve().parent != blobs or not entry.is_file():
+                raise FolderError(
+                    message(
+                        "a link in a folder that is to be read",
+                        where=str(folder / entry.relative_to(root)),
+                        expected="a file",
+                        found=f"a link to {entry.readlink()}",
+                        remedy="Put the file itself there, or give the folder that holds it.",
+                    )
+                )
+        elif not entry.is_file():
+            raise FolderError(message("neither a file nor a folder", where=str(folder / entry.relative_to(root))))

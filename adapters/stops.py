@@ -1,0 +1,97 @@
+"""What ends a run before its last step: a signal, or the patience with evaluations that bring nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn, final
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class Stops(TrainerCallback):
+    """Ctrl-C and SIGTERM: the first saves at the end of the step and stops, the second stops at once.
+
+    Attributes:
+        number: the signal that came, 0 for none.
+        onward: how to go on, for a person.
+    """
+
+    def __init__(self, onward: str) -> None:
+        self.number = 0
+        self.onward = onward
+        self._old: dict[int, Any] = {}
+        self._due = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the signals meanwhile; outside the main thread, and where they are ignored, they are left alone."""
+        self.number, self._due = 0, False
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._old = {number: old for number, old in found.items() if old not in (None, signal.SIG_IGN)}
+        for number in self._old:
+            signal.signal(number, self._take)
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    def _take(self, number: int, _frame: Any) -> None:
+        self._give_back()  # a second one does what it always did
+        self.number = number
+
+    def _give_back(self) -> None:
+        for number, old in self._old.items():
+            if signal.getsignal(number) == self._take:
+                signal.signal(number, old)
+
+    def stop(self, step: int) -> NoReturn:
+        """End as the signal would have ended the process, now that everything is saved."""
+        name = signal.Signals(self.number).name
+        logger.warning("stopped by %s after step %d, which is saved; go on with %s", name, step, self.onward)
+        old = self._old[self.number]
+        if callable(old):
+            old(self.number, None)
+        raise SystemExit(128 + self.number)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save where a signal came; an epoch's last step is saved after what the end of the epoch brings.
+
+        A checkpoint between the last step and its epoch's evaluation would be resumed without that evaluation.
+        """
+        wanted = bool(control.should_save or self.number)
+        last = bool(control.should_training_stop) or float(state.epoch or 0).is_integer()
+        self._due = wanted and last
+        control.should_save = wanted and not last
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save what the last step left to do."""
+        if self._due or self.number:
+            control.should_save = True
+        self._due = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything is on the disk: stop."""
+        if self.number:
+            self.stop(state.global_step)
+
+
+@final
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to check: `settings` has chosen the metric."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Count the evaluations that choose the best weights: of several validation sets one does."""
+        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
