@@ -7,9 +7,9 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from torch.utils.data import RandomSampler, Sampler
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from adapters.contracts import Draw
 
@@ -43,6 +43,14 @@ class Order(Sampler[int]):
             return iter(torch.randperm(self.rows, generator=generator).tolist())
         order: list[int] = get_length_grouped_indices(self.lengths, self.group, generator=generator)  # type: ignore[no-untyped-call]
         return iter(order)
+
+
+def ordered(chosen: Any, args: TrainingArguments, epoch: Draw) -> Any:
+    """The sampler that transformers chose, in an order of ours where its own depends on what was drawn before."""
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    if isinstance(chosen, LengthGroupedSampler):
+        return Order(len(chosen), seed, epoch, list(chosen.lengths), chosen.batch_size)
+    return Order(len(chosen), seed, epoch) if isinstance(chosen, RandomSampler) else chosen
 
 
 @final

@@ -84,7 +84,7 @@ def quickstart(
         },
         "quickstart",
     )
-    results = recipe.run(say, resume=False)
+    results = recipe.run(say, resume=False, onward="adapters quickstart, which starts anew")
     sentences = list(SENTENCES)
     texts = None
     if data is None:

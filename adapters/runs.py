@@ -21,6 +21,7 @@ from adapters.fingerprint import Fingerprint
 
 # As transformers names them.
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
+RANDOM = "rng_state.pth"
 BEST = "best"  # folder in a checkpoint
 
 # Training arguments that change neither weights nor metrics: names, or how names begin.
@@ -139,12 +140,27 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
     return "; ".join(lines)
 
 
-def needed(args: TrainingArguments, accelerator: Any) -> list[str]:
+def refuse_many_processes(args: TrainingArguments) -> None:
+    """Checkpoints of several processes are not written: say so before the first one is due.
+
+    Raises:
+        RequestError: several processes, and a run that would save.
+    """
+    if args.world_size > 1 and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        raise RequestError(
+            message(
+                "checkpoints are written by one process",
+                where="args: save_strategy",
+                found=f"{args.world_size} processes",
+                remedy="Say save_strategy='no', or train in one process.",
+            )
+        )
+
+
+def needed(accelerator: Any) -> list[str]:
     """The files without which training cannot go on as if nothing had been."""
-    ranks = range(args.world_size)
-    random = [f"rng_state_{rank}.pth" for rank in ranks] if args.world_size > 1 else ["rng_state.pth"]
     scaler = [SCALER] if getattr(accelerator, "scaler", None) is not None else []
-    return [STATE, OPTIMIZER, SCHEDULER, *random, *scaler]
+    return [STATE, OPTIMIZER, SCHEDULER, RANDOM, *scaler]
 
 
 def checkpoint(
@@ -214,8 +230,16 @@ def finished(folder: Path, override: Sequence[str]) -> bool:
     state = TrainerState.load_from_json(str(folder / STATE))
     if state.global_step >= state.max_steps:
         return not {"num_train_epochs", "max_steps"} & set(override)
-    stopped: bool = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-    return stopped and "early_stopping_patience" not in override
+    return "early_stopping_patience" not in override and any(map(_lost_patience, state.stateful_callbacks.values()))
+
+
+def _lost_patience(kept: Any) -> bool:
+    """Whether the state of a callback is that of early stopping which has stopped; others' stops end no run."""
+    for entry in kept if isinstance(kept, list) else [kept]:
+        count = entry.get("attributes", {}).get("early_stopping_patience_counter")
+        if count is not None and count >= entry["args"]["early_stopping_patience"]:
+            return True
+    return False
 
 
 def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tensor] | None) -> None:

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from torch.utils.data import IterableDataset, RandomSampler
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
 from adapters.arguments import PATIENCE, changed, complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.epochs import Epochs, Order
+from adapters.epochs import Epochs, ordered
 from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.formats import arrange
 from adapters.order import frozen_below
@@ -188,8 +187,7 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
-        if self._draws:
-            self.data_collator = functools.partial(plain, draw=self._draw)
+        self.data_collator = functools.partial(plain, draw=self._draw) if self._draws else plain
         try:
             return super().get_train_dataloader()
         finally:
@@ -197,11 +195,7 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, in an order that seed and epoch alone decide."""
-        chosen = super()._get_train_sampler(*args, **kwargs)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if isinstance(chosen, LengthGroupedSampler):
-            return Order(len(chosen), seed, self._draw, list(chosen.lengths), chosen.batch_size)
-        return Order(len(chosen), seed, self._draw) if isinstance(chosen, RandomSampler) else chosen
+        return ordered(super()._get_train_sampler(*args, **kwargs), self.args, self._draw)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
@@ -328,6 +322,7 @@ class Trainer(transformers.Trainer):
             FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
             RequestError: the checkpoint is another run's.
         """
+        runs.refuse_many_processes(self.args)
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
@@ -338,7 +333,7 @@ class Trainer(transformers.Trainer):
             folder = None
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
-                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.args, self.accelerator))
+                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
             self.pop_callback(self.stops)
             self.add_callback(self.stops)  # the last to say whether a step is saved
             stack.enter_context(self.stops.watched())
@@ -459,6 +454,6 @@ class Trainer(transformers.Trainer):
         self._total_loss_scalar = sum(self._progress["losses"][:2])
         loss = self._total_loss_scalar / max(self.state.global_step, 1)
         metrics = {"train_loss": loss, "train_runtime": 0.0}
-        if "train_loss" not in self.state.log_history[-1]:
+        if not any("train_loss" in entry for entry in self.state.log_history):
             self.log(metrics)
         return TrainOutput(self.state.global_step, loss, metrics)

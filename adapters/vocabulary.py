@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.anatomy import own_name
 from adapters.contracts import Adapted, Strategy, Vocabulary
 from adapters.errors import FolderError, RequestError, message
 
@@ -161,6 +160,8 @@ def of_manifest(document: Mapping[str, Any], where: str) -> Vocabulary | None:
 
 def grown(adapted: Adapted) -> set[str]:
     """The parameters, by name in memory, of which only the added entries train."""
+    from adapters.anatomy import own_name
+
     axes = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
     return {name for name, _ in adapted.model.named_parameters() if own_name(name) in axes} if axes else set()
 

@@ -1,8 +1,8 @@
 """Every task on real rows, beside the untrained model, the best blind answer, and peft under transformers.Trainer.
 
-Both sides get the same backbone, rank, modules, learning rate, epochs and batch size; the peer its own head, collator
-and defaults. Every run is a process of its own; ours and the peer's take turns. The rows come from ../shared/data;
-where it is absent only the embedded support set is measured, in the place of sst2, and that is said.
+Both sides get the same backbone, rank, modules and training arguments; the peer its own head, collator and defaults.
+Every run is a process of its own; ours and the peer's take turns. The rows come from ../shared/data; where it is absent
+only the embedded support set is measured, in the place of sst2, and that is said.
 
     python -m benchmarks.tasks                     a small run of every row
     python -m benchmarks.tasks --full              larger, three seeds; goes on where it was stopped

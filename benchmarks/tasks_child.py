@@ -156,8 +156,25 @@ def small_t5(parts: Parts, folder: Path) -> str:
 # ---------------------------------------------------------------------- ours
 
 
+def settings(run: Run, folder: Path) -> dict[str, Any]:
+    """The training arguments that both sides get; all else is each side's default."""
+    return {
+        "output_dir": str(folder / "run"),
+        "learning_rate": run.learning_rate,
+        "num_train_epochs": run.size.epochs,
+        "per_device_train_batch_size": run.batch_size,
+        "per_device_eval_batch_size": 32,
+        "warmup_steps": 0.06,  # below 1: a share of all steps
+        "weight_decay": 0.01,
+        "seed": run.seed,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
 def ours(row: Row, run: Run, parts: Parts, model: str, folder: Path) -> Side:
-    """The library, with learning rate, epochs and batch size given; all else is the strategy's default."""
+    """The library; all that is not given is the strategy's default."""
     import adapters
 
     adapted = adapters.adapt(
@@ -165,16 +182,7 @@ def ours(row: Row, run: Run, parts: Parts, model: str, folder: Path) -> Side:
     )
     trainer = adapters.Trainer(
         adapted,
-        {
-            "output_dir": str(folder / "run"),
-            "learning_rate": run.learning_rate,
-            "num_train_epochs": run.size.epochs,
-            "per_device_train_batch_size": run.batch_size,
-            "seed": run.seed,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "report_to": "none",
-        },
+        settings(run, folder),
         prepared(row, parts.train, adapted.processor, adapted.model) if language(row) else parts.train,
     )
 

@@ -1,7 +1,7 @@
 """The peer of the tasks' benchmark: peft under transformers' own Trainer, written as their examples write it.
 
-Same backbone, rank, alpha, modules, learning rate, epochs and batch size as ours; warm-up, weight decay, order of the
-rows and all else are transformers' defaults.
+Same backbone, rank, alpha, modules and training arguments as ours, texts of like length together; all else are
+transformers' defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import transformers
 
-from benchmarks.tasks_child import Parts, Side, prepared
+from benchmarks.tasks_child import Parts, Side, prepared, settings
 from benchmarks.tasks_rows import LLAMA, MINILM, VIT, Row, Run
 
 if TYPE_CHECKING:
@@ -49,32 +49,28 @@ def wrapped(row: Row, model: Any, task_type: str | None, modules_to_save: list[s
     return peft.get_peft_model(model, config)
 
 
-def settings(run: Run, folder: Path) -> dict[str, Any]:
-    """Training arguments: what ours gets, and no more."""
-    return {
-        "output_dir": str(folder / "run"),
-        "learning_rate": run.learning_rate,
-        "num_train_epochs": run.size.epochs,
-        "per_device_train_batch_size": run.batch_size,
-        "per_device_eval_batch_size": 32,
-        "seed": run.seed,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-
-
 def trainer(
     run: Run, folder: Path, model: Any, rows: Dataset, processor: Any, collator: Any = None
 ) -> transformers.Trainer:
     """transformers.Trainer; without a collator its own choice."""
     return transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**settings(run, folder)),
+        args=transformers.TrainingArguments(**settings(run, folder), **order(rows)),
         train_dataset=rows,
         processing_class=processor,
         data_collator=collator,
     )
+
+
+def order(rows: Dataset) -> dict[str, Any]:
+    """Texts of like length together, as ours takes them; the sampler asks for token ids."""
+    return {"train_sampling_strategy": "group_by_length"} if "input_ids" in rows.column_names else {}
+
+
+def predicted(made: transformers.Trainer, rows: Dataset, **options: Any) -> Any:
+    """What the model says of the rows, in their order: transformers would group these by length as well."""
+    made.args.train_sampling_strategy = "random"
+    return made.predict(rows, **options).predictions
 
 
 def mapped(rows: Dataset, act: Callable[[Mapping[str, Any]], Any]) -> Dataset:
@@ -101,8 +97,7 @@ def text_classification(row: Row, run: Run, parts: Parts, folder_of_model: str, 
 
 def classes(made: transformers.Trainer, rows: Dataset, labels: list[str]) -> list[str]:
     """The label of the highest logit, row by row."""
-    found: Any = made.predict(rows).predictions
-    return [labels[index] for index in found.argmax(-1)]
+    return [labels[index] for index in predicted(made, rows).argmax(-1)]
 
 
 def image_classification(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path) -> Side:
@@ -159,7 +154,7 @@ def token_classification(row: Row, run: Run, parts: Parts, folder_of_model: str,
 
     def answers() -> list[list[str]]:
         rows = mapped(parts.test, inputs)
-        best: Any = made.predict(rows).predictions
+        best = predicted(made, rows)
         given = []
         for tags, words, logits in zip(parts.test["tags"], rows["labels"], best.argmax(-1), strict=True):
             said = [labels[tag] for tag, label in zip(logits, words, strict=False) if label != -100]
@@ -209,7 +204,7 @@ def question_answering(row: Row, run: Run, parts: Parts, folder_of_model: str, f
         from datasets import Dataset as Rows
 
         rows = Rows.from_dict({name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
-        starts, ends = made.predict(rows).predictions  # type: ignore[misc]
+        starts, ends = predicted(made, rows)
         best: dict[int, tuple[float, str]] = {}
         for number, sample in enumerate(samples):
             inside = {place for place, part in enumerate(encoded.sequence_ids(number)) if part == 1}
@@ -240,19 +235,18 @@ def seq2seq(row: Row, run: Run, parts: Parts, folder_of_model: str, folder: Path
             ],
         }
 
+    rows = mapped(parts.train, inputs)
     made = transformers.Seq2SeqTrainer(
         model=model,
-        args=transformers.Seq2SeqTrainingArguments(**settings(run, folder), predict_with_generate=True),
-        train_dataset=mapped(parts.train, inputs),
+        args=transformers.Seq2SeqTrainingArguments(**settings(run, folder), **order(rows), predict_with_generate=True),
+        train_dataset=rows,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model),
     )
 
     def answers() -> list[str]:
-        found: Any = made.predict(
-            mapped(parts.test, inputs), max_new_tokens=options["max_new_tokens"], num_beams=1
-        ).predictions
-        found = found.copy()
+        test = mapped(parts.test, inputs)
+        found = predicted(made, test, max_new_tokens=options["max_new_tokens"], num_beams=1).copy()
         found[found < 0] = tokenizer.pad_token_id
         return list(tokenizer.batch_decode(found, skip_special_tokens=True))
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import tiny
-from test_resume import Cut, assert_same, run
-from test_trainer import adapted_on
+from test_resume import assert_same, run
+from test_trainer import Cut, adapted_on
 
 import adapters
 from adapters import checkpoints, locks

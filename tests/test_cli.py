@@ -10,7 +10,9 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -59,7 +61,7 @@ for line in sys.stdin:
     deadline = time.monotonic() + 60
     while asked["interrupt"] and time.monotonic() < deadline:
         if os.path.exists(asked["err"]) and asked["interrupt"] in open(asked["err"]).read():
-            os.kill(child, signal.SIGINT)
+            os.kill(child, asked["signal"])
             break
         time.sleep(0.01)
     _, status = os.waitpid(child, 0)
@@ -121,7 +123,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Don
     assert host.stdout is not None
     assert host.stdout.readline() == "ready\n"
 
-    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "") -> Done:
+    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
         out, err = streams / "out", streams / "err"
         err.unlink(missing_ok=True)
         asked = {
@@ -130,6 +132,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Don
             "out": str(out),
             "err": str(err),
             "interrupt": interrupt,
+            "signal": int(number),
         }
         host.stdin.write(json.dumps(asked) + "\n")
         host.stdin.flush()
@@ -599,21 +602,31 @@ def test_numbers_that_go_bad_have_a_code_of_their_own(place: Place, warm: Callab
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(
-    place: Place, warm: Callable[..., Done], tmp_path: Path
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_run_saves_its_step_and_goes_on(
+    name: str, code: int, place: Place, warm: Callable[..., Done], tmp_path: Path
 ) -> None:
     arguments = ["train", "--model", place.base, "--data", place.rows, "--output", "out", "--strategy", "probe"]
     settings = ["--set", "train.num_train_epochs=200", "--set", "train.early_stopping_patience=null"]
-    done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ")
-    assert done.code == 130, done.err
+    done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ", number=signal.Signals[name])
+    assert done.code == code, done.err
     assert "Traceback" not in done.err
-    assert done.err.splitlines()[-1].startswith("adapters: interrupted"), done.err
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / ".out.run").glob("checkpoint-*"))
+    command = shlex.join(["adapters", *map(str, [*arguments, *settings]), "--resume"])
+    said = [line for line in done.err.splitlines() if line.startswith(f"stopped by {name} after step ")]
+    assert said[0].endswith(f", which is saved; go on with {command}"), done.err
+    step = int(said[0].split("after step ")[1].split(",")[0])
+    assert (tmp_path / ".out.run" / f"checkpoint-{step}").is_dir()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.run"]
     again = warm(*arguments, *settings, folder=tmp_path)
     assert again.code == 2
     assert "--resume" in again.fault()
     fewer = ["--set", "train.num_train_epochs=4", "--set", "train.early_stopping_patience=null"]
-    done = warm(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
+    again = warm(*arguments, *fewer, "--resume", folder=tmp_path)
+    assert again.code == 2
+    assert "num_train_epochs was 200, is 4. Go on with the old values" in again.fault()
+    if name == "SIGINT":
+        done = warm(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
+    else:
+        done = warm(*arguments, *fewer, "--resume", "--override", "num_train_epochs", "--json", folder=tmp_path)
     assert done.document()["output"] == "out"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

@@ -401,6 +401,36 @@ def test_a_signal_says_how_to_go_on_and_gives_its_handler_back(
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
 
 
+def test_ctrl_c_reaches_the_workers_of_the_data_as_well(tmp_path: Path) -> None:
+    import psutil
+
+    class Group(TrainerCallback):
+        """What a terminal does: every process of the group is told."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                children = psutil.Process().children()
+                assert len(children) == 2
+                for process in [*children, psutil.Process()]:
+                    process.send_signal(signal.SIGINT)
+
+    more: dict[str, Any] = {"save_strategy": "no", "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
+    more["num_train_epochs"] = 4
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "probe", Group(), **more)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-8"]
+    assert_same(run(tmp_path, "probe", resume=True, **more), run(tmp_path / "whole", "probe", **more))
+
+
+def test_several_processes_are_told_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(tmp_path, adapted_on(strategy="probe"))
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(adapters.RequestError, match=r"written by one process.*2 processes"):
+        trainer.train()
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     class Twice(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
