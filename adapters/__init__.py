@@ -17,6 +17,7 @@ _HOMES = {
     "AdaptersError": "errors",
     "BackboneError": "errors",
     "DataError": "errors",
+    "DiskError": "errors",
     "FolderError": "errors",
     "MissingPackageError": "errors",
     "NumbersError": "errors",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
     from adapters.errors import DataError as DataError
+    from adapters.errors import DiskError as DiskError
     from adapters.errors import FolderError as FolderError
     from adapters.errors import MissingPackageError as MissingPackageError
     from adapters.errors import NumbersError as NumbersError

@@ -83,7 +83,9 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
                 "the backbone cannot be loaded",
                 where=f"{name}, load={load}" if load else name,
                 found=" ".join(f"{type(fault).__name__}: {fault}".split())[:400],
-                remedy="Check the id or folder; offline, only local folders and cached ids open.",
+                remedy="It brings code of its own. If you trust it: load={'trust_remote_code': True}."
+                if "trust_remote_code" in str(fault)
+                else "Check the id or folder; offline, only local folders and cached ids open.",
             )
         ) from fault
     parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
@@ -176,15 +178,17 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         return open_processor(kind, name, kept)
-    except (OSError, ValueError, KeyError) as fault:
-        if quiet or not isinstance(fault, OSError):
+    except MissingPackageError:
+        raise
+    except Exception as fault:  # tokenizers raises bare exceptions for what it cannot read
+        if quiet or not (isinstance(fault, OSError) or folder.is_dir()):
             return None
         raise RequestError(
             message(
-                f"the backbone has no {what}",
+                f"the backbone has no {what} that opens",
                 where=name,
-                found=" ".join(str(fault).split())[:300],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:300],
+                remedy=f"Mend its files, or pass processor={kind}.from_pretrained(...).",
             )
         ) from fault
 

@@ -26,6 +26,10 @@ class FolderError(AdaptersError, ValueError):
     """A folder or file does not hold what it should: truncated, edited, foreign, or not ours to replace."""
 
 
+class DiskError(AdaptersError, OSError):
+    """The disk refuses what is to be written: full, read-only, no permission; nothing half-written is left."""
+
+
 class BackboneError(AdaptersError, ValueError):
     """The adapter belongs to another backbone than the one at hand."""
 
@@ -60,7 +64,14 @@ def message(what: str, *, where: str = "", expected: object = "", found: object 
     if found != "":
         parts.append(f"found {found}")
     text = "; ".join(parts)
-    return f"{text}. {remedy}" if remedy else text
+    return _line(f"{text}. {remedy}" if remedy else text)
+
+
+def _line(text: str) -> str:
+    """One line of printable characters: names of files and tensors come from strangers, and a terminal obeys some."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 SHOWN = 20  # names that a message lists at most

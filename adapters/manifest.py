@@ -292,7 +292,12 @@ def fetch(folder_or_id: str | Path) -> Path:
 
     Raises:
         FolderError: neither a folder nor an id that opens.
+        RequestError: no name at all.
     """
+    if not isinstance(folder_or_id, str | Path):
+        raise RequestError(
+            message("no adapter", where="load", expected="a folder or hub id", found=type(folder_or_id).__name__)
+        )
     path = Path(folder_or_id).expanduser()
     if path.is_dir():
         return path

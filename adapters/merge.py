@@ -329,7 +329,7 @@ def _with_fidelity(
     )
     if child.returncode != 0:
         raise AdaptersError(
-            message("the logits check broke", where=str(stage), found=" ".join(child.stderr.split())[-500:])
+            message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
         )
     found = json.loads(child.stdout.strip().splitlines()[-1])
     coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))

@@ -69,6 +69,12 @@ def _dtype(name: str) -> str:
     return name
 
 
+def _trainable(name: str) -> str:
+    if "float" not in _dtype(name):
+        raise ValueError(f"no dtype that trains: {name}")
+    return name
+
+
 def _print(entry: list[Any]) -> list[Any]:
     """Shape, dtype, hash and samples of one tensor of the backbone."""
     if len(entry) != 4 or not isinstance(entry[0], list) or not all(isinstance(part, str) for part in entry[1:]):
@@ -134,7 +140,7 @@ class TensorEntry(_Strict):
     """One trained tensor."""
 
     shape: list[Count]
-    dtype: Annotated[str, AfterValidator(_dtype)]
+    dtype: Annotated[str, AfterValidator(_trainable)]
     sha256: Sha256
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from adapters import jsontext
-from adapters.errors import AdaptersError, FolderError, message
+from adapters.errors import AdaptersError, DiskError, FolderError, message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +160,7 @@ def read_header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
             stream.seek(8)
             text = stream.read(length)
         if not text.startswith(b"{"):
-            raise ValueError("it does not begin with {")
+            raise FolderError(message("a safetensors header that does not begin with {", where=str(file)))
         header: Any = jsontext.parse(text)
     except (OSError, ValueError) as fault:
         if isinstance(fault, FolderError):
@@ -420,17 +420,21 @@ def staged(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into; on success it takes the place of `target`, on failure it is gone.
 
     The old folder is moved aside first and deleted last: whenever the process dies, a whole folder stands.
+
+    Raises:
+        DiskError: the disk refuses; what stood there still stands.
+        FolderError: the target is a link.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
         raise FolderError(
             message("the output is a symbolic link", where=str(target), remedy="Give the folder it points to.")
         )
     stage = target.with_name(f".{target.name}.staging-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    remove(stage)
-    stage.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(stage)
+        stage.mkdir()
         yield stage
         sync_folder(stage)
         if target.exists():
@@ -438,8 +442,19 @@ def staged(target: Path) -> Iterator[Path]:
         stage.rename(target)
         sync_folder(target.parent)
         remove(old)
-    except BaseException:
+    except BaseException as fault:
         if old.exists() and not target.exists():
             old.rename(target)
         remove(stage)
-        raise
+        if not isinstance(fault, OSError) or isinstance(fault, AdaptersError):
+            raise
+        refusal = DiskError(
+            message(
+                "the folder cannot be written",
+                where=str(target),
+                found=fault.strerror or fault,
+                remedy="Nothing was changed. Make room, or give another output.",
+            )
+        )
+        refusal.errno = fault.errno
+        raise refusal from fault

@@ -77,6 +77,8 @@ def refuse_foreign(target: Path) -> None:
     Raises:
         FolderError: with what was found.
     """
+    if "\0" in str(target):
+        raise FolderError(message("no name of a folder", where=repr(str(target))))
     below = next((parent for parent in target.parents if parent.exists()), None)
     if below is not None and not below.is_dir():
         raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
@@ -406,9 +408,9 @@ def _recipe(file: Path) -> dict[str, Any]:
     """
     import yaml
 
+    if file.stat().st_size > MAX_RECIPE:
+        raise FolderError(message("a file too large to be a recipe", where=str(file), remedy="Delete the file."))
     try:
-        if file.stat().st_size > MAX_RECIPE:
-            raise ValueError(f"{file.stat().st_size} bytes")
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, yaml.YAMLError) as fault:
         raise FolderError(

@@ -157,12 +157,15 @@ def taken(rows: Dataset, model: PreTrainedModel, *, labelled: bool, keep: Sequen
         keep: further columns that stay.
 
     Raises:
-        DataError: ids that the model does not take, no labels where they are needed.
+        DataError: ids that the model does not take, masks of another length, no labels where they are needed.
     """
     if labelled:
         need_column(rows, "labels")
     vocabulary = vocabulary_of(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    beside = [name for name in ("attention_mask", "token_type_ids") if name in rows.column_names]
+    for name in ("input_ids", *beside):
+        _check_lists(rows, name)
     for number, ids in enumerate(rows["input_ids"]):
         if not 0 < len(ids) <= positions or min(ids) < 0 or max(ids) >= vocabulary:
             raise DataError(
@@ -173,10 +176,32 @@ def taken(rows: Dataset, model: PreTrainedModel, *, labelled: bool, keep: Sequen
                     found=f"{len(ids)} ids" + (f" from {min(ids)} to {max(ids)}" if ids else ""),
                 )
             )
+    for name in beside:
+        for number, (ids, values) in enumerate(zip(rows["input_ids"], rows[name], strict=True)):
+            if len(values) != len(ids):
+                raise DataError(
+                    message(
+                        "a prepared column that does not fit its token ids",
+                        where=f"row {number}, column {name!r}",
+                        expected=f"{len(ids)} numbers",
+                        found=len(values),
+                    )
+                )
     kept = {"input_ids", "attention_mask", "token_type_ids", "labels", *keep}
     rows = rows.remove_columns([name for name in rows.column_names if name not in kept])
     rows = rows.add_column("length", [len(ids) for ids in rows["input_ids"]])
     return rows.add_column("row", list(range(len(rows))))
+
+
+def _check_lists(rows: Dataset, name: str) -> None:
+    """Refuse a column of model inputs that does not hold whole numbers: 2.5 would be cut to 2 without a word."""
+    kind = str(getattr(getattr(rows.features[name], "feature", None), "dtype", rows.features[name]))
+    if not kind.startswith(("int", "uint", "bool", "null")):
+        raise DataError(
+            message(
+                "not lists of whole numbers", where=f"column {name!r}", expected="token ids", found=f"{kind} values"
+            )
+        )
 
 
 def padded(

@@ -21,6 +21,7 @@ from adapters.errors import (
     AdaptersError,
     BackboneError,
     DataError,
+    DiskError,
     FolderError,
     MissingPackageError,
     NumbersError,
@@ -72,6 +73,7 @@ def refused(kind: type[AdaptersError], call: Callable[[], object], *said: str) -
     [
         (RequestError, ValueError, 2),
         (DataError, ValueError, 3),
+        (DiskError, OSError, 2),
         (FolderError, ValueError, 2),
         (BackboneError, ValueError, 2),
         (NumbersError, RuntimeError, 4),

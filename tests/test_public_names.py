@@ -16,6 +16,7 @@ PUBLIC = {
     "AdaptersError",
     "BackboneError",
     "DataError",
+    "DiskError",
     "FolderError",
     "MergeReport",
     "MissingPackageError",
