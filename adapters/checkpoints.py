@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters import shards
+from adapters import disk, shards
 from adapters.errors import FolderError, message
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,12 @@ def staged(place: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         facts: "run", "terms" and "progress" of its document.
 
     Raises:
-        FolderError: the disk is full or fails.
+        DiskError: the disk is full or fails.
     """
     stage = place.parent / f".staging-{os.getpid()}"
     remedy = "The checkpoints beside it are whole. Make room, then go on with resume_from_checkpoint=True (--resume)."
     try:
-        with shards.writing(place, remedy):
+        with disk.writing(place, remedy):
             shards.remove(stage)
             stage.mkdir(parents=True)
             yield stage
@@ -206,12 +206,18 @@ def newest(run: Path, unlike: Callable[[Mapping[str, Any]], str]) -> tuple[Path,
 
 
 def rotate(folder: Path, run: str, keep: int | None, best: str | None) -> None:
-    """Delete this run's older checkpoints beyond `keep`, never the best one and nothing that the run did not write."""
+    """Delete this run's older checkpoints beyond `keep`, never the best one and nothing that the run did not write.
+
+    Raises:
+        DiskError: the disk does not let one go.
+    """
     if not keep:
         return
     named = (entry for entry in folder.glob("checkpoint-*") if step_of(entry) >= 0)
     ours = sorted((entry for entry in named if run_of(entry) == run), key=step_of)
     others = [entry for entry in ours if str(entry) != best]
     room = max(1, keep - (len(ours) - len(others)))
+    remedy = "The newer checkpoints are whole. Delete this one, then go on with resume_from_checkpoint=True (--resume)."
     for entry in others[:-room]:
-        _discard(entry)
+        with disk.writing(entry, remedy):
+            _discard(entry)

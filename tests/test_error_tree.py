@@ -31,6 +31,8 @@ LABELS = hostile.LABELS
 PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
     ("cli.py", "SystemExit"): "the exit code",
+    ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
+    ("stops.py", "SystemExit"): "the exit code after a signal",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
     ("rendering.py", "ValueError"): "what a template says; whoever knows the row names it",
     ("schema.py", "ValueError"): "what a validator of pydantic raises",
