@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters import shards
+from adapters import disk, shards
 from adapters.errors import FolderError, message
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def staged(place: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     stage = place.parent / f".staging-{os.getpid()}"
     try:
-        with shards.writing(place, REMEDY):
+        with disk.writing(place, REMEDY):
             shards.remove(stage)
             stage.mkdir(parents=True)
             yield stage
@@ -156,7 +156,7 @@ def _discard(folder: Path) -> None:
 
 def recover(run: Path) -> None:
     """Put right what processes that died while they wrote have left in an output folder, whose lock is held."""
-    with shards.writing(run):
+    with disk.writing(run):
         for stage in run.glob(".staging-*"):
             shards.remove(stage)
         for aside in run.glob("checkpoint-*.old-*"):
@@ -207,13 +207,18 @@ def newest(run: Path, unlike: Callable[[Mapping[str, Any]], str]) -> tuple[Path,
 
 
 def rotate(folder: Path, run: str, keep: int | None, best: str | None) -> None:
-    """Delete this run's older checkpoints beyond `keep`, never the best one and nothing that the run did not write."""
+    """Delete this run's older checkpoints beyond `keep`, never the best one and nothing that the run did not write.
+
+    Raises:
+        DiskError: the disk does not let one go.
+    """
     if not keep:
         return
     named = (entry for entry in folder.glob("checkpoint-*") if step_of(entry) >= 0)
     ours = sorted((entry for entry in named if run_of(entry) == run), key=step_of)
     others = [entry for entry in ours if str(entry) != best]
     room = max(1, keep - (len(ours) - len(others)))
-    with shards.writing(folder, REMEDY):
-        for entry in others[:-room]:
+    remedy = "The newer checkpoints are whole. Delete this one, then go on with resume_from_checkpoint=True (--resume)."
+    for entry in others[:-room]:
+        with disk.writing(entry, remedy):
             _discard(entry)

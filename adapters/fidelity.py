@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from adapters import shards
+from adapters import disk
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
@@ -164,7 +164,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     device = adapted.model.device
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
     with contextlib.ExitStack() as stack:
-        with shards.writing(place):
+        with disk.writing(place):
             stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(stage))
             storage.write(adapted, folder)

@@ -34,7 +34,8 @@ def held(file: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds that it is gone
+        with contextlib.suppress(OSError):  # a file that is left locks nothing
+            file.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds that it is gone
         os.close(handle)
         _HELD.discard(place)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import parts, shards
+from adapters import disk, parts, shards
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
@@ -160,7 +160,7 @@ def merge_on_disk(
     check_folder(source)
     edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
-    with shards.staged(target) as stage:
+    with disk.staged(target) as stage:
         written = write(stage, steps, source, document)
         verified = verify(stage, steps, written)
         _write_config(stage, source, adapter, document, dtype)

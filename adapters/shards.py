@@ -1,4 +1,4 @@
-"""A directory of safetensors files: its headers, reads of one tensor at a time, atomic writes, digests.
+"""A directory of safetensors files: its headers, reads of one tensor at a time, flushed writes, digests.
 
 Reads go through plain file descriptors, not memory maps: the pages of a map count as this process's memory, and
 a merge of a model larger than memory must stay small.
@@ -6,7 +6,6 @@ a merge of a model larger than memory must stay small.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from adapters import jsontext
-from adapters.errors import AdaptersError, DiskError, FolderError, message
+from adapters.errors import FolderError, message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -395,61 +394,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
-
-
-@contextlib.contextmanager
-def writing(target: Path, remedy: str = "Nothing was changed. Make room, or give another output.") -> Iterator[None]:
-    """What a full or failing disk does to any writer, as one error that names what was being written.
-
-    Writers in C++ and Rust raise errors of no particular class, so every error but ours counts.
-
-    Raises:
-        DiskError: anything went wrong meanwhile.
-    """
-    try:
-        yield
-    except AdaptersError:
-        raise
-    except Exception as fault:
-        cause = fault.strerror if isinstance(fault, OSError) and fault.strerror else f"{type(fault).__name__}: {fault}"
-        found = " ".join(str(cause).split())[:200]
-        refusal = DiskError(message("could not be written", where=str(target), found=found, remedy=remedy))
-        refusal.errno = fault.errno if isinstance(fault, OSError) else None
-        raise refusal from fault
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write into; on success it takes the place of `target`, on failure it is gone.
-
-    The old folder is moved aside first and deleted last: whenever the process dies, a whole folder stands.
-
-    Raises:
-        DiskError: the disk refuses; what stood there still stands.
-        FolderError: the target is a link.
-    """
-    if target.is_symlink():
-        raise FolderError(
-            message("the output is a symbolic link", where=str(target), remedy="Give the folder it points to.")
-        )
-    stage = target.with_name(f".{target.name}.staging-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove(stage)
-        stage.mkdir()
-        yield stage
-        sync_folder(stage)
-        if target.exists():
-            target.rename(old)
-        stage.rename(target)
-        sync_folder(target.parent)
-        remove(old)
-    except BaseException as fault:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        remove(stage)
-        if isinstance(fault, OSError):
-            with writing(target):
-                raise
-        raise

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, facts, shards
+from adapters import bare, disk, facts, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import PROCESSORS, live_model, open_processor
 from adapters.card import card
@@ -61,13 +61,13 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
 
     Raises:
         FolderError: the folder holds something else.
-        DiskError: the disk is full or fails; the old folder is whole then.
+        DiskError: the disk is full or fails; the old folder is whole then, or the error says that the new one is.
         NumbersError: a trained tensor is not finite.
     """
     target = Path(folder).expanduser()
     refuse_foreign(target)
     adapted.state()  # a spent adapter speaks before anything is written
-    with shards.writing(target), shards.staged(target) as stage:
+    with disk.writing(target), disk.staged(target) as stage:
         write(adapted, stage)
     return target
 

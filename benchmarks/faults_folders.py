@@ -35,7 +35,7 @@ from benchmarks.faults_trace import PASS, READS, Call, Verdict, watch, watched
 from benchmarks.harness import ROOT
 
 WEIGHTS = "adapter_model.safetensors"
-BATCH = 250  # flips in one child
+BATCH = 100  # flips in one child
 GROUPS = {"data": "weights, data", "header": "weights, header", "json": "JSON files"}
 SHARES = {"data": 0.4, "header": 0.3, "json": 0.3}
 

@@ -316,7 +316,7 @@ class Unanswered(RuntimeError):
     """A child ended without an answer."""
 
 
-def child(act: Callable[[], Any], file: Path, seconds: int = 120) -> int:
+def child(act: Callable[[], Any], file: Path, seconds: int = 600) -> int:
     """Fork a process that writes what an act returns into a file, as JSON; what it prints goes beside it.
 
     Returns:

@@ -255,7 +255,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(size: int, tmp_path: Path)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(adapters.DiskError, match=r"could not be written.*checkpoint-4.*Make room") as caught:
+        with pytest.raises(adapters.DiskError, match=r"cannot be written.*checkpoint-4.*Make room") as caught:
             run(tmp_path, "probe", Full(), **STEPS, logging_steps=50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_saved_adapter_whole(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(adapters.DiskError, match=r"could not be written.*out.*No space left.*Make room"):
+    with pytest.raises(adapters.DiskError, match=r"cannot be written.*out.*No space left.*Make room"):
         adapters.save(adapted, tmp_path / "out")
     assert (tmp_path / "out" / "adapter.json").read_bytes() == before
     assert names(tmp_path) == ["out"]

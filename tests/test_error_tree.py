@@ -31,6 +31,7 @@ LABELS = hostile.LABELS
 PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
     ("cli.py", "SystemExit"): "the exit code",
+    ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
     ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
     ("stops.py", "SystemExit"): "what a signal ends the process with",
@@ -279,7 +280,7 @@ RAW: dict[str, tuple[Callable[[], Any], str, tuple[str, ...]]] = {
     "FileNotFoundError of an output": (
         lambda: adapters.save(adapted_on("probe"), "/proc/nowhere/out"),
         "DiskError",
-        ("could not be written", "/proc/nowhere/out"),
+        ("cannot be written", "/proc/nowhere/out"),
     ),
     "couldn't connect to huggingface.co": (
         lambda: adapters.adapt("./outputs/run1", labels=LABELS),

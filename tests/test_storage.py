@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import tiny
 import torch
 
 import adapters
-from adapters import shards
+from adapters import disk, shards
 from adapters.edits import replace_all
 
 
@@ -390,3 +393,39 @@ def test_the_inputs_that_a_tokenizer_makes_come_back(tmp_path: Path, at_start: b
     loaded = adapters.load(tmp_path / "adapter")
     assert loaded.processor.model_input_names == processor.model_input_names
     assert dict(loaded.processor("refund", "my money")) == dict(processor("refund", "my money"))
+
+
+# ---------------------------------------------------------------------- taking the place of another folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two renames do it")
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("between two renames nothing would stand there"))
+    with disk.staged(tmp_path / "out") as stage:
+        (stage / "new").touch()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_where_folders_cannot_change_places_the_old_one_comes_back(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(disk, "_exchanged", lambda *_: False)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if refused and ".staging" in self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(adapters.DiskError, match="cannot be written") if refused else contextlib.nullcontext():  # noqa: SIM117
+        with disk.staged(tmp_path / "out") as stage:
+            (stage / "new").touch()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["old" if refused else "new"]
