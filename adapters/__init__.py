@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptersError": "errors",
     "BackboneError": "errors",
+    "ContractError": "errors",
     "DataError": "errors",
     "DiskError": "errors",
     "FolderError": "errors",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from adapters.contracts import Task as Task
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
+    from adapters.errors import ContractError as ContractError
     from adapters.errors import DataError as DataError
     from adapters.errors import DiskError as DiskError
     from adapters.errors import FolderError as FolderError

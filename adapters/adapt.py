@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import heads
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -24,7 +25,7 @@ from adapters.strategies.full import Full
 from adapters.strategies.lora import Lora
 from adapters.strategies.peft import METHODS, Peft
 from adapters.strategies.probe import Probe
-from adapters.tasks import TASKS
+from adapters.tasks import TASKS, refuse_classless, task_of
 from adapters.vocabulary import extend, planned
 
 if TYPE_CHECKING:
@@ -215,7 +216,8 @@ def adapt(
         labels: the label names; None takes a live model's own.
         quantization: "nf4" or "fp4" packs the frozen matmuls to 4 bits.
         load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
-        processor: the tokenizer or image processor; None loads the backbone's own.
+        processor: the tokenizer or image processor; None loads the backbone's own; options such as {"size": ...} go
+            over those of the backbone's own image processor.
         seed: of every new tensor: a new head, the adapters.
         added_tokens: new tokens: the tokenizer and the embeddings grow, their rows train, and nothing else of the
             embeddings is saved.
@@ -231,7 +233,7 @@ def adapt(
     """
     live = not isinstance(model, str | Path)
     if task is None:
-        task = _task_of(model) if live else "text-classification"
+        task = task_of(model) if live else "text-classification"
     if labels is not None:
         options["labels"] = labels
     chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
@@ -240,41 +242,6 @@ def adapt(
     if isinstance(goal, type):
         goal = make(goal, goals, f"task {task!r}")
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
-
-
-def _task_of(model: Any) -> str:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise RequestError(
-            message(
-                "not a model",
-                where="model",
-                expected="a model id, a folder or a transformers model",
-                found=type(model).__name__,
-            )
-        )
-    import transformers
-
-    name = type(model).__name__
-    for task in TASKS.values():
-        # transformers' own table of the classes that the task's Auto class can make, by name; nothing is imported.
-        mapping: Any = getattr(transformers, task.auto_class)._model_mapping._model_mapping
-        if name in _class_names(mapping.values()):
-            return str(task.name)
-    raise RequestError(
-        message(
-            f"no task is known for {name}",
-            where="task",
-            expected=f"a model with the head of one of: {', '.join(TASKS)}",
-            remedy="Give the model's id or folder with task=..., or load it by the task's AutoModel class.",
-        )
-    )
-
-
-def _class_names(entries: Iterable[str | tuple[str, ...]]) -> set[str]:
-    """Every class of a table in which a family has one class, or several for the same head (DeiT)."""
-    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
 
 
 def assemble(
@@ -304,15 +271,24 @@ def assemble(
     import torch
 
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_nothing
+    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, new, processor = open_model(model, task, load, processor)
+        try:
+            net, new, processor = open_model(model, task, load, processor)
+        except RequestError:
+            refuse_classless(model, task, load)
+            raise
         _refuse_adapted(net)
+        refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
-        task = task.complete(net)
+        task, remark = task.complete(net), ""
+        if accept is None:  # a saved adapter brings its head
+            live = live_model(model)
+            task, begun, remark = heads.fitted(task, net, new, heads.own_labels(net, load, live=live), live=live)
+            new |= begun
         head = frozenset(task.head(net)) | frozenset(new)
 
         # Tried without memory first: every check speaks before the first module changes.
@@ -323,11 +299,13 @@ def assemble(
         trial = {own_name(name) for name in strategy.apply(ghost)}
         maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
         refuse_nothing(maps, storage)
+        if packed_modules(net):
+            refuse_unlike(net, maps, quantization)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
         if own & (trial | head):
             _refuse_half(net)
 
-        spelt = planned(net, processor, added_tokens) if added_tokens else {}
+        spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
         padding = plan_padding(net, processor)
 
         state = backbone_state(net, head)
@@ -366,9 +344,9 @@ def assemble(
     adapted = Adapted(
         net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
     )
-    if padding and padding.note:
-        record.notes.append(padding.note)
-        logger.warning(padding.note)
+    for note in filter(None, (remark, padding.note if padding else "")):
+        record.notes.append(note)
+        logger.warning(note)
     net.train(False)
     return adapted
 

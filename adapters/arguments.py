@@ -35,6 +35,7 @@ HOUSE: Mapping[str, object] = {
 OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
     "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
+    "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
 }
 ALIASES = {
     "lr": "learning_rate",
@@ -160,6 +161,8 @@ def _value_faults(name: str, value: Any) -> list[str]:
         expected = "a whole number > 0, or null"
     elif name == "frozen_dropout":
         fine, expected = isinstance(value, bool), "true or false"
+    elif name == "prefix_cache":
+        fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":
         fine, expected = value in SAMPLING, f"one of {', '.join(SAMPLING)}"
     elif name == "use_liger_kernel":

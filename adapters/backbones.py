@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from adapters import places, shards
 from adapters.contracts import Task
-from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message
+from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,18 +45,26 @@ def live_model(model: object) -> bool:
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
+    """The model, the parameters that loading made new, and the processor.
+
+    Args:
+        model: a live model, a folder or an id.
+        task: that the model is for.
+        load: what `from_pretrained` takes.
+        processor: the caller's own, options over those of the backbone's image processor, or None.
+    """
     from pickle import UnpicklingError  # raised for what torch refuses to unpickle
 
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    changes: Mapping[str, Any] = processor if isinstance(processor, Mapping) else {}
+    own = None if isinstance(processor, Mapping) else processor
     if live_model(model):
-        return (
-            model,
-            set(),
-            processor if processor is not None else _processor_of(task, model.name_or_path, load, quiet=True),
-        )
+        if own is None:
+            own = _processor_of(task, model.name_or_path, load, changes, quiet=not changes)
+        return model, set(), own
     trusted = _trusted(load)
     name = str(model)
     path = Path(name).expanduser()
@@ -97,7 +105,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         raise RequestError(
             message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
         )
-    return net, new, processor if processor is not None else _processor_of(task, name, load, quiet=False)
+    return net, new, own if own is not None else _processor_of(task, name, load, changes, quiet=False)
 
 
 def _trusted(load: Mapping[str, Any]) -> bool:
@@ -157,8 +165,12 @@ def _hushed() -> Iterator[None]:
             hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool) -> Any:
+def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mapping[str, Any], *, quiet: bool) -> Any:
     """The backbone's own tokenizer or image processor; None where a live model has no place to load one from."""
+    if changes and task.processor != "AutoImageProcessor":
+        raise RequestError(
+            message("only an image processor takes options here", where="processor", found=", ".join(changes))
+        )
     if not name or (quiet and not Path(name).is_dir()):
         return None
     kind, what, files = task.processor, *PROCESSORS[task.processor]
@@ -177,10 +189,15 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
         )
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
-        return open_processor(kind, name, kept)
+        opened = open_processor(kind, name, {**kept, **changes})
     except MissingPackageError:
         raise
     except Exception as fault:  # tokenizers raises bare exceptions for what it cannot read
+        if changes:
+            said = " ".join(str(fault).split())[:300]
+            raise RequestError(
+                message(f"the {what} does not open with these options", where=f"processor={dict(changes)}", found=said)
+            ) from fault
         if quiet or not (isinstance(fault, OSError) or folder.is_dir()):
             return None
         raise RequestError(
@@ -191,6 +208,16 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], *, quiet: bool
                 remedy=f"Mend its files, or pass processor={kind}.from_pretrained(...).",
             )
         ) from fault
+    odd = sorted(changes.keys() - opened.to_dict().keys()) if changes else []
+    if odd:
+        raise RequestError(
+            message(
+                f"the image processor has no {odd[0]!r}",
+                where="processor",
+                remedy=nearest(odd[0], opened.to_dict()),
+            )
+        )
+    return opened
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
@@ -339,6 +366,9 @@ class Padding:
             processor.pad_token = self.token
         processor.padding_side = "right"
         config = model.config.get_text_config()
+        generation = model.generation_config if model.can_generate() else None
+        if generation is not None and generation.pad_token_id is None:
+            generation.pad_token_id = self.id
         if config.pad_token_id == self.id:
             return {}
         config.pad_token_id = model.config.pad_token_id = self.id

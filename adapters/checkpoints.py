@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.json"  # written last: sizes and digests of a checkpoint's files
 MAX_DOCUMENT = 16 << 20  # bytes
+REMEDY = "The checkpoints beside it are whole. Make room, then go on with resume_from_checkpoint=True (--resume)."
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -92,9 +93,8 @@ def staged(place: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         DiskError: the disk is full or fails.
     """
     stage = place.parent / f".staging-{os.getpid()}"
-    remedy = "The checkpoints beside it are whole. Make room, then go on with resume_from_checkpoint=True (--resume)."
     try:
-        with disk.writing(place, remedy):
+        with disk.writing(place, REMEDY):
             shards.remove(stage)
             stage.mkdir(parents=True)
             yield stage
@@ -156,12 +156,13 @@ def _discard(folder: Path) -> None:
 
 def recover(run: Path) -> None:
     """Put right what processes that died while they wrote have left in an output folder, whose lock is held."""
-    for stage in run.glob(".staging-*"):
-        shards.remove(stage)
-    for aside in run.glob("checkpoint-*.old-*"):
-        place = aside.with_name(aside.name.rpartition(".old-")[0])
-        if run_of(aside) and not place.exists():
-            aside.rename(place)
+    with disk.writing(run):
+        for stage in run.glob(".staging-*"):
+            shards.remove(stage)
+        for aside in run.glob("checkpoint-*.old-*"):
+            place = aside.with_name(aside.name.rpartition(".old-")[0])
+            if run_of(aside) and not place.exists():
+                aside.rename(place)
 
 
 def newest(run: Path, unlike: Callable[[Mapping[str, Any]], str]) -> tuple[Path, str]:

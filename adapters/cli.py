@@ -24,6 +24,22 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
 
+# Lines of other libraries that are no news to a user of the command: the logger, and what it says.
+NOISE = {
+    # asks for one more package where nothing is kept in 4 bits, too
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # packed blocks have positions instead of a mask, and were tried: see `documents.refuse_leaks`
+    "transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`",
+}
+# The keys of TASKS and STRATEGIES, whose modules a line of help is not worth importing; a test compares them.
+TASK_NAMES = (
+    "text-classification (unless another is named), token-classification, question-answering, next-sentence, "
+    "image-classification, causal-lm, masked-lm, seq2seq, denoising"
+)
+STRATEGY_NAMES = (
+    "lora (unless another is named), qlora, dora, rslora, pissa, full, freeze, probe, bitfit, "
+    "ia3, oft, boft, loha, lokr, hra, peft"
+)
 # What typer raises for a command line that it cannot read; it has no public name of its own.
 USAGE: Any = typer.BadParameter.__mro__[1]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
@@ -36,7 +52,9 @@ def main() -> NoReturn:
     The exit code tells whose fault it was: 2 the request's, 3 the data's, 4 the numbers'; 130 and 143: a signal's.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Progress()])
+    for name, said in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     try:
@@ -54,8 +72,22 @@ def main() -> NoReturn:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+_SAID: set[str] = set()
+
+
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """A line of progress; what was said already, when it was found, is not news when it is summed up."""
+    if line not in _SAID:
+        _SAID.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Progress(logging.Handler):
+    """What the library logs is progress, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        _say(self.format(record))
 
 
 def _out(document: Mapping[str, Any]) -> None:
@@ -79,18 +111,35 @@ def _example(task: str) -> str:
     """What stands for a row in the line that says how to go on."""
     from adapters.adapt import task_class
 
-    first = next(iter(task_class(task).columns))
-    return "'a text'" if first == "text" else str(first).upper()
+    first = str(next(iter(task_class(task).columns)))
+    return "'a text'" if first in ("text", "tokens", "source") else "--data ROWS" if first != "image" else "IMAGE"
 
 
 def _cell(value: Any, number: int) -> str:
-    """A row's first column as a line shows it; a picture by its file, or by its number."""
-    return (value.get("path") or f"row {number}") if isinstance(value, Mapping) else value
+    """A row's first column as a line shows it; words with spaces, a picture by its file, or by its number."""
+    if isinstance(value, Mapping):
+        return str(value.get("path") or f"row {number}")
+    if isinstance(value, list):
+        plain = all(isinstance(part, str) for part in value)
+        return " ".join(value) if plain else json.dumps(value, ensure_ascii=False)
+    return " ".join(str(value).split())
+
+
+def _opened_with(folder: str, task: str) -> str:
+    """The line that opens a merged folder in plain transformers; not every task still has a pipeline there."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from adapters.adapt import task_class
+
+    kind, place = task_class(task), Path(folder).as_posix()
+    if kind.pipeline in PIPELINE_REGISTRY.get_supported_tasks():
+        return f"transformers.pipeline({kind.pipeline!r}, {place!r})"
+    return f"transformers.{kind.auto_class}.from_pretrained({place!r})"
 
 
 @app.command()
 def quickstart(
-    strategy: Annotated[str, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = "lora",
+    strategy: Annotated[str, typer.Option(help=f"{STRATEGY_NAMES}.")] = "lora",
     model: Annotated[str | None, typer.Option(help="Your own model's folder or id.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own rows: csv, jsonl, parquet with text and label.")] = None,
     output: Annotated[str, typer.Option(help="Where the adapter goes.")] = "out/quickstart",
@@ -115,8 +164,8 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="csv, tsv, json, jsonl, parquet, a folder of them, or a hub id.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="text-classification, image-classification.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="full, freeze, probe, bitfit, lora, qlora.")] = None,
+    task: Annotated[str | None, typer.Option(help=f"What the model is for: {TASK_NAMES}.")] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"What trains: {STRATEGY_NAMES}.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the finished adapter.")] = None,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Any recipe key: options.r=16, train.learning_rate=1e-4, seed=1.")
@@ -137,6 +186,10 @@ def train(
     changes = {key: value for key, value in named.items() if value is not None} | _pairs(assign or [], "--set")
     for wanted, found in _pairs(columns or [], "--column").items():
         changes[f"columns.{wanted}"] = str(found)
+    if recipe is not None and not recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
+        raise RequestError(
+            message("not a recipe", where=recipe, expected="a file in YAML", remedy="A backbone is given as --model.")
+        )
     plan = Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")
     onward = shlex.join(["adapters", *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
     results = plan.run(_say, resume=resume, override=override or [], onward=f"{onward} --resume")
@@ -182,9 +235,10 @@ def evaluate(
     if as_json:
         _out({"rows": len(rows), "split": part, **numbers})
         return
-    print(f"{'rows':10}{len(rows):>10}")
+    width = max(map(len, numbers)) + 2
+    print(f"{'rows':{width}}{len(rows):>10}")
     for name, value in numbers.items():
-        print(f"{name:10}{value:>10.4f}")
+        print(f"{name:{width}}{value:>10.4f}")
 
 
 @app.command()
@@ -220,7 +274,7 @@ def predict(
     shown = texts if texts else list(rows[next(c for c in adapted.task.columns if c in rows.column_names)])
     for number, (row, found) in enumerate(zip(shown, answers, strict=True)):
         row = _cell(row, number)
-        if isinstance(found, list) and found and set(found[0]) == {"label", "score"}:
+        if isinstance(found, list) and found and isinstance(found[0], dict) and set(found[0]) == {"label", "score"}:
             found = found[0]  # labels in order: the best stands for them
         label, score = (
             (found.get("label", found.get("labels", found.get("answer"))), found.get("score"))
@@ -255,6 +309,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its backbone, tensor by tensor, and check that the answers agree."""
+    from adapters.manifest import fetch, read_manifest
     from adapters.merge import merge_on_disk
 
     report = merge_on_disk(folder, output, base=base, dtype=dtype)
@@ -267,4 +322,4 @@ def merge(
         print(f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}")
     else:
         print(f"answers   not compared: {report.skipped}")
-    print(f"next      transformers.pipeline({Path(report.output).as_posix()!r})")
+    print(f"next      {_opened_with(report.output, read_manifest(fetch(folder))['task']['name'])}")

@@ -1,15 +1,13 @@
-"""Rows from files, folders, the hub and plain Python, by split; their columns; their fingerprint.
+"""Rows from files, folders, the hub and plain Python, by split; their columns.
 
 Files are read anew every time, as they are written. What a column means is the task's affair.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SUFFIXES = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "conll", "iob", "bio")
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of one part
 KINDS = "csv, tsv, json, jsonl, parquet, txt, conll, iob or bio; .gz too"
 
 
@@ -49,10 +48,11 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
         "train", and "validation" and "test" where the source names them.
 
     Raises:
-        DataError: a file or picture that cannot be read, empty data, rows of different kinds; with row and column.
+        DataError: a file that cannot be read, empty data, rows of different kinds; with row and column. Pictures are
+            opened by the task.
         RequestError: a source that is not there.
     """
-    from datasets import Dataset, Image
+    from datasets import Dataset
 
     say = say or logger.info
 
@@ -80,11 +80,6 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     for name, rows in splits.items():
         if len(rows) == 0:
             raise DataError(message("the data is empty", where=f"split {name!r}", found="0 rows"))
-        if isinstance(source, str | Path):
-            for column in [column for column, feature in rows.features.items() if isinstance(feature, Image)]:
-                remark = images.check(rows, column)
-                if remark:
-                    say(f"{name}: {remark}")
     return splits
 
 
@@ -146,10 +141,17 @@ def _read_path(source: str | Path, say: Callable[[str], None]) -> dict[str, Data
 
 def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
     found: dict[str, Path] = {}
+    shards: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         stem = file.name.split(".")[0]
+        shard = SHARD.fullmatch(stem)
+        stem = shard[1] if shard else stem
         part = next((SPLIT_NAMES[word] for word in reversed(stem.split("_")) if word in SPLIT_NAMES), None)
         if part is not None and file.is_file() and _suffix(file) in SUFFIXES:
+            if shard and (part not in found or part in shards):
+                found.setdefault(part, file)
+                shards.setdefault(part, []).append(file)
+                continue
             if part in found:
                 raise RequestError(
                     message(
@@ -172,7 +174,33 @@ def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
                 found=", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder",
             )
         )
-    return {part: _read_file(file, say) for part, file in found.items()}
+    return {
+        part: _read_shards(shards[part], say) if part in shards else _read_file(file, say)
+        for part, file in found.items()
+    }
+
+
+def _read_shards(files: list[Path], say: Callable[[str], None]) -> Dataset:
+    """One part that stands in several files, as the hub names them: train-00000-of-00002.parquet.
+
+    Raises:
+        DataError: a file that is missing, of another count or kind, or with other columns than the first.
+    """
+    from datasets import concatenate_datasets
+
+    tables.refuse_partial(files)
+    parts = [_read_file(file, say) for file in files]
+    for file, rows in zip(files, parts, strict=True):
+        if rows.features != parts[0].features:
+            raise DataError(
+                message(
+                    "files of one part with different columns",
+                    where=str(file),
+                    expected=f"as in {files[0].name}: {parts[0].features}",
+                    found=str(rows.features),
+                )
+            )
+    return concatenate_datasets(parts)
 
 
 def _read_pictures(folder: Path, say: Callable[[str], None]) -> Dataset:
@@ -378,73 +406,3 @@ def pictures(rows: Dataset, column: str = "image") -> Dataset:
                 found=str(rows.features[column])[:80],
             )
         ) from fault
-
-
-def identities(rows: Dataset, column: str) -> list[Any]:
-    """What tells the values of a column apart: a text is itself, a list its JSON, a picture the digest of its bytes.
-
-    Raises:
-        DataError: the file of a picture that is no longer there.
-    """
-    from datasets import Image
-
-    if not isinstance(rows.features[column], Image):
-        return [json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in rows[column]]
-    cells = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
-    return [_picture_digest(cell, f"row {number}, column {column!r}") for number, cell in enumerate(cells)]
-
-
-def fingerprint(rows: Dataset) -> dict[str, Any]:
-    """The identity of rows: their number, columns, and a sha256 over every value in order; of a picture its bytes.
-
-    Raises:
-        DataError: the file of a picture that is no longer there.
-    """
-    from datasets import Image
-
-    pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    columns = list(rows.column_names)
-    for name in pictures:
-        rows = rows.cast_column(name, Image(decode=False))
-    digest = hashlib.sha256()
-    for number, row in enumerate(rows):
-        for name in pictures:
-            row[name] = _picture_digest(row[name], f"row {number}, column {name!r}")
-        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
-        digest.update(b"\n")
-    return {"rows": len(rows), "columns": columns, "sha256": digest.hexdigest()}
-
-
-STREAM_ROWS = 64  # that tell one stream from another
-
-
-def fingerprint_of_stream(rows: Any) -> dict[str, Any]:
-    """The identity of rows that are read as they come: a sha256 over the first of them.
-
-    Raises:
-        DataError: the stream is empty, or its rows are not model inputs.
-    """
-    digest = hashlib.sha256()
-    columns: list[str] = []
-    for number, row in enumerate(itertools.islice(rows, STREAM_ROWS)):
-        if not isinstance(row, Mapping) or "labels" not in row:
-            expected = 'model inputs by name, and "labels"'
-            raise DataError(
-                message("a stream of raw rows", where=f"train_dataset, row {number}", expected=expected, found=row)
-            )
-        columns = columns or list(row)
-        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        digest.update(json.dumps(plain, sort_keys=True, default=str).encode() + b"\n")
-    if not columns:
-        raise DataError(message("the data is empty", where="train_dataset", found="0 rows"))
-    return {"rows": None, "columns": columns, "sha256": digest.hexdigest()}
-
-
-def _picture_digest(cell: Mapping[str, Any] | None, where: str) -> str | None:
-    if cell is None:
-        return None
-    try:
-        content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    except OSError as fault:
-        raise DataError(message("the picture cannot be read", where=where, found=fault)) from fault
-    return hashlib.sha256(content).hexdigest()

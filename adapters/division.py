@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.data import identities
 from adapters.errors import DataError, RequestError, message
+from adapters.identity import identities
 
 if TYPE_CHECKING:
     from datasets import Dataset

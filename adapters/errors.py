@@ -40,6 +40,12 @@ class NumbersError(AdaptersError, RuntimeError):
     exit_code = 4
 
 
+class ContractError(AdaptersError, RuntimeError):
+    """A run did not keep its contract: a tensor that should have moved stood, or the other way round."""
+
+    exit_code = 4
+
+
 class SpentError(AdaptersError, RuntimeError):
     """An `Adapted` whose model was merged cannot be saved, trained or merged again."""
 

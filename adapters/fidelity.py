@@ -1,14 +1,28 @@
-"""Whether a merged folder answers as the adapted model does: outputs of both, in a process of its own."""
+"""Whether a folder answers as the adapted model does: outputs of both.
+
+A merged folder is opened in a process of its own; a saved adapter on the frozen tensors of the live model.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from adapters import disk
+from adapters.checks import some
+from adapters.contracts import Adapted
+from adapters.errors import ContractError, message
 from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
+FEW = 4  # rows on which a saved adapter is compared
 BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
@@ -121,6 +135,111 @@ def _complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
         first = torch.full((len(batch["input_ids"]), 1), 0 if start is None else start)
         batch["decoder_input_ids"] = torch.cat([first, batch["input_ids"][:, :7].remainder(vocabulary)], 1)
     return batch
+
+
+def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], place: Path) -> None:
+    """Write the adapter, read it back, put it on the backbone anew, and compare the logits bit for bit.
+
+    The second model shares every frozen tensor with the live one and starts from nothing for all that trains, so it
+    takes the memory of the trained tensors alone; the live model is not touched. That the backbone is the one which
+    the adapter names is the fingerprint's word.
+
+    Args:
+        adapted: after training.
+        rows: prepared rows; the first few are answered.
+        collate: makes a batch of them.
+        place: an existing folder in which the adapter is written and removed again.
+
+    Raises:
+        ContractError: other tensors or other logits; rows and tensors are named.
+        NumbersError, FolderError, DiskError: what writing and reading refuse.
+    """
+    import torch
+
+    from adapters import storage
+
+    batch = dict(collate(list(islice(iter(rows), FEW))))
+    numbers = batch.pop("row", range(FEW))
+    batch.pop("labels", None)
+    device = adapted.model.device
+    batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    with contextlib.ExitStack() as stack:
+        with disk.writing(place):
+            stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(stage))
+            storage.write(adapted, folder)
+        again = _anew(adapted, folder)
+    saved, live = again.state(), adapted.state()
+    other = [key for key in live if not torch.equal(saved[key], live[key].to(saved[key]))]
+    wanted, found = ([part.cpu() for part in outputs(net, [batch])] for net in (_bare(adapted.model), again.model))
+    differing = [
+        int(number)
+        for index, number in enumerate(numbers)
+        for one, two in zip(wanted, found, strict=True)
+        if one.shape[0] == len(numbers) and not torch.equal(one[index], two[index])
+    ]
+    same = bool(wanted) and all(torch.equal(one, two) for one, two in zip(wanted, found, strict=True))
+    if other or not same:
+        apart = max((float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True)), default=math.nan)
+        raise ContractError(
+            message(
+                "saved and opened again the adapter does not answer as the trained model does",
+                where=f"rows {some(dict.fromkeys(differing) or map(int, numbers))}",
+                expected="the same logits, bit for bit",
+                found=f"{apart:.2g} apart" + (f"; other tensors: {some(other)}" if other else ""),
+                remedy="Something that the adapter does not hold has changed in the model.",
+            )
+        )
+
+
+def _bare(model: Any) -> Any:
+    """The graph of a model around the same tensors, without what accelerate has put before its forward pass."""
+    from adapters.anatomy import copied
+
+    bare = copied(model, lambda tensor: tensor)
+    for name in ("forward", "_original_forward"):
+        vars(bare).pop(name, None)
+    return bare
+
+
+def _anew(adapted: Adapted, folder: Path) -> Adapted:
+    """The adapter of a folder on the frozen tensors of a live model."""
+    import torch
+
+    from adapters import storage
+    from adapters.adapt import live_names
+    from adapters.anatomy import never_saved, own_name
+    from adapters.manifest import read_manifest, read_tensors
+
+    document = read_manifest(folder)
+    where = str(folder)
+    strategy = storage.strategy_of(document, where)
+    net = _bare(adapted.model)
+    adapted.strategy.strip(net)
+    with torch.random.fork_rng(devices=[]):
+        trained = (strategy.apply(net) | live_names(net, adapted.head)) - never_saved(net)
+    grown = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
+    trained |= live_names(net, grown)
+    if trained != set(adapted.trained):
+        raise ContractError(
+            message(
+                "the saved strategy trains other tensors",
+                where=f"strategy {strategy.name!r}",
+                expected=f"{len(adapted.trained)} tensors",
+                found=f"differing in {some(sorted(trained ^ set(adapted.trained)))}",
+            )
+        )
+    for name, parameter in net.named_parameters():
+        if name in trained:
+            empty = torch.full_like(parameter.detach(), math.nan)
+            axis = grown.get(own_name(name))
+            if axis is not None:
+                empty.copy_(parameter.detach())
+                empty.index_fill_(axis, adapted.added_ids(empty), math.nan)
+            parameter.data = empty
+    again = dataclasses.replace(adapted, model=net, strategy=strategy, trained=tuple(sorted(trained)))
+    storage.put(again, read_tensors(folder, document), where)
+    return again
 
 
 def main(request: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 
 from adapters.anatomy import own_name
 from adapters.errors import NumbersError, message
+
+SKIPPED = 24  # halvings that bring the first loss scale, 2 ** 16, far below 1
 
 
 def check_gradients(model: nn.Module, where: str) -> None:
@@ -37,6 +39,46 @@ def check_gradients(model: nn.Module, where: str) -> None:
             remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
         )
     )
+
+
+def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
+    """Look at what trains after an optimizer step: a step too great or broken moments overflow.
+
+    Raises:
+        NumbersError: naming the first tensor at fault.
+    """
+    tensors = {name: tensor.detach() for name, tensor in parameters.items()}
+    norms = torch._foreach_norm(list(tensors.values()))
+    if not norms or bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
+        return
+    bad = [own_name(n) for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if not bad:  # finite values of which the squares are not
+        return
+    raise NumbersError(
+        message(
+            "weights are not finite after the optimizer's step",
+            where=where,
+            found=f"{len(bad)} of {len(tensors)} tensors, {bad[0]} first",
+            remedy="The last good weights are back in the model. Take a smaller learning rate.",
+        )
+    )
+
+
+def check_scale(left_out: int, step: int) -> None:
+    """Whether a loss scale is still being found, after so many steps in a row that were left out.
+
+    Raises:
+        NumbersError: no scale will do; the gradients themselves are not finite.
+    """
+    if left_out >= SKIPPED:
+        raise NumbersError(
+            message(
+                "gradients are not finite at any loss scale",
+                where=f"step {step}",
+                found=f"{left_out} steps in a row that the optimizer left out",
+                remedy="The weights are those of the last step taken. Train in bf16, or take a smaller learning rate.",
+            )
+        )
 
 
 def first_at_fault(model: nn.Module, forward: Callable[[], object]) -> str:

@@ -260,6 +260,16 @@ def _loaded(value: Any, where: str, *, small: bool = False) -> Image:
         raise
     except pillow.Image.DecompressionBombError as fault:
         raise _too_large(where, str(fault)) from fault
+    except (FileNotFoundError, IsADirectoryError) as fault:
+        there = isinstance(fault, IsADirectoryError)
+        raise DataError(
+            message(
+                "a folder instead of a picture" if there else "there is no such picture",
+                where=where,
+                found="" if str(fault.filename) in where else fault.filename,
+                remedy="Give it as data: a folder of pictures is a set of rows." if there else "",
+            )
+        ) from fault
     except Exception as fault:  # Pillow's decoders raise whatever their format's parser meets
         raise DataError(
             message("the picture cannot be read", where=where, found=f"{type(fault).__name__}: {fault}")

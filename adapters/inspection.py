@@ -54,6 +54,10 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _group(name: str, head: set[str]) -> str:
     """Tensors of one kind: the same name but for block numbers."""
     own = name.removeprefix("base_model.model.")
@@ -65,21 +69,23 @@ def _group(name: str, head: set[str]) -> str:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The facts as a table for people."""
     backbone, task = found["backbone"], found["task"]
-    labels = task["options"].get("labels", [])
-    shown = f"{len(labels)} labels: {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}" if labels else ""
+    named = task["options"].get("labels")
+    labels = list(map(str, named)) if isinstance(named, list | tuple) else []  # `load` is who refuses other kinds
+    more = " ..." if len(labels) > 6 else ""
+    shown = f"{len(labels)} labels: {', '.join(labels[:6])}{more}" if labels else ""
     storage = f" kept in {backbone['quantization']}" if backbone["quantization"] else ""
     options = ", ".join(f"{k}={v}" for k, v in found["options"].items() if k != "modules_to_save")
     result = [
         f"{found['folder']}: {found['strategy']} adapter, every digest right",
         f"  backbone  {backbone['name'] or '(a live model)'} ({backbone['model_class']}){storage}",
         f"            fingerprint {backbone['fingerprint']} over {backbone['tensors']} tensors",
-        f"  task      {task['name']}  {shown}",
+        f"  task      {task['name']}  {shown}".rstrip(),
         f"  options   {options or 'defaults'}",
         f"  trained   {found['parameters']:,} parameters, {found['bytes'] / 1e6:.2f} MB",
     ]
     width = max(len(name) for name in found["groups"])
     for name, group in sorted(found["groups"].items(), key=lambda item: -item[1]["bytes"]):
-        result.append(f"    {name:{width}}  {group['tensors']:>4} tensors  {group['bytes']:>12,} bytes")
+        result.append(f"    {name:{width}}  {_count(group['tensors'], 'tensor'):>12}  {group['bytes']:>12,} bytes")
     for part, numbers in found["metrics"].items():
         if isinstance(numbers, Mapping):
             values = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))

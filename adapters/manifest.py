@@ -26,7 +26,8 @@ MAX_SETTINGS = 16 << 20  # bytes of any other JSON file but a vocabulary
 MAX_VOCABULARY = 1 << 30  # bytes of a tokenizer's own files
 VOCABULARIES = {"tokenizer.json", "vocab.json"}  # read by their tokenizers, whose format is their own
 # What a checkpoint holds beside an adapter; never read with an adapter, and verified by its own digests before use.
-OF_CHECKPOINTS = {"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin"}
+BEST = "best"  # folder in a checkpoint: the best weights so far, where no checkpoint of their own holds them
+OF_CHECKPOINTS = {"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", f"{BEST}/{WEIGHTS}"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

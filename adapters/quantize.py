@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
-from adapters.errors import MissingPackageError, RequestError, message, nearest
+from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
+BLOCK = 64  # weights that share a scale
 
 
 @final
@@ -50,6 +51,12 @@ class Storage:
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear map is stored in 4 bits."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def is_rearranged(module: nn.Module) -> bool:
+    """Whether bitsandbytes has put a packed layer's weights into the order that its CPU kernel reads."""
+    weight: Any = module.get_parameter("weight")
+    return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,6 +103,87 @@ def refuse_nothing(maps: Sequence[LinearMap], storage: Storage) -> None:
         )
 
 
+def refuse_foreign(model: PreTrainedModel, *, live: bool) -> None:
+    """Refuse a backbone whose storage cannot be read back: it could be neither identified nor merged.
+
+    Args:
+        model: the backbone, before anything changes.
+        live: the caller loaded it; only 4 bits that were packed from a full-precision checkpoint are taken then.
+
+    Raises:
+        BackboneError: packed weights that bitsandbytes rearranged at an evaluation on the CPU.
+        RequestError: stored in another way than in full precision or bitsandbytes' 4 bits.
+    """
+    packed = packed_modules(model)
+    moved = [path for path, module in packed.items() if is_rearranged(module)]
+    if moved:
+        raise BackboneError(
+            message(
+                "an evaluation on the CPU has rearranged the 4-bit weights; what they were cannot be read back exactly",
+                where=type(model).__name__,
+                found=f"{len(moved)} of {len(packed)} layers rearranged by bitsandbytes, {moved[0]} first",
+                remedy="Load the model again and adapt it before it runs: from then on no byte of it moves.",
+            )
+        )
+    quantizer = vars(model).get("hf_quantizer")  # transformers' own: set where from_pretrained quantized the model
+    if quantizer is None or (live and packed and not quantizer.pre_quantized):
+        return
+    raise RequestError(
+        message(
+            "the backbone comes quantized: full-precision weights to identify it by and to merge into are missing"
+            if quantizer.pre_quantized
+            else "the backbone was quantized while it was loaded",
+            where=str(model.name_or_path) or type(model).__name__,
+            expected="weights in full precision",
+            found=str(getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config)),
+            remedy="Give the full-precision checkpoint, with quantization='nf4' for 4 bits.",
+        )
+    )
+
+
+def refuse_unlike(model: PreTrainedModel, maps: Iterable[LinearMap], kind: str | None) -> None:
+    """Refuse a live model whose 4 bits `pack` would not make again: its adapter would load onto other weights.
+
+    Args:
+        model: a live model with packed linear maps.
+        maps: what `pack` would pack.
+        kind: the packing asked for, which then goes for the rest too; None takes the model's own.
+
+    Raises:
+        RequestError: naming what differs, and the options that transformers needs.
+    """
+    packed = packed_modules(model)
+    wanted = {described.path for described in maps}
+    faults = [f"{path} is packed" for path in sorted(set(packed) - wanted)]
+    faults += [f"{path} is not packed" for path in sorted(wanted - set(packed)) if kind is None]
+    dtype = model.dtype
+    for path, module in packed.items():
+        weight: Any = module.get_parameter("weight")
+        state = weight.quant_state
+        kind = kind or str(state.quant_type)
+        found = (state.quant_type, bool(state.nested), state.blocksize, state.dtype, module.compute_dtype or dtype)
+        if found != (kind, True, BLOCK, dtype, dtype):
+            double = "double" if state.nested else "no double"
+            faults.append(
+                f"{path}: {found[0]}, {double} quantization, blocks of {found[2]}, {found[3]}, computes in {found[4]}"
+            )
+    if faults:
+        outside = sorted(set(packed) - wanted)
+        skipped = f", llm_int8_skip_modules={outside}" if outside else ""
+        raise RequestError(
+            message(
+                "the model was packed in another way than a reload of its adapter would pack it",
+                where=type(model).__name__,
+                expected=f"{kind}, double quantization, blocks of {BLOCK}, {dtype}, where the strategy leaves a linear "
+                "map inside the blocks frozen",
+                found=f"{len(faults)} faults: {'; '.join(faults[:2])}",
+                remedy=f"Adapt the id or folder with quantization={kind!r}, or load it with BitsAndBytesConfig("
+                f"load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant=True, "
+                f"bnb_4bit_compute_dtype={dtype}{skipped}).",
+            )
+        )
+
+
 def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
@@ -118,6 +206,10 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
         if not is_packed(module):
             model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
         done.append(described.path)
+    # On CPUs with AVX512-BF16 bitsandbytes rearranges the weights in place at the first evaluation forward, and
+    # everything read from them afterwards (merge, digest, export) is garbage. Switched off: no byte ever changes.
+    for packed in packed_modules(model).values():
+        packed.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     # peft chooses its 4-bit layer by this attribute, and falls back to a plain one without it.
     vars(model)["is_loaded_in_4bit"] = True
     return done
@@ -140,9 +232,6 @@ def _packed(bnb: Any, module: nn.Module, described: LinearMap, kind: str) -> nn.
     if described.has_bias:
         new.bias = module.get_parameter("bias")
     new.source_cls = type(module)
-    # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in place at the first evaluation forward, and
-    # everything read from them afterwards (merge, digest, export) is garbage. Switched off: no byte ever changes.
-    new.support_avx512bf16_for_cpu = False
     new.train(module.training)
     return new  # type: ignore[no-any-return]
 

@@ -5,10 +5,11 @@ Reading and checking a recipe imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -56,6 +57,7 @@ class Recipe(BaseModel):
     quantization: str | None = Field(None, description="nf4 or fp4: the frozen rest in 4 bits")
     added_tokens: list[str] = Field(default_factory=list, description="new tokens: their embedding rows are trained")
     load: dict[str, Any] = Field(default_factory=dict, description="what from_pretrained takes (dtype, revision ...)")
+    processor: dict[str, Any] = Field(default_factory=dict, description="options of the image processor (size ...)")
     validation: float = Field(0.1, gt=0, lt=1, description="share of rows for validation, where the data has none")
     test: float = Field(
         0.1, ge=0, lt=1, description="share of rows for the test, where the data has none; 0 for no test"
@@ -281,13 +283,14 @@ def _steps(
     if interrupted and not resume:
         shards.remove(work)
     splits = data.read(recipe.data, say)
-    for name, rows in splits.items():
-        splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-        if remark:
-            say(f"{name}: {remark}")
     if "train" not in splits:
         raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    task, options = _checked(recipe, splits)
+    with _task_named(recipe, splits["train"]):
+        for name, rows in splits.items():
+            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+            if remark:
+                say(f"{name}: {remark}")
+        task, options = _checked(recipe, splits)
     splits, remarks = _divided(recipe, splits, task)
     if recipe.limit is not None:
         splits["train"] = division.sample(
@@ -307,6 +310,7 @@ def _steps(
         task=task,
         quantization=recipe.quantization,
         load=recipe.load,
+        processor=recipe.processor or None,
         seed=recipe.seed,
         added_tokens=recipe.added_tokens,
         **options,
@@ -322,7 +326,7 @@ def _steps(
     test = splits.get("test")
     if test is not None:
         test = trainer.prepared(test)
-        results["majority"] = task.baseline(trainer.train_dataset, test, adapted.processor)
+        results["majority"] = adapted.task.baseline(trainer.train_dataset, test, adapted.processor)
         results["untrained"] = evaluate(adapted, test)
     begin = time.monotonic()
     trainer.stops.onward = onward
@@ -356,6 +360,21 @@ def _steps(
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+@contextlib.contextmanager
+def _task_named(recipe: Recipe, rows: Dataset) -> Iterator[None]:
+    """Rows that the default task cannot take may be right for another, which has to be named."""
+    from adapters.tasks import TASKS
+
+    columns = {*rows.column_names, *recipe.columns}
+    try:
+        yield
+    except DataError as fault:
+        if "task" in recipe.model_fields_set or {"text", "label"} <= columns:
+            raise
+        others = ", ".join(name for name in TASKS if name != recipe.task)
+        raise DataError(f"{fault} No task was named, so it is {recipe.task}; the others are {others}.") from fault
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:

@@ -22,7 +22,6 @@ from adapters.fingerprint import Fingerprint
 # As transformers names them.
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 RANDOM = "rng_state.pth"
-BEST = "best"  # folder in a checkpoint
 
 # Training arguments that change neither weights nor metrics: names, or how names begin.
 _IDLE = (
@@ -247,8 +246,8 @@ def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tens
     (folder / STATE).unlink()
     state.save_to_json(str(folder / STATE))
     if best is not None and state.best_model_checkpoint is None:
-        (folder / BEST).mkdir()
-        shards.save_tensors(folder / BEST / manifest.WEIGHTS, best, {"format": "pt"})
+        (folder / manifest.BEST).mkdir()
+        shards.save_tensors(folder / manifest.BEST / manifest.WEIGHTS, best, {"format": "pt"})
 
 
 def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -257,8 +256,8 @@ def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
     Raises:
         FolderError: they are in another checkpoint, which is damaged or gone.
     """
-    if (folder / BEST).is_dir():
-        slots, _ = shards.read_header(folder / BEST / manifest.WEIGHTS)
+    if (folder / manifest.BEST).is_dir():
+        slots, _ = shards.read_header(folder / manifest.BEST / manifest.WEIGHTS)
         return {name: shards.read_tensor(slot) for name, slot in slots.items()}
     step = TrainerState.load_from_json(str(folder / STATE)).best_global_step
     if not step:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapters.data import need_column
 from adapters.errors import DataError, message
+from adapters.squad import paired
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,27 +27,11 @@ def right_answers(rows: Dataset) -> Iterator[list[tuple[str, int]]]:
         cells, column = zip(rows["answer"], rows["answer_start"], strict=True), "answer"
     for number, (cell, context) in enumerate(zip(cells, rows["context"], strict=True)):
         where = f"row {number}, column {column!r}"
-        pairs = _pairs(cell, where) if column == "answers" else [cell] if cell[0] not in (None, "") else []
+        if column == "answers":
+            pairs = list(zip(*paired(cell, where).values(), strict=True))
+        else:
+            pairs = [cell] if cell[0] not in (None, "") else []
         yield [_checked(text, start, context, where) for text, start in pairs]
-
-
-def _pairs(cell: Any, where: str) -> list[tuple[Any, Any]]:
-    """Texts and starts of SQuAD's answers, which are a dict of lists, or a list of dicts."""
-    if cell is None:
-        return []
-    if isinstance(cell, list) and all(isinstance(entry, Mapping) for entry in cell):
-        cell = {name: [entry.get(name) for entry in cell] for name in ("text", "answer_start")}
-    texts, starts = (cell.get("text"), cell.get("answer_start")) if isinstance(cell, Mapping) else (None, None)
-    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise DataError(
-            message(
-                "answers of another form",
-                where=where,
-                expected='{"text": [...], "answer_start": [...]}, as many of each',
-                found=repr(cell)[:80],
-            )
-        )
-    return list(zip(texts, starts, strict=True))
 
 
 def _checked(text: Any, start: Any, context: str, where: str) -> tuple[str, int]:

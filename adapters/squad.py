@@ -64,6 +64,20 @@ def as_lists(cell: Any, where: str) -> dict[str, list[Any]]:
     """Answers as {"text": [...], "answer_start": [...]}, from that or from a list of single answers.
 
     Raises:
+        DataError: another form, not as many starts as texts, or other values than texts and whole numbers.
+    """
+    made = paired(cell, where)
+    if not all(isinstance(one, str) for one in made["text"]) or not all(
+        isinstance(one, int) for one in made["answer_start"]
+    ):
+        raise _another_form(made, where)
+    return made
+
+
+def paired(cell: Any, where: str) -> dict[str, list[Any]]:
+    """The same, whatever the lists hold.
+
+    Raises:
         DataError: another form, or not as many starts as texts.
     """
     if cell is None:
@@ -71,19 +85,17 @@ def as_lists(cell: Any, where: str) -> dict[str, list[Any]]:
     if isinstance(cell, list) and all(isinstance(one, Mapping) for one in cell):
         cell = {key: [one.get(key) for one in cell] for key in ("text", "answer_start")}
     texts, starts = (cell.get("text"), cell.get("answer_start")) if isinstance(cell, Mapping) else (None, None)
-    if (
-        not isinstance(texts, list)
-        or not isinstance(starts, list)
-        or len(texts) != len(starts)
-        or not all(isinstance(text, str) for text in texts)
-        or not all(isinstance(start, int) for start in starts)
-    ):
-        raise DataError(
-            message(
-                "answers of another form",
-                where=where,
-                expected='{"text": [...], "answer_start": [...]}, as many of each',
-                found=repr(cell)[:80],
-            )
-        )
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise _another_form(cell, where)
     return {"text": texts, "answer_start": starts}
+
+
+def _another_form(cell: Any, where: str) -> DataError:
+    return DataError(
+        message(
+            "answers of another form",
+            where=where,
+            expected='{"text": [...], "answer_start": [...]}, as many of each',
+            found=repr(cell)[:80],
+        )
+    )

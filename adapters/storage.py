@@ -135,6 +135,7 @@ def write(adapted: Adapted, folder: Path) -> None:
         shards.write_text(folder / name, json.dumps(filled, indent=2, sort_keys=True) + "\n")
     if adapted.processor is not None:
         adapted.processor.save_pretrained(folder)
+        facts.keep_input_names(adapted.processor, folder)
         _without_code(folder)
     if adapted.record.recipe:
         import yaml

@@ -257,5 +257,27 @@ def from_dicts(rows: list[Any], where: str) -> Dataset:
         raise DataError(message("rows of different shapes", where=where, found=fault)) from fault
 
 
+def refuse_partial(files: list[Path]) -> None:
+    """Refuse the files of one part (train-00000-of-00002.parquet ...) where one is missing or one is too many.
+
+    Raises:
+        DataError: naming it.
+    """
+    count = int(files[0].name.split(".")[0].rpartition("-")[2])
+    names = [file.name for file in files]
+    stem, ending = files[0].name.split("-00000-of-")[0], files[0].name.partition(".")[2]
+    wanted = [f"{stem}-{number:05d}-of-{count:05d}.{ending}" for number in range(count)]
+    odd = [name for name in wanted if name not in names] or [name for name in names if name not in wanted]
+    if odd:
+        raise DataError(
+            message(
+                "the files of a part are not whole",
+                where=str(files[0].parent),
+                expected=f"{wanted[0]} to {wanted[-1]}",
+                found=f"{', '.join(names[:4])}; {odd[0]} is {'missing' if odd[0] in wanted else 'one too many'}",
+            )
+        )
+
+
 def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__

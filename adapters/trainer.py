@@ -1,8 +1,8 @@
 """One trainer for every strategy and task: transformers.Trainer at its documented hooks.
 
-What it adds: defaults that work, early stopping and best weights, the task's own loss, metrics and batches, a stop
-before the step on numbers that are not finite, and checkpoints that hold the adapter alone and appear whole or not
-at all.
+What it adds to what a run learns (see `objective`): early stopping and best weights, a contract that every run is held
+to, a stop before the step on numbers that are not finite, and checkpoints that hold the adapter alone, appear whole or
+not at all, and are resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -13,37 +13,43 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
-import transformers
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from adapters import checkpoints, data, finite, locks, manifest, pace, quantize, runs, storage, vocabulary
-from adapters.arguments import PATIENCE, changed, complaints, settings
-from adapters.contracts import Adapted, Draw
-from adapters.epochs import Epochs, ordered
+from adapters import (
+    checkpoints,
+    checks,
+    course,
+    fidelity,
+    finite,
+    locks,
+    manifest,
+    memory,
+    runs,
+    storage,
+    vocabulary,
+)
+from adapters.arguments import PATIENCE, changed
+from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
-from adapters.formats import arrange
-from adapters.order import frozen_below
+from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
 from adapters.stops import EarlyStopping, Stops
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 
 @final
-class Trainer(transformers.Trainer):
+class Trainer(ObjectiveTrainer):
     """transformers.Trainer for an `Adapted`; callbacks, report_to, compute_metrics and TrainingArguments keep working.
 
     Args:
         adapted: what `adapt` or `load` returned.
-        args: `TrainingArguments`, a dict taken literally (also "early_stopping_patience" and "frozen_dropout"), or
+        args: `TrainingArguments`, a dict taken literally (also what `arguments.OWN` names), or
             None for the strategy's defaults in a fresh folder under `runs/`.
         train_dataset, eval_dataset: raw rows in any form, or prepared model inputs; `eval_dataset` may be a dict.
         columns: task column -> source column.
@@ -63,59 +69,8 @@ class Trainer(transformers.Trainer):
         columns: Mapping[str, str] | None = None,
         **others: Any,
     ) -> None:
-        adapted.state()  # a spent adapter speaks here
-        self.adapted = adapted
-        self.columns = columns
-        self.remarks: list[str] = []
-        self._own_metrics = own_metrics = others.get("compute_metrics") is not None
-        parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
-        arguments, own = settings(
-            adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
-        )
-        task = adapted.task
-        self._data: dict[str, dict[str, Any]] = {}
-        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
-            adapted.record.data = self._data["data"] = data.fingerprint_of_stream(train_dataset)
-        elif train_dataset is not None:
-            rows = self._rows_of(train_dataset)
-            adapted.record.data = self._data["data"] = data.fingerprint(rows)
-            train_dataset = self._inputs(rows)
-            task = task.with_data(rows)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._validation(part, f".{name}") for name, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._validation(eval_dataset)
-        self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed)
-        self._draws = others.get("data_collator") is None
-        others.setdefault(
-            "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
-        )
-        others.setdefault("compute_loss_func", task.loss)
-        others.setdefault("compute_metrics", self._metrics)
-        others.setdefault("processing_class", adapted.processor)
-        self.keep = arguments.save_total_limit
-        arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
-        with quantize.accepted(adapted.model), complaints():
-            super().__init__(
-                model=adapted.model,
-                args=arguments,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                **others,
-            )
-        # The loss comes from the task alone, so the models' own normalisation by item counts stays out of it.
-        self.model_accepts_loss_kwargs = False
-        self._loss_shifts_labels = False
-        self.label_smoother = None
-        trained = adapted.trained
-        self._quiet = frozen_below(adapted.model, trained)
-        if own.get("frozen_dropout"):
-            self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
-        self._paces = adapted.strategy.paces(adapted.model, trained)
-        if train_dataset is not None:
-            pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
-            self.add_callback(pace.Joining(self._paces))
+        super().__init__(adapted, args, train_dataset, eval_dataset, columns, **others)
+        own = self._own
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._run = secrets.token_hex(8)
@@ -126,11 +81,9 @@ class Trainer(transformers.Trainer):
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
-        self._batch_rows: list[int] | None = None
-        self._evaluated: Any = None
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        self.epochs = Epochs(self._draw)
-        self.add_callback(self.epochs)
+        self._portions = memory.Portions()
+        self._part: Any = None
+        self._course = course.Divergence(self._say)
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
@@ -138,143 +91,39 @@ class Trainer(transformers.Trainer):
                 self._say("no eval_dataset: no early stopping, the last weights are kept")
         elif patience is not None and not stops_already:
             self.add_callback(EarlyStopping(early_stopping_patience=int(patience)))
-        adapted.record.settings = changed(arguments) | own
-
-    # ------------------------------------------------------------------ rows
-
-    def _rows_of(self, source: Any) -> Dataset:
-        if is_prepared(source):
-            rows: Dataset = source
-            return rows
-        rows, remark = arrange(data.one(source), self.columns, self.adapted.task.columns)
-        if remark:
-            logger.info(remark)
-        return rows
-
-    def prepared(self, source: Any) -> Dataset:
-        """Model inputs from raw rows in any form; what is prepared already stays as it is."""
-        return self._inputs(self._rows_of(source))
-
-    def _validation(self, source: Any, name: str = "") -> Dataset:
-        rows = self._rows_of(source)
-        self._data[f"validation_data{name}"] = data.fingerprint(rows)
-        return self._inputs(rows)
-
-    def _inputs(self, rows: Dataset) -> Dataset:
-        if is_prepared(rows):
-            return rows
-        prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
-        for remark in remarks:
-            self._say(remark)
-        return prepared
-
-    def _say(self, remark: str) -> None:
-        if remark not in self.remarks:
-            self.remarks.append(remark)
-            logger.warning(remark)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
-        if eval_dataset is not None and not (isinstance(eval_dataset, str) or is_prepared(eval_dataset)):
-            if isinstance(eval_dataset, Mapping):
-                eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
-            else:
-                eval_dataset = self.prepared(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_train_dataloader(self) -> Any:
-        """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
-        plain: Any = self.data_collator
-        self.data_collator = functools.partial(plain, draw=self._draw) if self._draws else plain
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' choice, in an order that seed and epoch alone decide."""
-        return ordered(super()._get_train_sampler(*args, **kwargs), self.args, self._draw)
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
-        self._evaluated = dataloader.dataset
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        result = super().evaluation_loop(dataloader, *args, **kwargs)
-        summed = self._summed
-        if self.args.world_size > 1:
-            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        total, items = summed.tolist()
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
-        if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        numbers = torch.as_tensor(inputs["row"], device=self.args.device)
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
-            found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
-        items = self.task.items(batch["labels"])
-        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
-        return loss.detach(), tuple(part.contiguous() for part in found), numbers
-
-    def _metrics(self, found: Any) -> dict[str, float]:
-        parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
-        place = {number: position for position, number in enumerate(self._evaluated["row"])}
-        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
-        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' optimizer, its groups divided by the strategy's rates."""
-        fresh = self.optimizer is None
-        if fresh:
-            pace.let_join(self.adapted.model, self._paces, float("inf"))  # an earlier run may have broken off
-        optimizer = super().create_optimizer(model)
-        if fresh:
-            pace.set_rates(optimizer, self.adapted.model, self._paces)
-        return optimizer
+        adapted.record.settings = changed(self.args) | own
 
     # ------------------------------------------------------------------ steps
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self.epochs.batches += len(batches)
-        return batches, items
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """Loss items of the global batch, as the task counts them."""
-        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
-        if model.training:
-            for module in self._quiet:
-                module.training = False
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        self._batch_rows = inputs.get("row")
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; stops before the optimizer step where numbers are not finite.
+        """One forward and backward pass; in parts of the batch, and the step begun anew, where memory runs out.
 
         Raises:
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
+            torch.OutOfMemoryError: a batch that cannot be divided.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        divide = num_items_in_batch is not None and self.args.world_size == 1
+        loss: torch.Tensor = self._portions.passed(
+            inputs,
+            lambda part: self._pass(model, part, num_items_in_batch),
+            model.zero_grad,
+            lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
+            divide=divide,
+        )
+        self._course.add(float(loss))
+        vocabulary.hold_the_rest(self.adapted)
+        if self.accelerator.sync_gradients:
+            self._portions.step_done()
+            if getattr(self.accelerator, "scaler", None) is None:
+                finite.check_gradients(model, self._where())
+        return loss
+
+    def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
+        """Loss and gradients of what is passed through the model at once."""
+        self._part = part
+        loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
+            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -283,16 +132,17 @@ class Trainer(transformers.Trainer):
                     remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
                 )
             )
-        vocabulary.hold_the_rest(self.adapted)
-        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            finite.check_gradients(model, self._where())
         return loss
 
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
-        names: list[str] = super().get_decay_parameter_names(model)
-        grown = vocabulary.grown(self.adapted)
-        return [name for name in names if name not in grown]
+    def _loss_now(self) -> float:
+        """The loss of the last batch as evaluation would have it."""
+        model, training = self.adapted.model, self.adapted.model.training
+        model.train(False)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
+                return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+        finally:
+            model.train(training)
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
@@ -318,8 +168,10 @@ class Trainer(transformers.Trainer):
             args, kwargs: what transformers' `train` takes.
 
         Raises:
-            NumbersError: a loss or gradient is not finite.
-            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there, a full disk.
+            NumbersError: a loss, gradient or weight is not finite; the last good weights are in the model.
+            ContractError: what was to train did not move, what was frozen did, or the saved adapter answers otherwise.
+            FolderError: nothing to resume from, a damaged checkpoint, another process that writes there.
+            DiskError: the disk is full or fails.
             RequestError: the checkpoint is another run's.
         """
         runs.refuse_many_processes(self.args)
@@ -334,19 +186,32 @@ class Trainer(transformers.Trainer):
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
                 folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+            contract = checks.Contract(
+                self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
+            )
             self.pop_callback(self.stops)
-            self.add_callback(self.stops)  # the last to say whether a step is saved
+            for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
+                stack.callback(self.remove_callback, callback)
+                self.add_callback(callback)
             stack.enter_context(self.stops.watched())
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             else:
-                result = super().train(str(folder) if folder else None, *args, **kwargs)
+                self._prefix = self._kept_prefix()
+                try:
+                    result = super().train(str(folder) if folder else None, *args, **kwargs)
+                    contract.finish()
+                except NumbersError:
+                    self._put_back(contract.good)
+                    raise
                 result = result._replace(training_loss=result.metrics["train_loss"])
             if self.stops.number:
                 self._save_checkpoint(self.model, None)
                 self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
+        self._compare_baseline()
+        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, Path(str(self.args.output_dir)))
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         record.metrics["train"] = {
             "loss": float(result.training_loss),
@@ -380,6 +245,22 @@ class Trainer(transformers.Trainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+    def _put_back(self, start: dict[str, torch.Tensor]) -> None:
+        """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
+        if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
+            storage.put(self.adapted, self._best or start, "last good weights")
+
+    def _compare_baseline(self) -> None:
+        """Say it where the best weights are no better on the validation rows than an answer without a look at them."""
+        name = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
+            return
+        baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        greater = bool(self.args.greater_is_better)
+        remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
+        if remark is not None:
+            self._say(remark)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from adapters.edits import Edit
 
 
-def planned(model: PreTrainedModel, processor: Any, tokens: Sequence[str]) -> dict[str, list[int]]:
+def planned(
+    model: PreTrainedModel, processor: Any, tokens: Sequence[str], *, again: bool = False
+) -> dict[str, list[int]]:
     """What will be added, token -> the ids that spell it today; checks all, changes nothing.
+
+    Args:
+        model, processor: as they are before.
+        tokens: as text.
+        again: on load, where the saved tokenizer has the tokens already, perhaps in rows that the model had to spare.
 
     Raises:
         RequestError: no tokenizer, a token twice, an empty one, or one that the model has rows and the tokenizer a
@@ -42,7 +49,7 @@ def planned(model: PreTrainedModel, processor: Any, tokens: Sequence[str]) -> di
             faults.append(message("not a token", where=where, found=repr(token)))
         elif token in tokens[:position]:
             faults.append(message("a token twice", where=where, found=repr(token)))
-        elif known.get(token, rows) < rows:
+        elif not again and known.get(token, rows) < rows:
             faults.append(message("the model knows the token already", where=where, found=repr(token)))
     if faults:
         raise RequestError("; ".join(faults))

@@ -23,6 +23,7 @@ from benchmarks import harness
 from benchmarks.faults_sides import OURS, PLAIN, Side
 
 SAVES = 20  # in a run; two runs of each kind
+CHECKED, BATCH, LENGTH = 40, 16, 32  # steps, rows of a step, tokens of a row
 
 
 def backbone(gigabytes: float) -> Any:
@@ -119,6 +120,86 @@ def saving_table(place: Path) -> Iterator[str]:
         yield f"| {name} | {cells} |"
 
 
+def checks_table(place: Path) -> Iterator[str]:
+    """Time in the checks of a LoRA run on a BERT of MiniLM's size, beside the time of its steps."""
+    import torch
+    import transformers
+
+    import adapters
+    from adapters import checks, course, fidelity, finite
+
+    config = transformers.BertConfig(
+        vocab_size=8192, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    adapted = adapters.adapt(transformers.BertForSequenceClassification(config), "lora", labels=["a", "b"])
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_ids": torch.randint(5, 8192, (LENGTH,), generator=draw).tolist(),
+            "attention_mask": [1] * LENGTH,
+            "labels": number % 2,
+        }
+        for number in range(CHECKED * BATCH)
+    ]
+    spent: dict[str, list[float]] = {}
+    step: list[float] = []
+    watched: list[tuple[Any, str, str]] = [
+        (checks.Contract, "on_pre_optimizer_step", "each step"),
+        (checks.Contract, "on_optimizer_step", "each step"),
+        (course.Divergence, "on_step_end", "each step"),
+        (finite, "check_gradients", "each step"),
+        (checks.Contract, "on_train_begin", "begin: digests of the frozen tensors"),
+        (checks.Contract, "finish", "end: the same digests"),
+        (fidelity, "reopened", "end: saved, opened again, asked"),
+    ]
+    real = [getattr(owner, name) for owner, name, _ in watched]
+
+    def timed(act: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        def around(*given: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return act(*given, **named)
+            finally:
+                spent.setdefault(kind, []).append(time.perf_counter() - begin)
+
+        return around
+
+    class Steps(transformers.TrainerCallback):
+        """Wall seconds of each step, the first ones left out, in which tensors are still watched."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+            if state.global_step == checks.STEPS + 1:
+                spent.pop("each step", None)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > checks.STEPS + 1:
+                step.append(time.perf_counter() - self.began)
+
+    for (owner, name, kind), act in zip(watched, real, strict=True):
+        setattr(owner, name, timed(act, kind))
+    try:
+        arguments = {
+            "output_dir": str(place / "checked"),
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": BATCH,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        adapters.Trainer(adapted, arguments, rows, callbacks=[Steps()]).train()
+    finally:
+        for (owner, name, _), act in zip(watched, real, strict=True):
+            setattr(owner, name, act)
+    yield f"LoRA on a BERT of 6 x 384, {BATCH} rows of {LENGTH} tokens a step, {len(step)} steps.\n"
+    yield "| check | ms | share of a step |\n|---|---:|---:|"
+    every = 1e3 * sum(spent.pop("each step")) / len(step)
+    yield f"| each step: gradients, weights, course of the loss | {every:.2f} | {every / (1e3 * median(step)):.2%} |"
+    for kind, found in spent.items():
+        yield f"| once a run, {kind} | {1e3 * sum(found):.0f} | {sum(found) / median(step):.1f} steps |"
+    yield f"| a step, median | {1e3 * median(step):.0f} | |"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=(__doc__ or "").split("\n")[0])
@@ -129,6 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="costs-", dir=asked.folder) as name:
         place = Path(name)
         lines = [*reading_table(asked.gigabytes, asked.rounds, place), "", *saving_table(place)]
+        lines += ["", *checks_table(place)]
     print("\n".join([*lines, "", f"{harness.machine('cpu')}. {harness.versions()}."]))
 
 

@@ -55,7 +55,7 @@ class Row:
 ACCURACY = Score("accuracy", "accuracy, %")
 ROWS: dict[str, Row] = {
     "sst2": Row(
-        *("text-classification", "sst2", MINILM, "lora", 2e-3, 16),
+        *("text-classification", "sst2", MINILM, "lora", 1e-3, 16),
         *(Size(1000, 800, 3), Size(6920, 1821, 3)),
         scores=(ACCURACY,),
         options={"max_length": 128},
@@ -69,7 +69,7 @@ ROWS: dict[str, Row] = {
         same="Reviews are cut to 128 tokens on both sides.",
     ),
     "wnut17": Row(
-        *("token-classification", "wnut17", MINILM, "lora", 2e-3, 8),
+        *("token-classification", "wnut17", MINILM, "full", 3e-4, 8),
         *(Size(800, 400, 6), Size(3394, 1287, 6)),
         scores=(Score("f1", "entity F1, %"), Score("accuracy", "accuracy over words, %")),
         options={"max_length": 128},

@@ -206,6 +206,9 @@ def test_inspect_prints_a_table_for_people(place: Place) -> None:
     assert done.err == ""
     for said in (str(place.saved), "lora adapter, every digest right", str(place.base), "3 labels: a, b, c", "lora_A"):
         assert said in done.out
+    assert " 1 tensor " in done.out
+    assert " 1 tensors" not in done.out
+    assert all(line == line.rstrip() for line in done.out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -220,8 +223,21 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert not imported(done.err) & (HEAVY | {"huggingface_hub", "safetensors", "yaml", "rich"})
 
 
+def test_help_names_every_task_and_strategy() -> None:
+    from adapters import cli
+    from adapters.adapt import STRATEGIES
+    from adapters.tasks import TASKS
+
+    for known, said in ((TASKS, cli.TASK_NAMES), (STRATEGIES, cli.STRATEGY_NAMES)):
+        assert set(re.sub(r" \(.*?\)", "", said).split(", ")) == set(known)
+
+
 LIGHT: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "nothing at all": (["train"], ("'model' is missing", "'data' is missing", "'output' is missing")),
+    "a model where the recipe stands": (
+        ["train", "<base>", "--data", "d", "--output", "<out>"],
+        ("not a recipe", "given as --model"),
+    ),
     "unknown strategy": (
         ["train", "--model", "m", "--data", "d", "--output", "<out>", "--strategy", "loraa"],
         ("unknown strategy 'loraa'", "Did you mean 'lora'"),
@@ -432,6 +448,77 @@ def test_predict_takes_another_place_of_the_same_backbone(
     moved = shutil.copytree(place.base, tmp_path / "moved")
     one = warm("predict", place.saved, "the parcel", "--model", moved, "--json").document()
     assert one == warm("predict", place.saved, "the parcel", "--json").document()
+
+
+def test_answers_and_numbers_of_other_tasks_are_readable(
+    place: Place, warm: Callable[..., Done], tmp_path: Path
+) -> None:
+    base = tiny.folder("bert", tmp_path / "base", auto="AutoModelForMaskedLM")
+    adapters.save(adapters.adapt(base, "lora", task="masked-lm"), tmp_path / "fill")
+    for text in ("my [MASK]\nis [MASK]", "my [MASK] is late"):  # a list of fillings for each mask, or for the one
+        done = warm("predict", tmp_path / "fill", text)
+        assert done.code == 0, done.err
+        (line,) = done.out.splitlines()
+        answer, row = line.split("\t")
+        assert (row, len(json.loads(answer))) == (" ".join(text.split()), 2 if "\n" in text else 5)
+    lines = warm("evaluate", tmp_path / "fill", "--data", place.rows).out.splitlines()
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert all(len(line.split()) == 2 for line in lines)
+    merged = warm("merge", tmp_path / "fill", tmp_path / "merged").out
+    assert f"next      transformers.pipeline('fill-mask', '{(tmp_path / 'merged').as_posix()}')" in merged
+    tags = {"id2label": {0: "O", 1: "B-X", 2: "I-X"}}
+    live = tiny.model("bert", auto="AutoModelForTokenClassification", **tags)
+    live.save_pretrained(tmp_path / "tagger")
+    adapted = adapters.adapt(live, "lora", processor=tiny.tokenizer())
+    adapted.record.backbone = str(tmp_path / "tagger")
+    adapters.save(adapted, tmp_path / "tags")
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"tokens": ["my", "parcel"]}\n')
+    done = warm("predict", tmp_path / "tags", "--data", words)
+    assert done.out.rstrip().endswith("\tmy parcel"), done.err
+
+
+def test_rows_for_another_task_name_the_others(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("my parcel\n\nis late\n")
+    for data, task in ((texts, "masked-lm"), (_pictures(tmp_path / "pictures"), "image-classification")):
+        line = warm("train", "--model", place.base, "--data", data, "--output", tmp_path / "out").fault()
+        assert "No task was named, so it is text-classification; the others are " in line
+        assert task in line
+        named = warm(
+            "train",
+            "--model",
+            place.base,
+            "--data",
+            data,
+            "--output",
+            tmp_path / "out",
+            "--task",
+            "text-classification",
+        ).fault()
+        assert "No task was named" not in named
+
+
+def _pictures(folder: Path) -> Path:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "1.png")
+    return folder
+
+
+def test_a_remark_is_said_once(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    done = warm(
+        *("train", "--model", place.base, "--data", place.rows, "--output", tmp_path / "out"),
+        *("--set", "options.max_length=4", "--set", "train.num_train_epochs=1"),
+    )
+    assert done.code == 0, done.err
+    cut = [line for line in done.err.splitlines() if "longer than 4 tokens" in line]
+    assert cut
+    assert len(cut) == len(set(cut))
+    assert "gemm_4bit" not in done.err
+    assert "attention_mask" not in done.err
 
 
 def test_merge_writes_a_plain_model_and_reports(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import data, division, labels
+from adapters import data, division, identity, labels
 from adapters.errors import DataError, RequestError
 
 ROWS = [
@@ -623,7 +623,7 @@ def test_a_sample_is_drawn_by_its_seed_alone() -> None:
 
 
 def test_a_fingerprint_tells_rows_and_columns() -> None:
-    found = data.fingerprint(Dataset.from_list(ROWS))
+    found = identity.fingerprint(Dataset.from_list(ROWS))
     assert found["rows"] == 4
     assert found["columns"] == ["text", "label"]
     assert len(found["sha256"]) == 64
@@ -635,25 +635,27 @@ def test_equal_rows_have_one_fingerprint_wherever_they_come_from(tmp_path: Path)
         (tmp_path / kind).mkdir()
         write(tmp_path / kind / f"rows.{kind}", ROWS)
         sources.append(tmp_path / kind / f"rows.{kind}")
-    assert len({data.fingerprint(data.read(source)["train"])["sha256"] for source in sources}) == 1
+    assert len({identity.fingerprint(data.read(source)["train"])["sha256"] for source in sources}) == 1
 
 
 @QUICK
 @given(texts=st.lists(st.text(max_size=5), min_size=2, max_size=6), draw=st.data())
 def test_order_and_every_value_count(texts: list[str], draw: st.DataObject) -> None:
     rows = [{"text": text, "label": "a"} for text in texts]
-    own = data.fingerprint(Dataset.from_list(rows))["sha256"]
+    own = identity.fingerprint(Dataset.from_list(rows))["sha256"]
     shuffled = draw.draw(st.permutations(rows))
     changed = [dict(row) for row in rows]
     position = draw.draw(st.integers(0, len(rows) - 1))
     changed[position]["text"] += "!"
-    assert (data.fingerprint(Dataset.from_list(shuffled))["sha256"] == own) == (shuffled == rows)
-    assert data.fingerprint(Dataset.from_list(changed))["sha256"] != own
-    assert data.fingerprint(Dataset.from_list(rows[:-1]))["sha256"] != own
+    assert (identity.fingerprint(Dataset.from_list(shuffled))["sha256"] == own) == (shuffled == rows)
+    assert identity.fingerprint(Dataset.from_list(changed))["sha256"] != own
+    assert identity.fingerprint(Dataset.from_list(rows[:-1]))["sha256"] != own
 
 
 def test_text_and_number_are_not_the_same_value() -> None:
-    assert data.fingerprint(Dataset.from_list([{"label": "1"}])) != data.fingerprint(Dataset.from_list([{"label": 1}]))
+    assert identity.fingerprint(Dataset.from_list([{"label": "1"}])) != identity.fingerprint(
+        Dataset.from_list([{"label": 1}])
+    )
 
 
 # ---------------------------------------------------------------------- drawing a number of rows
@@ -669,3 +671,48 @@ def test_a_draw_keeps_every_class_in_proportion() -> None:
     assert division.sample(rows, 500, seed=0) is rows
     many = data.read([{"text": f"t{i}", "label": f"c{i % 10}"} for i in range(100)])["train"]
     assert sorted(division.sample(many, 10, seed=3, by="label")["label"]) == sorted(f"c{i}" for i in range(10))
+
+
+# ---------------------------------------------------------------------- one part in several files
+
+
+def sharded(folder: Path, kind: str, stem: str = "train", of: int = 2) -> None:
+    for number in range(of):
+        path = folder / f"{stem}-{number:05d}-of-{of:05d}.{kind}"
+        rows = [{"text": f"{stem} {number} {row}", "label": "a"} for row in range(3)]
+        if kind == "parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        elif kind == "csv":
+            path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_the_files_of_a_part_are_read_in_their_order(kind: str, tmp_path: Path) -> None:
+    sharded(tmp_path, kind)
+    sharded(tmp_path, kind, "test", 1)
+    splits = data.read(tmp_path)
+    assert list(splits["train"]["text"]) == [f"train {number} {row}" for number in range(2) for row in range(3)]
+    assert list(splits["test"]["text"]) == [f"test 0 {row}" for row in range(3)]
+
+
+def test_files_of_a_part_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    sharded(tmp_path, "jsonl", of=3)
+    last = tmp_path / "train-00002-of-00003.jsonl"
+    content = last.read_text()
+    last.write_text('{"text": "a", "label": 1}\n')
+    with pytest.raises(DataError, match=r"train-00002-of-00003\.jsonl.*as in train-00000-of-00003\.jsonl"):
+        data.read(tmp_path)
+    last.unlink()
+    with pytest.raises(DataError, match=r"not whole .*train-00002-of-00003\.jsonl is missing"):
+        data.read(tmp_path)
+    last.write_text(content)
+    extra = tmp_path / "train-00000-of-00004.jsonl"
+    extra.write_text(content)
+    with pytest.raises(DataError, match="not whole"):
+        data.read(tmp_path)
+    extra.unlink()
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(RequestError, match="two files for the split 'train'"):
+        data.read(tmp_path)

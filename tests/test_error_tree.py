@@ -32,8 +32,9 @@ PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
     ("cli.py", "SystemExit"): "the exit code",
     ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
-    ("stops.py", "SystemExit"): "the exit code after a signal",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
+    ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
+    ("stops.py", "SystemExit"): "what a signal ends the process with",
     ("rendering.py", "ValueError"): "what a template says; whoever knows the row names it",
     ("schema.py", "ValueError"): "what a validator of pydantic raises",
 }
@@ -135,6 +136,12 @@ def pointer(monkeypatch: pytest.MonkeyPatch) -> Any:
     return shards.read_header(Path("adapter_model.safetensors"))
 
 
+def unmoved(monkeypatch: pytest.MonkeyPatch) -> Any:
+    adapted = adapted_on()
+    adapted.model.classifier.bias.requires_grad_(False)
+    return adapters.Trainer(adapted, {"output_dir": "run", "disable_tqdm": True}, prepared()).train()
+
+
 def spent(monkeypatch: pytest.MonkeyPatch) -> Any:
     adapted = adapted_on()
     adapters.merge(adapted)
@@ -154,6 +161,7 @@ EXAMPLES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "DiskError": full_disk,
     "BackboneError": other_backbone,
     "NumbersError": infinite,
+    "ContractError": unmoved,
     "SpentError": spent,
     "MissingPackageError": without_bitsandbytes,
 }

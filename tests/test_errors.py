@@ -20,6 +20,7 @@ from adapters import data, errors
 from adapters.errors import (
     AdaptersError,
     BackboneError,
+    ContractError,
     DataError,
     DiskError,
     FolderError,
@@ -77,6 +78,7 @@ def refused(kind: type[AdaptersError], call: Callable[[], object], *said: str) -
         (FolderError, ValueError, 2),
         (BackboneError, ValueError, 2),
         (NumbersError, RuntimeError, 4),
+        (ContractError, RuntimeError, 4),
         (SpentError, RuntimeError, 2),
         (MissingPackageError, ImportError, 2),
     ],

@@ -20,7 +20,7 @@ from datasets import Image as Feature
 from PIL import Image
 
 import adapters
-from adapters import cli, data, division, fidelity, formats, pixels
+from adapters import cli, data, division, fidelity, formats, identity, pixels
 from adapters.contracts import Draw
 from adapters.errors import DataError, MissingPackageError, RequestError
 from adapters.merge import BOUNDS
@@ -289,12 +289,12 @@ def test_a_split_keeps_equal_pictures_apart_and_classes_in_proportion(form: str,
     listed = [{"image": str(path), "label": path.parent.name} for path in sorted(tmp_path.rglob("*.png"))]
     source: Any = str(tmp_path) if form == "folder" else listed
     found, _ = formats.arrange(data.one(source), None, ImageClassification.columns)
-    assert len(set(data.identities(found, "image"))) == 60
+    assert len(set(identity.identities(found, "image"))) == 60
     for seed in range(5):
         parts, _ = division.split(found, {"validation": 0.2, "test": 0.2}, seed=seed, by="label", text="image")
         owners: dict[str, set[str]] = {}
         for name, part in parts.items():
-            for key in data.identities(part, "image"):
+            for key in identity.identities(part, "image"):
                 owners.setdefault(key, set()).add(name)
             assert set(part["label"]) == set(LABELS)
         assert all(len(names) == 1 for names in owners.values())
@@ -308,7 +308,7 @@ def test_the_data_fingerprint_is_of_the_pictures_not_of_their_place(tmp_path: Pa
     known = ImageClassification.columns
 
     def print_of(source: Any) -> str:
-        return str(data.fingerprint(data.rename(data.one(source), None, known))["sha256"])
+        return str(identity.fingerprint(data.rename(data.one(source), None, known))["sha256"])
 
     assert print_of(str(one)) == print_of(str(other))
     listed = [{"image": str(path), "label": path.parent.name} for path in sorted(other.rglob("*.png"))]
@@ -762,3 +762,52 @@ def test_a_broken_file_in_a_folder_is_named_before_a_model_is_loaded(tmp_path: P
 def test_the_answer_line_of_the_card_names_the_column(tmp_path: Path) -> None:
     adapters.save(adapted_of(), tmp_path / "out")
     assert 'adapters.predict(adapted, [{"image": ...}])' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_options_of_the_image_processor_go_over_the_backbones_own(tmp_path: Path, pictures: Path) -> None:
+    recipe = adapters.Recipe(
+        model=backbone("resnet", tmp_path / "base"),
+        data=str(pictures),
+        task="image-classification",
+        strategy="probe",
+        processor={"size": {"height": 48, "width": 24}, "image_mean": [0.1, 0.2, 0.3]},
+        train={"num_train_epochs": 1},
+        output=str(tmp_path / "out"),
+    )
+    recipe.run(lambda line: None)
+    loaded = adapters.load(tmp_path / "out")
+    prepared = loaded.task.prepare(rows_of(rows(3)), loaded.processor, loaded.model, labelled=True)[0]
+    batch = loaded.task.collate([prepared[0]], loaded.model, loaded.processor)
+    assert batch["pixel_values"].shape == (1, 3, 48, 24)
+    assert list(loaded.processor.image_mean) == [0.1, 0.2, 0.3]
+    assert list(loaded.processor.image_std) == list(processor().image_std)
+    adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged")
+    merged = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    assert (merged.size["height"], merged.size["width"]) == (48, 24)
+    assert "size" in (tmp_path / "out" / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sise": 32}, r"the image processor has no 'sise' \(processor\)\. Did you mean 'size'"),
+        ({"size": "large"}, r"does not open with these options \(processor={'size': 'large'}\); found .*large"),
+    ],
+)
+def test_options_that_the_image_processor_does_not_have_are_refused(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    base = backbone("vit", tmp_path)
+    with pytest.raises(RequestError, match=said):
+        adapters.adapt(base, "probe", task="image-classification", labels=LABELS, processor=options)
+    live = transformers.AutoModelForImageClassification.from_pretrained(base, num_labels=3)
+    with pytest.raises(RequestError, match=said):
+        adapters.adapt(live, "probe", labels=LABELS, processor=options)
+    assert adapters.adapt(live, "probe", labels=LABELS, processor={"size": 32}).processor.size["height"] == 32
+
+
+def test_a_tokenizer_takes_no_options(tmp_path: Path) -> None:
+    tiny.backbone("bert").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match=r"only an image processor takes options here .*found size"):
+        adapters.adapt(tmp_path, "probe", labels=LABELS, processor={"size": 32})

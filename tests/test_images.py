@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
-from adapters import data, formats, images
+from adapters import data, formats, identity, images
 from adapters.errors import AdaptersError, DataError, MissingPackageError, RequestError
 
 KNOWN = {"image": "a picture", "label": "its class"}
@@ -41,15 +41,18 @@ def classes(root: Path, count: int = 2) -> Path:
 
 def refused(kind: type[AdaptersError], source: Any) -> str:
     with pytest.raises(AdaptersError) as caught:
-        data.read(source)
+        said(source)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def said(source: Any) -> tuple[dict[str, Dataset], list[str]]:
+    """The parts of a source as a task sees them, every picture looked at, and what was said about them."""
     lines: list[str] = []
-    return data.read(source, lines.append), lines
+    splits = data.read(source, lines.append)
+    looked = {part: images.check(rows) for part, rows in splits.items()}
+    return splits, lines + [f"{part}: {remark}" for part, remark in looked.items() if remark]
 
 
 def pixels(made: PIL.Image.Image) -> Any:
@@ -332,7 +335,7 @@ def test_a_picture_opens_from_every_form(tmp_path: Path) -> None:
     for form in (None, 7, {"path": None, "bytes": None}, [1, 2]):
         with pytest.raises(DataError, match=r"not a picture \(row 3"):
             images.opened(form, "row 3")
-    with pytest.raises(DataError, match=r"cannot be read \(row 3.*FileNotFoundError"):
+    with pytest.raises(DataError, match=r"there is no such picture \(row 3.*gone\.png"):
         images.opened(str(tmp_path / "gone.png"), "row 3")
 
 
@@ -347,12 +350,12 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_fingerprint_is_of_the_pictures_not_of_their_places(tmp_path: Path) -> None:
-    one = data.fingerprint(data.one(classes(tmp_path / "one")))
-    assert one == data.fingerprint(data.one(classes(tmp_path / "two")))
+    one = identity.fingerprint(data.one(classes(tmp_path / "one")))
+    assert one == identity.fingerprint(data.one(classes(tmp_path / "two")))
     assert one["columns"] == ["image", "label"]
     write(tmp_path / "two" / "cat" / "0.png", picture((200, 30, 11)))
-    assert one != data.fingerprint(data.one(tmp_path / "two"))
+    assert one != identity.fingerprint(data.one(tmp_path / "two"))
     rows = data.one(tmp_path / "one")
     (tmp_path / "one" / "cat" / "0.png").unlink()
     with pytest.raises(DataError, match="row 0, column 'image'"):
-        data.fingerprint(rows)
+        identity.fingerprint(rows)

@@ -148,10 +148,7 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], pattern: str) -> None:
         NextSentence().check(Dataset.from_list(rows), labelled=True)
 
 
-def test_a_backbone_without_the_head_is_refused(tmp_path: Path) -> None:
-    folder = tiny.folder("roberta", tmp_path / "base")
-    with pytest.raises(RequestError, match="NextSentencePrediction"):
-        adapters.adapt(folder, "lora", task="next-sentence")
+def test_a_pair_without_room_is_refused() -> None:
     with pytest.raises(RequestError, match="max_length"):
         NextSentence(max_length=3)
 
@@ -197,3 +194,14 @@ def test_answers_are_the_pipelines() -> None:
         wanted = wanted[0] if isinstance(wanted, list) else wanted
         assert found["label"] == wanted["label"]
         assert found["score"] == pytest.approx(wanted["score"], rel=1e-5)
+
+
+def test_a_model_without_the_head_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    for kind, task, remedy in (
+        ("roberta", "next-sentence", r"Take text-classification \(text, text_pair, label\), whose answers are alike\."),
+        ("gpt2", "masked-lm", r"It has text-classification, causal-lm, token-classification, question-answering\."),
+    ):
+        tiny.backbone(kind).save_pretrained(tmp_path / kind)
+        expected = rf"no model of type '{kind}' has a head for {task} .*expected a model with one: .*bert.*{remedy}"
+        with pytest.raises(RequestError, match=expected):
+            adapters.adapt(tmp_path / kind, task=task)

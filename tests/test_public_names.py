@@ -15,6 +15,7 @@ PUBLIC = {
     "Adapted",
     "AdaptersError",
     "BackboneError",
+    "ContractError",
     "DataError",
     "DiskError",
     "FolderError",

@@ -404,14 +404,16 @@ def test_a_signal_says_how_to_go_on_and_gives_its_handler_back(
 def test_ctrl_c_reaches_the_workers_of_the_data_as_well(tmp_path: Path) -> None:
     import psutil
 
+    before = {child.pid for child in psutil.Process().children()}
+
     class Group(TrainerCallback):
         """What a terminal does: every process of the group is told."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 7:
-                children = psutil.Process().children()
-                assert len(children) == 2
-                for process in [*children, psutil.Process()]:
+                workers = [child for child in psutil.Process().children() if child.pid not in before]
+                assert len(workers) == 2
+                for process in [*workers, psutil.Process()]:
                     process.send_signal(signal.SIGINT)
 
     more: dict[str, Any] = {"save_strategy": "no", "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}

@@ -379,6 +379,22 @@ def test_whatever_loading_makes_new_trains_and_is_saved(tmp_path: Path) -> None:
         assert torch.allclose(tiny.logits(merged), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_start", [False, True], ids=["told later", "told at its start"])
+def test_the_inputs_that_a_tokenizer_makes_come_back(tmp_path: Path, at_start: bool) -> None:
+    base = tiny.folder("bert", tmp_path / "base")
+    processor = tiny.tokenizer()
+    if at_start:
+        processor.save_pretrained(tmp_path / "words")
+        processor = type(processor).from_pretrained(tmp_path / "words", model_input_names=["input_ids"])
+    else:
+        processor.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    adapted = adapters.adapt(base, labels=list(tiny.LABELS), processor=processor)
+    adapters.save(adapted, tmp_path / "adapter")
+    loaded = adapters.load(tmp_path / "adapter")
+    assert loaded.processor.model_input_names == processor.model_input_names
+    assert dict(loaded.processor("refund", "my money")) == dict(processor("refund", "my money"))
+
+
 # ---------------------------------------------------------------------- taking the place of another folder
 
 

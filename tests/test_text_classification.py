@@ -674,7 +674,7 @@ def test_each_problem_is_learnt_saved_and_answered(problem: str, tmp_path: Any) 
     adapted = adapters.adapt(base, "full", **options)
     rows = learnable(problem)
     before = adapters.evaluate(adapted, rows)
-    args = {"output_dir": str(tmp_path / "run"), "learning_rate": 5e-3, "num_train_epochs": 8, "disable_tqdm": True}
+    args = {"output_dir": str(tmp_path / "run"), "learning_rate": 5e-3, "num_train_epochs": 12, "disable_tqdm": True}
     adapters.Trainer(adapted, args, rows).train()
     after = adapters.evaluate(adapted, rows)
     metric, greater = adapted.task.best_metric

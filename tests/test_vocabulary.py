@@ -195,3 +195,15 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
         "model.embed_tokens.weight",
         "lm_head.weight",
     }
+
+
+def test_rows_to_spare_take_the_tokens_and_come_back(tmp_path: Path) -> None:
+    base = tiny.folder("bert", tmp_path / "base")  # 64 rows, about half of them without a token
+    adapted = trained(base, tmp_path)
+    assert adapted.model.get_input_embeddings().weight.shape[0] == 64
+    adapters.save(adapted, tmp_path / "adapter")
+    texts = [row["text"] for row in rows(6)]
+    assert adapters.predict(adapters.load(tmp_path / "adapter"), texts) == adapters.predict(adapted, texts)
+    adapters.merge_on_disk(tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(RequestError, match="knows the token already"):
+        adapters.adapt(base, labels=list(tiny.LABELS), added_tokens=["refund"])

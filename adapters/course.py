@@ -1,0 +1,75 @@
+"""The course of a run: whether it still gets better, whether its loss rose again, whether it beat its baseline."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, final
+
+from transformers import TrainerCallback
+
+WINDOW = 16  # steps of the moving median
+LOST = 0.5  # share of what was gained that a run may lose again
+RISE = 0.2  # share of the first median that it may rise above its best in any case
+
+
+@final
+class Divergence(TrainerCallback):
+    """Says once that the moving median of the loss has risen for good.
+
+    A single bad batch does not move a median of 16 steps. What counts as risen: above the best median by more than
+    half of what the run had gained until then, and by a fifth of where it began.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._step = 0.0
+        self._first = self._best = float("nan")
+        self._best_step = 0
+        self.said = False
+
+    def add(self, loss: float) -> None:
+        """The share of one micro-batch in the loss of the step."""
+        self._step += loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step more; its loss is the sum over its micro-batches."""
+        self._losses.append(self._step)
+        self._step = 0.0
+        if len(self._losses) < WINDOW or self.said:
+            return
+        now = median(self._losses)
+        if not now >= self._best:  # also the first one, against nan
+            self._first = now if self._first != self._first else self._first
+            self._best, self._best_step = now, state.global_step
+        elif now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first)):
+            self.said = True
+            self._say(
+                f"the loss diverged: median {now:.4g} over the {WINDOW} steps up to {state.global_step}, after "
+                f"{self._best:.4g} up to step {self._best_step}; take a smaller learning rate or fewer epochs"
+            )
+
+
+def unbeaten(
+    found: float | None, baseline: Mapping[str, float], metric: str, *, greater: bool, rows: str
+) -> str | None:
+    """What is said of a run whose best metric is no better than the baseline's; None where it is better.
+
+    Args:
+        found: the best value, None where nothing was measured.
+        baseline: the metrics of the answer that never looks at the input.
+        metric: its name in them.
+        greater: greater is better.
+        rows: what it was measured on.
+    """
+    if found is None or metric not in baseline:
+        return None
+    bound = baseline[metric]
+    if found > bound if greater else found < bound:
+        return None
+    return (
+        f"the run never beat its baseline: {metric} {found:.4g} on the {rows} rows, where an answer that never looks "
+        f"at the input has {bound:.4g}"
+    )

@@ -1,0 +1,84 @@
+"""What tells rows apart, and one data set from another: digests of their content, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import DataError, message
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STREAM_ROWS = 64  # that tell one stream from another
+
+
+def identities(rows: Dataset, column: str) -> list[Any]:
+    """What tells the values of a column apart: a text is itself, a list its JSON, a picture the digest of its bytes.
+
+    Raises:
+        DataError: the file of a picture that is no longer there.
+    """
+    from datasets import Image
+
+    if not isinstance(rows.features[column], Image):
+        return [json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in rows[column]]
+    cells = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
+    return [_picture_digest(cell, f"row {number}, column {column!r}") for number, cell in enumerate(cells)]
+
+
+def fingerprint(rows: Dataset) -> dict[str, Any]:
+    """The identity of rows: their number, columns, and a sha256 over every value in order; of a picture its bytes.
+
+    Raises:
+        DataError: the file of a picture that is no longer there.
+    """
+    from datasets import Image
+
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    columns = list(rows.column_names)
+    for name in pictures:
+        rows = rows.cast_column(name, Image(decode=False))
+    digest = hashlib.sha256()
+    for number, row in enumerate(rows):
+        for name in pictures:
+            row[name] = _picture_digest(row[name], f"row {number}, column {name!r}")
+        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return {"rows": len(rows), "columns": columns, "sha256": digest.hexdigest()}
+
+
+def fingerprint_of_stream(rows: Any) -> dict[str, Any]:
+    """The identity of rows that are read as they come: a sha256 over the first of them.
+
+    Raises:
+        DataError: the stream is empty, or its rows are not model inputs.
+    """
+    digest = hashlib.sha256()
+    columns: list[str] = []
+    for number, row in enumerate(itertools.islice(rows, STREAM_ROWS)):
+        if not isinstance(row, Mapping) or "labels" not in row:
+            expected = 'model inputs by name, and "labels"'
+            raise DataError(
+                message("a stream of raw rows", where=f"train_dataset, row {number}", expected=expected, found=row)
+            )
+        columns = columns or list(row)
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+        digest.update(json.dumps(plain, sort_keys=True, default=str).encode() + b"\n")
+    if not columns:
+        raise DataError(message("the data is empty", where="train_dataset", found="0 rows"))
+    return {"rows": None, "columns": columns, "sha256": digest.hexdigest()}
+
+
+def _picture_digest(cell: Mapping[str, Any] | None, where: str) -> str | None:
+    if cell is None:
+        return None
+    try:
+        content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    except OSError as fault:
+        raise DataError(message("the picture cannot be read", where=where, found=fault)) from fault
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,265 @@
+"""transformers.Trainer whose rows, batches, loss and metrics are a task's, whatever the strategy.
+
+It also keeps the frozen part quiet: in eval mode, and computed once a row where that pays (see `prefix`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+
+from adapters import checks, data, identity, pace, prefix, quantize, vocabulary
+from adapters.arguments import complaints, settings
+from adapters.contracts import Adapted, Draw
+from adapters.epochs import Epochs, ordered
+from adapters.formats import arrange
+from adapters.order import frozen_below
+from adapters.predict import is_prepared
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+class ObjectiveTrainer(transformers.Trainer):
+    """What a run learns and measures; how it goes and what it leaves is `Trainer`'s."""
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        args: TrainingArguments | Mapping[str, Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        columns: Mapping[str, str] | None = None,
+        **others: Any,
+    ) -> None:
+        adapted.state()  # a spent adapter speaks here
+        self.adapted = adapted
+        self.columns = columns
+        self.remarks: list[str] = []
+        self._own_metrics = own_metrics = others.get("compute_metrics") is not None
+        parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
+        arguments, own = settings(
+            adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
+        )
+        task = adapted.task
+        self._data: dict[str, dict[str, Any]] = {}
+        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
+            adapted.record.data = self._data["data"] = identity.fingerprint_of_stream(train_dataset)
+        elif train_dataset is not None:
+            rows = self._rows_of(train_dataset)
+            adapted.record.data = self._data["data"] = identity.fingerprint(rows)
+            train_dataset = self._inputs(rows)
+            task = task.with_data(rows)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._validation(part, f".{name}") for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._validation(eval_dataset)
+        self.task = adapted.record.task = task
+        self._draw = Draw(arguments.seed)
+        self._draws = others.get("data_collator") is None
+        others.setdefault(
+            "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
+        )
+        others.setdefault("compute_loss_func", task.loss)
+        others.setdefault("compute_metrics", self._metrics)
+        others.setdefault("processing_class", adapted.processor)
+        self.keep = arguments.save_total_limit
+        arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
+        with quantize.accepted(adapted.model), complaints():
+            super().__init__(
+                model=adapted.model,
+                args=arguments,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **others,
+            )
+        # The loss comes from the task alone, so the models' own normalisation by item counts stays out of it.
+        self.model_accepts_loss_kwargs = False
+        self._loss_shifts_labels = False
+        self.label_smoother = None
+        trained = adapted.trained
+        self._quiet = frozen_below(adapted.model, trained)
+        if own.get("frozen_dropout"):
+            self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
+        self._paces = adapted.strategy.paces(adapted.model, trained)
+        if train_dataset is not None:
+            pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
+            if (dead := checks.check_rows(train_dataset, task)) is not None:
+                self._say(dead)
+            self.add_callback(pace.Joining(self._paces))
+        self._own = own
+        self._prefix: prefix.Prefix | None = None
+        self._evaluated: Any = None
+        self._summed = torch.zeros(2, dtype=torch.float64)
+        self._batch_rows: list[int] | None = None
+        self.epochs = Epochs(self._draw)
+        self.add_callback(self.epochs)
+
+    # ------------------------------------------------------------------ rows
+
+    def _rows_of(self, source: Any) -> Dataset:
+        if is_prepared(source):
+            rows: Dataset = source
+            return rows
+        rows, remark = arrange(data.one(source), self.columns, self.adapted.task.columns)
+        if remark:
+            logger.info(remark)
+        return rows
+
+    def prepared(self, source: Any) -> Dataset:
+        """Model inputs from raw rows in any form; what is prepared already stays as it is."""
+        return self._inputs(self._rows_of(source))
+
+    def _validation(self, source: Any, name: str = "") -> Dataset:
+        rows = self._rows_of(source)
+        self._data[f"validation_data{name}"] = identity.fingerprint(rows)
+        return self._inputs(rows)
+
+    def _inputs(self, rows: Dataset) -> Dataset:
+        if is_prepared(rows):
+            return rows
+        prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
+        for remark in remarks:
+            self._say(remark)
+        return prepared
+
+    def _say(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+            logger.warning(remark)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics over raw or prepared rows (the eval_dataset unless given), with the prefix transformers gives."""
+        if eval_dataset is not None and not (isinstance(eval_dataset, str) or is_prepared(eval_dataset)):
+            if isinstance(eval_dataset, Mapping):
+                eval_dataset = {name: self.prepared(part) for name, part in eval_dataset.items()}
+            else:
+                eval_dataset = self.prepared(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
+        plain: Any = self.data_collator
+        self.data_collator = functools.partial(plain, draw=self._draw) if self._draws else plain
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' choice, in an order that seed and epoch alone decide."""
+        return ordered(super()._get_train_sampler(*args, **kwargs), self.args, self._draw)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
+        self._evaluated = dataloader.dataset
+        self._summed = torch.zeros(2, dtype=torch.float64)
+        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        summed = self._summed
+        if self.args.world_size > 1:
+            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
+        total, items = summed.tolist()
+        if items and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
+        return result
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
+        if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        numbers = torch.as_tensor(inputs["row"], device=self.args.device)
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
+            found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
+        items = self.task.items(batch["labels"])
+        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
+        return loss.detach(), tuple(part.contiguous() for part in found), numbers
+
+    def _metrics(self, found: Any) -> dict[str, float]:
+        parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
+        place = {number: position for position, number in enumerate(self._evaluated["row"])}
+        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
+        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' optimizer, its groups divided by the strategy's rates."""
+        fresh = self.optimizer is None
+        if fresh:
+            pace.let_join(self.adapted.model, self._paces, float("inf"))  # an earlier run may have broken off
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            pace.set_rates(optimizer, self.adapted.model, self._paces)
+        return optimizer
+
+    # ------------------------------------------------------------------ steps
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.epochs.batches += len(batches)
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Loss items of the global batch, as the task counts them."""
+        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
+        if model.training:
+            for module in self._quiet:
+                module.training = False
+        with self._prefix.given(inputs) if self._prefix is not None else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _kept_prefix(self) -> prefix.Prefix | None:
+        """The frozen prefix of all rows, where they pass more than once and it never changes."""
+        draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
+        wanted = self._own.get("prefix_cache", True)
+        passes = float(args.num_train_epochs)
+        if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
+            step = args.train_batch_size * args.gradient_accumulation_steps
+            passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
+        if not wanted or passes < 2 or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+            return None
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        request = prefix.Request(
+            sets=[self.train_dataset, *(part for part in parts if part is not None)],
+            collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
+            redraw=lambda epoch: setattr(draw, "epoch", epoch),
+            dtype=torch.bfloat16 if wanted == "bfloat16" else None,
+            device=args.device,
+            noisy=bool(self._own.get("frozen_dropout")),
+        )
+        self._move_model_to_device(self.adapted.model, args.device)
+        with self.compute_loss_context_manager():
+            found, remark = prefix.kept(self.adapted.model, self.adapted.trained, request)
+        if remark:
+            self._say(remark)
+        return found
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        self._batch_rows = inputs.get("row")
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        grown = vocabulary.grown(self.adapted)
+        return [name for name in names if name not in grown]

@@ -1,0 +1,190 @@
+"""The frozen prefix is computed once, with the same numbers; where it cannot be kept, that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import adapters
+from adapters import prefix
+from adapters.anatomy import block_lists
+
+QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "learning_rate": 5e-3, "num_train_epochs": 3}
+
+
+def inputs_of(model: Any, length: int = 9) -> dict[str, torch.Tensor]:
+    """Rows of different lengths, or pictures."""
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", None) or 32
+        return {"pixel_values": torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))}
+    batch = {name: value for name, value in tiny.batch(4, length).items() if isinstance(value, torch.Tensor)}
+    batch.pop("labels", None)
+    if model.config.is_encoder_decoder:
+        ends = batch["attention_mask"].sum(1) - 1
+        batch["input_ids"][batch["input_ids"] == 3] = 9
+        batch["input_ids"][torch.arange(4), ends] = 3  # one end of sentence a row
+        batch["decoder_input_ids"] = batch["input_ids"].clone()
+    return batch
+
+
+def head_of(model: Any) -> list[str]:
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    apart = [name for name, parameter in model.named_parameters() if id(parameter) not in base]
+    return apart or [name for name, _ in model.named_parameters() if name.startswith("classification_head")]
+
+
+def above(model: Any) -> list[str]:
+    """The head and the last block."""
+    last = f"{block_lists(model)[-1].names()[-1]}."
+    return [*head_of(model), *(name for name, _ in model.named_parameters() if name.startswith(last))]
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_every_family_is_cut_by_its_graph(kind: str) -> None:
+    """Outputs and gradients are the same, and no block of the prefix computes."""
+    model = tiny.backbone(kind, 0, tiny.heads(kind)[0])
+    shared = block_lists(model)[-1].shared
+    trained = head_of(model) if shared else above(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    model.eval()
+    cut = prefix.cut_of(model, trained)
+    assert cut is not None
+    kept = prefix.Prefix(model, cut)
+    inputs = inputs_of(model)
+    assert kept.fault(inputs) == ""
+    worked: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, _o, path=path: worked.append(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | Conv1D)
+        and path.startswith((f"{cut.path}.", *(passed_paths(model, cut))))
+    ]
+    assert hooks
+    whole = gradients(model, inputs)
+    assert worked
+    worked.clear()
+    with kept.given(inputs) as taken:
+        assert taken
+        cached = gradients(model, inputs)
+    assert worked == []
+    for name, gradient in whole.items():
+        scale = float(gradient.abs().max()) or 1.0
+        assert float((gradient - cached[name]).abs().max()) <= 1e-4 * scale, name
+
+
+def passed_paths(model: Any, cut: prefix.Cut) -> tuple[str, ...]:
+    ids = {id(module) for module in cut.passed}
+    return tuple(f"{path}." for path, module in model.named_modules() if id(module) in ids)
+
+
+def gradients(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    outputs = model(**inputs)
+    logits = outputs["logits"]
+    mask = inputs.get("attention_mask")
+    if mask is not None and logits.shape[:2] == mask.shape:
+        logits = logits[mask.bool()]
+    logits.float().square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_rows_are_known_by_content_not_by_padding() -> None:
+    model = tiny.model("bert")
+    cut = prefix.cut_of(model, head_of(model))
+    assert cut is not None
+    kept = prefix.Prefix(model, cut)
+    wide = {name: value for name, value in tiny.batch(4, 9).items() if name != "labels"}
+    narrow = {name: value[3:, : int(wide["attention_mask"][3].sum())] for name, value in wide.items()}
+    assert kept.keys(wide)[3:] == kept.keys(narrow)
+    changed = {name: value.clone() for name, value in wide.items()}
+    changed["input_ids"][0, 1] += 1
+    assert kept.keys(changed)[0] != kept.keys(wide)[0]
+    assert kept.keys(changed)[1:] == kept.keys(wide)[1:]
+
+
+def test_a_row_that_is_not_kept_is_computed() -> None:
+    model = tiny.model("bert")
+    model.eval()
+    cut = prefix.cut_of(model, head_of(model))
+    assert cut is not None
+    kept = prefix.Prefix(model, cut)
+    inputs = inputs_of(model)
+    kept.add({name: value[:2] for name, value in inputs.items()})
+    with torch.no_grad(), kept.given(inputs) as taken:
+        assert not taken
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_block_that_does_more_than_hand_on_is_noticed() -> None:
+    """The cut is tried on rows before it is used: a model whose upper block reads a lower one is left whole."""
+    model = tiny.model("bert")
+    layers = model.bert.encoder.layer
+    seen, slope = [torch.zeros(())], torch.linspace(-1, 1, 32)
+    layers[0].register_forward_hook(lambda _m, _i, output: seen.append(first_of(output)[0, 0, 0]))
+    layers[2].attention.register_forward_pre_hook(lambda _m, args: (args[0] + seen[-1] * slope, *args[1:]))
+    cut = prefix.cut_of(model, above(model))
+    assert cut is not None
+    assert "differ" in prefix.Prefix(model, cut).fault(inputs_of(model))
+
+
+def first_of(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return tensor
+
+
+@pytest.mark.parametrize("strategy", ["probe", "freeze", "lora", "bitfit"])
+def test_training_is_the_same_with_and_without(strategy: str, tmp_path: Path) -> None:
+    ranges: dict[str, dict[str, Any]] = {"lora": {"layers_to_transform": [2]}, "freeze": {"layers": 1}}
+    options = ranges.get(strategy, {})
+    found = {}
+    for wanted in (True, False):
+        adapted = adapters.adapt(
+            tiny.model("bert"), strategy, processor=tiny.tokenizer(), labels=list(tiny.LABELS), **options
+        )
+        arguments = {"output_dir": str(tmp_path / str(wanted)), **QUIET, "prefix_cache": wanted}
+        trainer = adapters.Trainer(adapted, arguments, tiny.rows(24), tiny.rows(12, seed=1))
+        trainer.train()
+        losses = [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+        found[wanted] = adapted.state(), losses, trainer
+    cached = found[True][2]._prefix
+    assert found[False][2]._prefix is None
+    assert (cached is None) == (strategy == "bitfit")  # the biases of the embeddings' norm train: nothing lies below
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
+    for name, tensor in found[True][0].items():
+        assert torch.allclose(tensor, found[False][0][name], atol=1e-4), name
+
+
+def test_rows_drawn_anew_are_not_kept(tmp_path: Path) -> None:
+    adapted = adapters.adapt(
+        tiny.backbone("bert", 0, "AutoModelForMaskedLM"), "freeze", processor=tiny.tokenizer(), task="masked-lm"
+    )
+    rows = [{"text": row["text"]} for row in tiny.rows(24)]
+    trainer = adapters.Trainer(adapted, {"output_dir": str(tmp_path), **QUIET}, rows)
+    trainer.train()
+    assert trainer._prefix is None
+    assert any("drawn anew" in remark for remark in trainer.remarks)
+
+
+def test_dropout_in_the_prefix_is_not_kept(tmp_path: Path) -> None:
+    adapted = adapters.adapt(tiny.model("bert"), "probe", processor=tiny.tokenizer(), labels=list(tiny.LABELS))
+    trainer = adapters.Trainer(
+        adapted, {"output_dir": str(tmp_path), **QUIET, "frozen_dropout": True}, tiny.rows(24), tiny.rows(6, seed=1)
+    )
+    trainer.train()
+    assert trainer._prefix is None
+    assert any("frozen_dropout" in remark for remark in trainer.remarks)
+
+
+def test_batches_follow_the_lengths_alone() -> None:
+    lengths = [5, 9, 5, 9, 1]
+    assert prefix.batches(lengths) == [[1, 3, 0, 2, 4]]
+    long = prefix.batches([5000, 5000, 3])
+    assert long == [[0], [1], [2]] or long == [[0], [1, 2]]
+    assert sorted(row for batch in prefix.batches([7] * 600) for row in batch) == list(range(600))
