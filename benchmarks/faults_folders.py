@@ -93,7 +93,7 @@ def _flipped(side: Side, folder: Path, what: str, bits: list[Bit], place: Path) 
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
             file.write_bytes(changed)
-            came, words = opened(side, partial(side.load, folder), good)
+            came, words = opened(side, partial(side.load, folder), lambda adapted: _identity(side, adapted) == good)
             file.write_bytes(whole)
             counts[came] += 1
             first.setdefault(came, f"{name}, bit {bit}: {words}")
@@ -111,8 +111,8 @@ def _identity(side: Side, adapted: Any) -> tuple[str, str]:
     return digest(side.state(adapted)), digest({"logits": logits})
 
 
-def opened(side: Side, load: Callable[[], Any], good: tuple[str, str] | None) -> tuple[str, str]:
-    """Open a folder: the outcome, and the words that came with it; `good` is what loading has to give."""
+def opened(side: Side, load: Callable[[], Any], unchanged: Callable[[Any], bool]) -> tuple[str, str]:
+    """Open a folder: the outcome, and the words that came with it."""
     with listening() as said:
         try:
             adapted = load()
@@ -120,7 +120,7 @@ def opened(side: Side, load: Callable[[], Any], good: tuple[str, str] | None) ->
             raw = side is OURS and not isinstance(fault, adapters.AdaptersError)
             return RAW if raw else CAUGHT, told(fault)
     lines = [line for line in said if "is_gradient_checkpointing" not in line]
-    if good is not None and _identity(side, adapted) == good:
+    if unchanged(adapted):
         return NOTHING, "; ".join(lines)
     return (WARNED, lines[0][:300]) if lines else (SILENT, "")
 
@@ -174,6 +174,7 @@ def _watched(name: str, case: Any, whole: dict[str, Path], root: Path, known: se
     """Build a folder and open it: the outcome, its words, and the files opened that nobody expects."""
     import hostile
 
+    good = "" if name == "ours" else in_child(partial(_weights, case.kind, whole), root.parent)
     outside, folder, base = fresh(root) / "outside", root / "folder", whole["backbone"]
     outside.mkdir(parents=True)
     if case.kind == "base":  # a hostile backbone, met by a merge
@@ -182,7 +183,7 @@ def _watched(name: str, case: Any, whole: dict[str, Path], root: Path, known: se
     shutil.copytree(whole["adapter" if case.kind == "base" else case.kind], folder)
     case.build(base if case.kind == "base" else folder, outside)
     rooms = tuple(f"{path}/" for path in (folder, base, root / "merged", sys.prefix, f"{sys.base_prefix}/lib"))
-    rooms += (f"{root}/.merged", f"{ROOT}/adapters/", "/proc/", "/sys/")
+    rooms += (f"{root}/.merged", f"{ROOT}/adapters/", "/proc/", "/sys/", "/dev/shm/sem.")  # the last: locks of Python's
     expected = known | {
         str(each) for each in (folder, base, root, root / "merged", root / "open.json", root / "open.log")
     }
@@ -200,8 +201,8 @@ def _watched(name: str, case: Any, whole: dict[str, Path], root: Path, known: se
         watched(READS)
         if name == "ours":
             kind = "merge" if case.kind == "base" else case.kind
-            return opened(OURS, lambda: hostile.open_as(kind, folder, base), None)
-        return opened(PLAIN, partial(_plainly, case.kind, folder), None)
+            return opened(OURS, lambda: hostile.open_as(kind, folder, base), lambda _: False)  # it must not open
+        return opened(PLAIN, partial(_plainly, case.kind, folder), lambda model: digest(model.state_dict()) == good)
 
     status = watch(child(act, root / "open.json", SECONDS), seen)
     try:
@@ -211,12 +212,19 @@ def _watched(name: str, case: Any, whole: dict[str, Path], root: Path, known: se
     return came, words, strange
 
 
+def _weights(kind: str, whole: dict[str, Path]) -> str:
+    """What the plain stack loads where nothing is wrong."""
+    return digest(_plainly(kind, whole[kind]).state_dict())
+
+
 def _plainly(kind: str, folder: Path) -> Any:
-    """Open a folder as the documentation of peft and transformers says."""
+    """Open a folder as the documentation of peft and transformers says; a new head starts the same every time."""
     import peft
     import tiny
     import transformers
 
+    torch.manual_seed(0)
     if kind == "backbone":
+        transformers.AutoTokenizer.from_pretrained(folder)
         return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     return peft.PeftModel.from_pretrained(tiny.model("bert"), str(folder))
