@@ -35,19 +35,17 @@ def read(folder: Path) -> dict[str, Any]:
         FolderError: there is none, or it was changed.
     """
     file = folder / CHECKPOINT
+    if folder.is_symlink() or file.is_symlink():
+        raise FolderError(message("a symbolic link instead of a checkpoint", where=str(folder)))
     try:
-        if folder.is_symlink() or file.is_symlink():
-            raise FolderError(message("a symbolic link instead of a checkpoint", where=str(folder)))
-        if file.stat().st_size > MAX_DOCUMENT:
-            raise FolderError(message("the checkpoint's manifest is too large to be one", where=str(file)))
-        document: Any = json.loads(file.read_text())
-        if document["digest"] != shards.digest_of(document):
-            raise FolderError(message("the checkpoint's manifest was changed", where=str(file)))
+        document: Any = shards.read_json(file, MAX_DOCUMENT)
+        unchanged = document["digest"] == shards.digest_of(document)
         names = list(document["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        if isinstance(fault, FolderError):
-            raise
-        raise FolderError(message("not a whole checkpoint", where=str(folder), found=repr(fault))) from fault
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        found = f"{type(fault).__name__}: {fault}"
+        raise FolderError(message("not a whole checkpoint", where=str(folder), found=found)) from fault
+    if not unchanged:
+        raise FolderError(message("the checkpoint's manifest was changed", where=str(file)))
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise FolderError(message("a checkpoint file outside the checkpoint", where=str(file), found=name))

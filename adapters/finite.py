@@ -24,18 +24,15 @@ def check_gradients(model: nn.Module, where: str) -> None:
     Raises:
         NumbersError: naming the first tensor at fault.
     """
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    if not named:
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad = _overflowing(named)
+    if not bad:
         return
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
-    if bool(torch.isfinite(norms).all()):
-        return
-    bad = [own_name(name) for (name, _), norm in zip(named, norms, strict=True) if not bool(torch.isfinite(norm))]
     raise NumbersError(
         message(
             "gradients are not finite",
             where=where,
-            found=f"{len(bad)} of {len(named)} tensors, {bad[0]} first",
+            found=f"{len(bad)} of {len(named)} tensors, {own_name(bad[0])} first",
             remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
         )
     )
@@ -48,20 +45,27 @@ def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
         NumbersError: naming the first tensor at fault.
     """
     tensors = {name: tensor.detach() for name, tensor in parameters.items()}
-    norms = torch._foreach_norm(list(tensors.values()))
-    if not norms or bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-        return
-    bad = [own_name(n) for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
-    if not bad:  # finite values of which the squares are not
+    # Of finite values the squares may not be.
+    bad = [name for name in _overflowing(tensors) if not bool(torch.isfinite(tensors[name]).all())]
+    if not bad:
         return
     raise NumbersError(
         message(
             "weights are not finite after the optimizer's step",
             where=where,
-            found=f"{len(bad)} of {len(tensors)} tensors, {bad[0]} first",
+            found=f"{len(bad)} of {len(tensors)} tensors, {own_name(bad[0])} first",
             remedy="The last good weights are back in the model. Take a smaller learning rate.",
         )
     )
+
+
+def _overflowing(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The tensors whose sum of squares is not finite, found in one pass over all of them."""
+    if not tensors:
+        return []
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))])
+    fine = torch.isfinite(norms).tolist()
+    return [name for name, finite in zip(tensors, fine, strict=True) if not finite]
 
 
 def check_scale(left_out: int, step: int) -> None:
