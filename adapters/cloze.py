@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import DataError, RequestError, message
 from adapters.likelihood import IGNORED, measured, numbers
+from adapters.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,24 +49,19 @@ def pseudo_perplexity(
     columns, _ = encode(texts_in(texts, "text"), None, processor, model, max_length=max_length)
     special = set(processor.all_special_ids)
     sums = np.zeros(3)
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            for row in range(len(texts)):
-                whole = {n: torch.as_tensor(values[row], device=model.device) for n, values in columns.items()}
-                places = [place for place, token in enumerate(columns["input_ids"][row]) if token not in special]
-                for begin in range(0, len(places), batch_size):
-                    picks = torch.as_tensor(places[begin : begin + batch_size], device=model.device)
-                    copies = {n: values.repeat(len(picks), 1) for n, values in whole.items()}
-                    index = torch.arange(len(picks), device=model.device)
-                    labels = torch.full_like(copies["input_ids"], IGNORED)
-                    labels[index, picks] = copies["input_ids"][index, picks]
-                    copies["input_ids"][index, picks] = processor.mask_token_id
-                    found = measured(model(**copies).logits, labels)
-                    sums += [float(part.sum()) for part in found]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        for row in range(len(texts)):
+            whole = {n: torch.as_tensor(values[row], device=model.device) for n, values in columns.items()}
+            places = [place for place, token in enumerate(columns["input_ids"][row]) if token not in special]
+            for begin in range(0, len(places), batch_size):
+                picks = torch.as_tensor(places[begin : begin + batch_size], device=model.device)
+                copies = {n: values.repeat(len(picks), 1) for n, values in whole.items()}
+                index = torch.arange(len(picks), device=model.device)
+                labels = torch.full_like(copies["input_ids"], IGNORED)
+                labels[index, picks] = copies["input_ids"][index, picks]
+                copies["input_ids"][index, picks] = processor.mask_token_id
+                found = measured(model(**copies).logits, labels)
+                sums += [float(part.sum()) for part in found]
     if not sums[2]:
         raise DataError(message("the texts hold no token to predict", where=f"{len(texts)} texts"))
     result = numbers([*sums.reshape(3, 1)])

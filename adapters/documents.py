@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 from adapters.errors import RequestError, message
 from adapters.generation import end_of, ends_of, without_end
 from adapters.likelihood import IGNORED
+from adapters.modes import evaluating
 from adapters.tokens import CHUNK, check_ids, vocabulary_of
 
 if TYPE_CHECKING:
@@ -117,34 +118,29 @@ def refuse_leaks(model: PreTrainedModel, *, packed: bool) -> None:
     first, second = ids[None, :TOKENS], ids[None, TOKENS:]
     other = first.clone()
     other[0, -1] = (first[0, -1] + 1) % vocabulary
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            alone = _logits(model, first)
-            if _differ(model, alone[:, :-1], _logits(model, other)[:, :-1]):
+    with evaluating(model), torch.no_grad():
+        alone = _logits(model, first)
+        if _differ(model, alone[:, :-1], _logits(model, other)[:, :-1]):
+            raise RequestError(
+                message(
+                    "the model sees the tokens that it is to foretell",
+                    where=type(model).__name__,
+                    expected="a model that reads from left to right",
+                    remedy="Take a decoder, or load it with load={'is_decoder': True}.",
+                )
+            )
+        if packed:
+            places = torch.arange(TOKENS, device=model.device).repeat(2)[None]
+            together = _logits(model, ids[None], position_ids=places)
+            if _differ(model, together, torch.cat([alone, _logits(model, second)], 1)):
                 raise RequestError(
                     message(
-                        "the model sees the tokens that it is to foretell",
-                        where=type(model).__name__,
-                        expected="a model that reads from left to right",
-                        remedy="Take a decoder, or load it with load={'is_decoder': True}.",
+                        "documents of one block would see each other",
+                        where=f"packing on {type(model).__name__}",
+                        expected="the logits that each document has alone",
+                        remedy="Say packing=False.",
                     )
                 )
-            if packed:
-                places = torch.arange(TOKENS, device=model.device).repeat(2)[None]
-                together = _logits(model, ids[None], position_ids=places)
-                if _differ(model, together, torch.cat([alone, _logits(model, second)], 1)):
-                    raise RequestError(
-                        message(
-                            "documents of one block would see each other",
-                            where=f"packing on {type(model).__name__}",
-                            expected="the logits that each document has alone",
-                            remedy="Say packing=False.",
-                        )
-                    )
-    finally:
-        model.train(was_training)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:

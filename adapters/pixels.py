@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message
 from adapters.images import opened
+from adapters.modes import evaluating
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,10 +159,8 @@ def _try(batch: Mapping[str, Tensor], model: PreTrainedModel, inputs: Mapping[st
     """One forward pass in eval mode, for the model's own word on these pixels."""
     import torch
 
-    was_training = model.training
-    model.train(False)
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             model(**{name: value.to(model.device) for name, value in batch.items()}, **inputs)
     except (ValueError, RuntimeError) as fault:
         raise RequestError(
@@ -172,8 +171,6 @@ def _try(batch: Mapping[str, Tensor], model: PreTrainedModel, inputs: Mapping[st
                 remedy=cure,
             )
         ) from fault
-    finally:
-        model.train(was_training)
 
 
 def _refuse_sizes(rows: Dataset, where: str) -> None:

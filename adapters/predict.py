@@ -10,6 +10,7 @@ from adapters.contracts import Adapted
 from adapters.data import one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
+from adapters.modes import evaluating
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,22 +53,17 @@ def _over_batches(
             message("a wrong value", where="batch_size", expected="a whole number > 0", found=batch_size)
         )
     model = adapted.model
-    was_training = model.training
-    model.train(False)
     order = np.argsort(prepared["length"], kind="stable")[::-1]
     places: list[int] = []
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                picks = [int(index) for index in order[start : start + batch_size]]
-                batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
-                batch.pop("row", None)
-                batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-                parts.append(tuple(_array(part) for part in act(batch)))
-                places += picks
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            picks = [int(index) for index in order[start : start + batch_size]]
+            batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
+            batch.pop("row", None)
+            batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+            parts.append(tuple(_array(part) for part in act(batch)))
+            places += picks
     back = np.argsort(places)
     return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 

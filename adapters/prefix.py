@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, owner
 from adapters.errors import RequestError, message
+from adapters.modes import evaluating
 from adapters.order import frozen_below
 
 if TYPE_CHECKING:
@@ -142,7 +143,6 @@ class Prefix:
 
     def _run(self, inputs: Mapping[str, Any]) -> Tensor:
         """One pass up to the cut, in eval mode and without gradients."""
-        modes = [(module, module.training) for module in self.model.modules()]
         forms: dict[int, Any] = {}
         hooks = [
             block.register_forward_hook(lambda module, _inputs, output: forms.update({id(module): _form(output)}))
@@ -156,14 +156,11 @@ class Prefix:
 
         hooks.append(self.cut.holder.register_forward_hook(reached))
         try:
-            self.model.train(False)
-            with torch.no_grad(), contextlib.suppress(_Reached):
+            with evaluating(self.model), torch.no_grad(), contextlib.suppress(_Reached):
                 self.model(**{name: value for name, value in inputs.items() if name != "labels"})
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, mode in modes:
-                module.training = mode
         self._output = _form(caught[0])
         self._forms = [forms[id(block)] for block in self.cut.passed]
         states = _hidden(caught[0])
@@ -176,7 +173,7 @@ class Prefix:
     def given(self, inputs: Mapping[str, Any]) -> Iterator[bool]:
         """Within it the model's forward pass over this batch takes the kept states; yields whether it does.
 
-        A batch with a row that is not kept, or padded on the left, is computed as ever.
+        A batch with a row that is not kept is computed as ever. Rows padded on the left are known with their padding.
         """
         found = self._gathered(inputs)
         if found is None:
@@ -215,22 +212,15 @@ class Prefix:
 
         The outputs are compared at every place that is not padding; the bound is a share of their spread.
         """
-        modes = [(module, module.training) for module in self.model.modules()]
         plain = {name: value for name, value in inputs.items() if name != "labels"}
         try:
-            self.model.train(False)
             self.add(inputs)
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 whole = self.model(**plain)
-                with self.given(inputs) as taken:
-                    if not taken:
-                        return "its rows are padded on the left"
+                with self.given(inputs):
                     cut = self.model(**plain)
         except Exception as fault:  # model code may raise anything where a block does not do its part
             return f"{type(fault).__name__}: {' '.join(str(fault).split())[:120]}"
-        finally:
-            for module, mode in modes:
-                module.training = mode
         bound = max(BOUND.get(self._computed, 1e-5), BOUND.get(self.dtype, 0) if self.dtype is not None else 0)
         for name, value in whole.items():
             if isinstance(value, Tensor) and value.is_floating_point() and isinstance(cut.get(name), Tensor):
@@ -280,7 +270,8 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
     rows = request.sets[0]
     lengths = [list(part["length"]) for part in request.sets]
     ends = sorted(range(len(rows)), key=lambda row: lengths[0][row])
-    some = [rows[index] for index in sorted({ends[0], ends[len(ends) // 2], ends[-1]})]
+    picks = sorted({ends[0], ends[len(ends) // 2], ends[-1]})
+    some = [rows[index] for index in picks]
 
     def batch(features: Sequence[Mapping[str, Any]], training: bool) -> dict[str, Any]:
         made = request.collate(features, training)
@@ -296,7 +287,7 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
     fault = prefix.fault(first)
     if fault:
         return None, f"{again}: {type(model).__name__} cannot be cut ({fault})"
-    counted = sum(lengths[0][index] for index in sorted({ends[0], ends[len(ends) // 2], ends[-1]}))
+    counted = sum(lengths[0][index] for index in picks)
     needed = prefix.nbytes * sum(map(sum, lengths)) // max(1, counted)
     if needed > _free_memory() // 2:
         return None, (
@@ -350,7 +341,7 @@ def _lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     places = torch.arange(mask.shape[1], device=mask.device)
     if not bool((mask.bool() == (places[None] < lengths[:, None])).all()):
         return None
-    return [int(length) for length in lengths]
+    return [int(length) for length in lengths.tolist()]
 
 
 def _gap(whole: Tensor, cut: Tensor, inputs: Mapping[str, Any]) -> float:

@@ -36,6 +36,7 @@ from adapters import (
 from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
+from adapters.modes import evaluating
 from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
 from adapters.stops import EarlyStopping, Stops
@@ -136,13 +137,9 @@ class Trainer(ObjectiveTrainer):
 
     def _loss_now(self) -> float:
         """The loss of the last batch as evaluation would have it."""
-        model, training = self.adapted.model, self.adapted.model.training
-        model.train(False)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
-                return float(self.compute_loss(model, self._prepare_inputs(self._part)))
-        finally:
-            model.train(training)
+        model, plain = self.adapted.model, torch.random.fork_rng(devices=[])
+        with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
+            return float(self.compute_loss(model, self._prepare_inputs(self._part)))
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""

@@ -13,6 +13,7 @@ ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
     "identity": 1,
+    "modes": 0,
     "jsontext": 0,
     "edits": 1,
     "memory": 1,
