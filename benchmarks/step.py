@@ -39,7 +39,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
     "ours, no lever": PLAIN,
 }
 QUICK = ("peer, defaults", "peer, length grouping and bf16", "ours", "ours, bf16 off")
-ACCURACY = ("peer, defaults", "ours", "ours, bf16 off", "ours, frozen dropout on and bf16 off")
+ACCURACY = ("ours", "ours, bf16 off", "ours, frozen dropout on and bf16 off", "peer, defaults")
 SETTINGS = {**PEERS, **OURS, "ours, frozen dropout on and bf16 off": {"frozen_dropout": True, "bf16": False}}
 # rows timed, rows learnt from, epochs, learning rate, tokens of a row at most
 SETS = {

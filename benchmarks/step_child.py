@@ -117,6 +117,7 @@ def peer(rows: Any, labels: list[str], settings: dict[str, Any], run: Run, most:
     from adapters.quickstart import backbone
 
     transformers.set_seed(run.seed)
+    settings["use_cpu"] = not torch.cuda.is_available()  # transformers asks for it beside bf16
     tokenizer = transformers.AutoTokenizer.from_pretrained(backbone())
     model = transformers.AutoModelForSequenceClassification.from_pretrained(backbone(), num_labels=len(labels))
     config = peft.LoraConfig(r=8, lora_alpha=16, task_type=peft.TaskType.SEQ_CLS, target_modules=BLOCK_MAPS)
@@ -158,6 +159,7 @@ def measure(run: Run, folder: Path) -> Result:
     trainer.add_callback(clock)
     trainer.train()
     hook.remove()
+    trainer.model.eval()
     peak = peak_memory()
     shapes: dict[tuple[int, int], int] = {}
     for name, parameter in trainer.model.named_parameters():
