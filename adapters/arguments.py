@@ -36,6 +36,7 @@ OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
     "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
+    "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {
     "lr": "learning_rate",
@@ -161,6 +162,8 @@ def _value_faults(name: str, value: Any) -> list[str]:
         expected = "a whole number > 0, or null"
     elif name == "frozen_dropout":
         fine, expected = isinstance(value, bool), "true or false"
+    elif name == "chunked_loss":
+        fine, expected = value is None or isinstance(value, bool), "true, false or null"
     elif name == "prefix_cache":
         fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":
