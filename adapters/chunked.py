@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 23  # logits of a chunk: 32 MiB in float32
-LEAST = 16  # positions of a chunk, however large the vocabulary
+LEAST = 64  # positions of a chunk, however large the vocabulary
 IGNORED = -100  # the label of a position that is not learnt
 
 

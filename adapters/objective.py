@@ -184,7 +184,7 @@ class ObjectiveTrainer(transformers.Trainer):
         """
         self._evaluated = dataloader.dataset
         self._summed = torch.zeros(2, dtype=torch.float64)
-        sampler = getattr(dataloader, "sampler", None)
+        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
         self._read_in = sampler if isinstance(sampler, Longest) and self.args.world_size == 1 else None
         result = super().evaluation_loop(dataloader, *args, **kwargs)
         if self._read_in is not None:

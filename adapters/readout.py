@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from adapters.contracts import Task
 
-PAYS = 1 << 26  # bytes of all logits in float32 from which chunks are used unasked
+PAYS = 1 << 24  # bytes of all logits in float32 from which chunks are used unasked
 ROWS, TOKENS = 2, 32  # of the batch that is tried first
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative difference of the losses; 3e-2 for coarser dtypes
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what a model or task may raise
