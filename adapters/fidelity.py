@@ -218,6 +218,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     adapted.strategy.strip(net)
     with torch.random.fork_rng(devices=[]):
         trained = (strategy.apply(net) | live_names(net, adapted.head)) - never_saved(net)
+    trained = {name for name in trained if own_name(name) not in adapted.record.unread}
     grown = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
     trained |= live_names(net, grown)
     if trained != set(adapted.trained):
@@ -237,7 +238,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
                 empty.copy_(parameter.detach())
                 empty.index_fill_(axis, adapted.added_ids(empty), math.nan)
             parameter.data = empty
-    again = dataclasses.replace(adapted, model=net, strategy=strategy, trained=tuple(sorted(trained)))
+    again = dataclasses.replace(adapted, model=net, strategy=strategy, chosen=tuple(sorted(trained)))
     storage.put(again, read_tensors(folder, document), where)
     return again
 
