@@ -26,6 +26,7 @@ from adapters.manifest import (
     RECIPE,
     VOCABULARIES,
     WEIGHTS,
+    backbone_name,
     fetch,
     read_manifest,
     read_tensors,
@@ -242,7 +243,7 @@ def load(
     task = task_of(document, where)
     vocabulary = of_manifest(document, where)
     backbone = document["backbone"]
-    base: Any = model if model is not None else backbone["name"]
+    base: Any = model if model is not None else backbone_name(document, folder)
     options: dict[str, Any] = dict(backbone["load"]) if model is None else {}
     if model is None and backbone["revision"]:
         options["revision"] = backbone["revision"]

@@ -18,6 +18,8 @@ FLOORS = {
     "reading": 1,
     "pooling": 3,
     "relocation": 7,
+    "shortening": 3,
+    "standalone": 6,
     "jsontext": 0,
     "edits": 1,
     "memory": 1,
