@@ -209,7 +209,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     """The adapter of a folder on the frozen tensors of a live model."""
     import torch
 
-    from adapters import storage
+    from adapters import pooling, reading, storage
     from adapters.adapt import live_names
     from adapters.anatomy import never_saved, own_name
     from adapters.manifest import read_manifest, read_tensors
@@ -219,6 +219,9 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     strategy = storage.strategy_of(document, where)
     net = _bare(adapted.model)
     adapted.strategy.strip(net)
+    read = reading.of(storage.task_of(document, where))
+    if read.elsewhere or pooling.placed(net).elsewhere:
+        pooling.place(net, read.pooling, read.layer)
     with torch.random.fork_rng(devices=[]):
         trained = (strategy.apply(net) | live_names(net, adapted.head)) - never_saved(net)
     trained = {name for name in trained if own_name(name) not in adapted.record.unread}

@@ -98,9 +98,12 @@ def of_folder(source: Path, document: Mapping[str, Any], layer: int) -> Shorteni
     kind: Any = getattr(transformers, document["backbone"]["model_class"], None)
     if kind is None:
         return None
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = kind(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(config)
+    except Exception:  # a class that cannot be built without weights, or code of its own
+        return None
     return planned(model, layer)
 
 
