@@ -14,17 +14,17 @@ from adapters.errors import NumbersError, message
 SKIPPED = 24  # halvings that bring the first loss scale, 2 ** 16, far below 1
 
 
-def check_gradients(model: nn.Module, where: str) -> None:
+def check_gradients(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     """Look at every gradient, before the optimizer uses it.
 
     Args:
-        model: after a backward pass.
+        parameters: what trains, after a backward pass.
         where: step, epoch and rows, for the message.
 
     Raises:
         NumbersError: naming the first tensor at fault.
     """
-    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     bad = _overflowing(named)
     if not bad:
         return

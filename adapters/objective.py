@@ -107,6 +107,7 @@ class ObjectiveTrainer(transformers.Trainer):
         self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
+        self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
         self._prefix: prefix.Prefix | None = None
         self._evaluated: Any = None
         self._read_in: Longest | None = None
@@ -258,8 +259,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The task's loss, with the frozen part in eval mode: below the lowest trained module, and in frozen blocks."""
         if model.training:
-            for module in self._quiet:
-                module.training = False
+            for module in self._quiet:  # past nn.Module's __setattr__: hundreds of them, in every step
+                vars(module)["training"] = False
         with self._readout.passing(inputs), contextlib.ExitStack() as stack:
             if self._prefix is not None:
                 stack.enter_context(self._prefix.given(inputs))
@@ -310,6 +311,22 @@ class ObjectiveTrainer(transformers.Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._batch_rows = inputs.get("row")
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """transformers' clipping, of what trains alone: its walk through all parameters costs more than the norm."""
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return self.accelerator.clip_grad_norm_(self._training.values(), self.args.max_grad_norm)
+
+    @functools.cached_property
+    def _operations(self) -> int:
+        """Floating-point operations a token, as transformers counts them."""
+        return 6 * int(self.adapted.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """transformers' number, without counting the parameters in every step."""
+        name = self.adapted.model.main_input_name
+        return self._operations * inputs[name].numel() if name in inputs else 0
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' choice, without tensors that only grew: decay would move the entries that do not train."""

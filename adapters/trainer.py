@@ -116,7 +116,7 @@ class Trainer(ObjectiveTrainer):
         if self.accelerator.sync_gradients:
             self._portions.step_done()
             if getattr(self.accelerator, "scaler", None) is None:
-                finite.check_gradients(model, self._where())
+                finite.check_gradients(self._training, self._where())
         return loss
 
     def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
