@@ -16,12 +16,12 @@ import transformers
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from adapters import checks, data, identity, pace, prefix, quantize, readout, throughput, vocabulary
+from adapters import checks, data, fused, identity, pace, prefix, quantize, readout, throughput, vocabulary
 from adapters.arguments import complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
 from adapters.formats import arrange
-from adapters.order import frozen_below
+from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class ObjectiveTrainer(transformers.Trainer):
         self._loss_shifts_labels = False
         self.label_smoother = None
         trained = adapted.trained
+        recomputed = bool(self.args.activation_checkpointing) or adapted.model.is_gradient_checkpointing
         self._quiet = frozen_below(adapted.model, trained)
+        self._quiet += frozen_within(adapted.model, trained, recomputed=recomputed)
         if own.get("frozen_dropout"):
             self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
         self._paces = adapted.strategy.paces(adapted.model, trained)
@@ -254,7 +256,7 @@ class ObjectiveTrainer(transformers.Trainer):
         return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
+        """The task's loss, with the frozen part in eval mode: below the lowest trained module, and in frozen blocks."""
         if model.training:
             for module in self._quiet:
                 module.training = False
@@ -262,6 +264,18 @@ class ObjectiveTrainer(transformers.Trainer):
             if self._prefix is not None:
                 stack.enter_context(self._prefix.given(inputs))
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
+        """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
+        wanted, args = self._own.get("fused", True), self.args
+        if not wanted or args.n_gpu > 1 or args.torch_compile:
+            return contextlib.nullcontext()
+        how = fused.Plan()
+        if wanted != "float32" and not (args.bf16 or args.fp16):
+            how = fused.plan(self.adapted.model, args.device)
+        if how.why:
+            self._say(how.why)
+        return fused.fused(self.adapted.model, how)
 
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""

@@ -193,6 +193,7 @@ class Trainer(ObjectiveTrainer):
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
             stack.enter_context(self.stops.watched())
+            stack.enter_context(self._matmuls())
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             else:

@@ -47,6 +47,7 @@ FLOORS = {
     "tokens": 3,
     "pixels": 3,
     "injection": 3,
+    "fused": 4,
     "pace": 3,
     "chats": 3,
     "generation": 3,
