@@ -95,8 +95,33 @@ def run(way: str, lengths: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], i
             "use_cpu": True,
             "disable_tqdm": True,
         }
-        adapters.Trainer(adapted, settings, rows).train()
+        trainer = adapters.Trainer(adapted, settings, rows)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     return adapted.record.metrics["train"], len(rows)
+
+
+def shares(count: int) -> dict[str, float]:
+    """Share of padding in an epoch of so many rows, and in an evaluation of them, by arithmetic alone."""
+    from adapters.contracts import Draw
+    from adapters.epochs import Longest, Order
+    from adapters.tokens import stacked
+
+    lengths = [min(sum(row) + 2, LIMIT) for row in rows_of(count)]
+    blocks = list(prepared(rows_of(count), packed=True)["length"])
+
+    def share(order: Any, sizes: Sequence[int], batch: int) -> float:
+        order = [sizes[index] for index in order]
+        parts = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
+        return 1 - sum(sizes) / sum(stacked([[1] * size for size in part], 0).numel() for part in parts)
+
+    return {
+        "random": share(Order(count, 0, Draw()), lengths, BATCH),
+        "group_by_length": share(Order(count, 0, Draw(), lengths, BATCH), lengths, BATCH),
+        "packed": share(Order(len(blocks), 0, Draw()), blocks, BATCH),
+        "evaluation, as transformers groups": share(Order(count, 0, Draw(), lengths, 4 * BATCH), lengths, 4 * BATCH),
+        "evaluation, longest first": share(Longest(lengths), lengths, 4 * BATCH),
+    }
 
 
 def results(count: int = 400, rounds: int = 3) -> list[Row]:
@@ -125,9 +150,13 @@ def main() -> None:
     """Measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=positive, default=400)
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="training runs of each way; 0 for the shares alone")
     options = parser.parse_args()
-    print("\n".join([*table(results(options.rows, options.rounds)), "", f"{harness.machine('cpu')}."]))
+    for count in (options.rows, 2000, 7473):
+        found = shares(count)
+        print(f"{count} rows, padding in %: " + ", ".join(f"{n} {100 * part:.1f}" for n, part in found.items()))
+    if options.rounds:
+        print("\n".join(["", *table(results(options.rows, options.rounds)), "", f"{harness.machine('cpu')}."]))
 
 
 if __name__ == "__main__":

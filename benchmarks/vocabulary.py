@@ -193,7 +193,7 @@ def results(sizes: Sequence[int] = SIZES, rounds: int = 3, dtype: str = "float32
     """
     rows = []
     for size in sizes:
-        # Logits of one size in both rows: a longer vocabulary gets fewer positions.
+        # Logits of one size at every vocabulary: a larger one gets fewer positions.
         setting = Setting(size, rows=max(1, 8 * SIZES[0] // size), dtype=dtype, steps=steps)
         runs: dict[str, list[Took]] = {side: [] for side in SIDES}
         for number in range(rounds):
