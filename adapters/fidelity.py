@@ -159,7 +159,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     """
     import torch
 
-    from adapters import storage
+    from adapters import readout, storage
 
     batch = dict(collate(list(islice(iter(rows), FEW))))
     numbers = batch.pop("row", range(FEW))
@@ -174,7 +174,14 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
         again = _anew(adapted, folder)
     saved, live = again.state(), adapted.state()
     other = [key for key in live if not torch.equal(saved[key], live[key].to(saved[key]))]
-    wanted, found = ([part.cpu() for part in outputs(net, [batch])] for net in (_bare(adapted.model), again.model))
+    # Of a large vocabulary what its output layer reads stands for the logits, which would not fit; the layer's own
+    # tensors are the live ones, or were compared above.
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    states = ids is not None and readout.large(adapted.model, ids.numel())
+    wanted, found = (
+        [part.cpu() for part in ([readout.last_states(net, batch)] if states else outputs(net, [batch]))]
+        for net in (_bare(adapted.model), again.model)
+    )
     differing = [
         int(number)
         for index, number in enumerate(numbers)

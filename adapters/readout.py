@@ -158,6 +158,34 @@ def output_layer(model: PreTrainedModel, *, handing_on: bool = False) -> nn.Line
     return layer if plain else None
 
 
+def large(model: PreTrainedModel, positions: int) -> bool:
+    """Whether all logits of so many positions would take at least `PAYS` bytes."""
+    layer = output_layer(model)
+    return layer is not None and 4 * positions * layer.out_features >= PAYS
+
+
+class _Reached(Exception):
+    """The output layer has its input; its logits need not be computed."""
+
+
+def last_states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """What the output layer is given in a pass in eval mode, shape (rows, tokens, width); it does not run."""
+    layer, caught = output_layer(model), []
+
+    def reached(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        caught.append(given[0])
+        raise _Reached
+
+    assert layer is not None
+    handle = layer.register_forward_pre_hook(reached)
+    try:
+        with evaluating(model), torch.inference_mode(), contextlib.suppress(_Reached):
+            model(**inputs)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
 def beginning(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The first tokens of the first rows of a batch: whatever has rows and tokens is cut."""
     return {

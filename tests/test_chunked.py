@@ -89,7 +89,7 @@ def test_nothing_learnt_is_no_loss() -> None:
     labels.fill_(-100)
     deferred = chunked.Logits(hidden, layer, torch.float32)
     loss = likelihood.loss(deferred, labels, None)
-    assert float(loss) == 0.0
+    assert float(loss.detach()) == 0.0
     assert all(not part.any() for part in gradients(loss, hidden, *layer.parameters()))
     assert [part.sum() for part in likelihood.measured(deferred, labels)] == [0, 0, 0]
 
@@ -125,6 +125,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("graded", [False, True])
 def test_no_tensor_is_larger_than_a_chunk(graded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK", 2000)
+    monkeypatch.setattr(chunked, "LEAST", 1)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 300, 4, generator=generator).requires_grad_(graded)
     layer = nn.Linear(4, 100).requires_grad_(False)
@@ -346,3 +347,25 @@ def test_an_output_layer_that_overflows_is_named(tmp_path: Path) -> None:
     given = {"output_dir": str(tmp_path), "report_to": "none", "disable_tqdm": True, "chunked_loss": True}
     with pytest.raises(NumbersError, match="first in lm_head"):
         adapters.Trainer(adapted, given, rows).train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_a_saved_adapter_is_compared_without_logits_and_a_change_is_found(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapters import fidelity
+    from adapters.errors import ContractError
+
+    adapted = adapted_of(kind, "lora")
+    inputs = batch_of(adapted.model)
+    batch = {name: value for name, value in inputs.items() if name != "labels"}
+    expected = adapted.model.eval().get_output_embeddings()(readout.last_states(adapted.model, batch))
+    torch.testing.assert_close(expected, adapted.model(**batch).logits)
+    monkeypatch.setattr(readout, "PAYS", 1)
+    monkeypatch.setattr(fidelity, "outputs", None)
+    rows = [{"row": 0}, {"row": 1}, {"row": 2}, {"row": 3}]
+    fidelity.reopened(adapted, rows, lambda _: dict(inputs), tmp_path)
+    layer = next(module for module in adapted.model.modules() if hasattr(module, "scaling") and "lora_A" in dir(module))
+    layer.scaling["default"] *= 2  # lives in no tensor
+    with pytest.raises(ContractError, match="rows 0, 1, 2, 3"):
+        fidelity.reopened(adapted, rows, lambda _: dict(inputs), tmp_path)
