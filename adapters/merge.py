@@ -1,8 +1,8 @@
 """A plain transformers model again: edits applied in memory, or streamed from disk to disk.
 
-The stream reads, edits and writes one tensor at a time, whatever the size of the model, checks the backbone's
-fingerprint as it passes, and reads back what it wrote. It imports torch, but neither peft (unless the strategy's
-own merge needs it) nor a model.
+The stream reads, edits and writes a few rows at a time, in several threads, whatever the size of the model, checks the
+backbone's fingerprint as it passes, and reads back what it wrote. It imports torch, but neither peft (unless the
+strategy's own merge needs it) nor a model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, read_manifest, read_tensors
+from adapters.rewrite import rewrite
 from adapters.storage import strategy_of, task_of
-from adapters.stream import plan, verify, write
+from adapters.stream import plan
 from adapters.vocabulary import all_edits, of_manifest
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def merge_on_disk(
     edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
     with disk.staged(target) as stage:
-        written = write(stage, steps, source, document)
-        verified = verify(stage, steps, written)
+        verified = rewrite(stage, steps, source, document)
         _write_config(stage, source, adapter, document, dtype)
         edited = [step for step in steps if step.edit is not None]
         report = MergeReport(

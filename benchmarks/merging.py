@@ -52,6 +52,16 @@ shutil.copytree(sys.argv[1], sys.argv[3])
 """
 
 
+def _tokenizer() -> Any:
+    """Three words: a backbone without a tokenizer is not adapted."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "word": 2}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
+
+
 def make(root: Path, gigabytes: float) -> tuple[Path, Path]:
     """A Llama-shaped backbone of about this size in fp32, in shards, and a LoRA adapter for it."""
     import torch
@@ -71,6 +81,7 @@ def make(root: Path, gigabytes: float) -> tuple[Path, Path]:
         pad_token_id=0,
     )
     LlamaModel(config).save_pretrained(root / "base", max_shard_size="500MB")
+    _tokenizer().save_pretrained(root / "base")
     adapted = adapters.adapt(str(root / "base"), labels=["a", "b", "c"])
     parameters = dict(adapted.model.named_parameters())
     with torch.no_grad():
