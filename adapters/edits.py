@@ -14,6 +14,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from adapters import deferred
 from adapters.errors import FolderError, RequestError, message
 
 
@@ -162,6 +163,7 @@ class MergeLayer:
 
     def _layer(self, old: Tensor) -> Any:
         """The one peft layer around the old weight or bias, with the trained tensors in it."""
+        deferred.import_peft()
         import peft
 
         layer: Any = plain_layer(self.shape, self.transposed, self.has_bias)
@@ -171,7 +173,8 @@ class MergeLayer:
             else:
                 parameter.zero_()
         root = grown({self.module: layer})
-        peft.inject_adapter_in_model(single(self.config, [self.module]), root)
+        with deferred.unpacked():
+            peft.inject_adapter_in_model(single(self.config, [self.module]), root)
         layer = root.get_submodule(self.module)
         own = {
             name.replace(".default", ""): parameter

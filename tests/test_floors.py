@@ -16,6 +16,7 @@ FLOORS = {
     "modes": 0,
     "jsontext": 0,
     "crew": 1,
+    "deferred": 0,
     "edits": 1,
     "memory": 1,
     "course": 1,
