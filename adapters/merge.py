@@ -22,7 +22,7 @@ from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, read_manifest, read_tensors
-from adapters.rewrite import rewrite
+from adapters.rewrite import rewrite, single_threaded
 from adapters.storage import strategy_of, task_of
 from adapters.stream import plan
 from adapters.vocabulary import all_edits, of_manifest
@@ -156,13 +156,14 @@ def merge_on_disk(
     target = Path(out).expanduser()
     _refuse_output(target)
     _refuse_config(document, where)
-    edits = _edits(document, read_tensors(adapter, document), where)
+    with single_threaded():
+        edits = _edits(document, read_tensors(adapter, document), where)
     source = _base_folder(document, base, where)
     check_folder(source)
     edits = parts.on_disk(edits, document, source)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
-    with disk.staged(target) as stage:
-        verified = rewrite(stage, steps, source, document)
+    with disk.staged(target) as stage, single_threaded() as threads:
+        verified = rewrite(stage, steps, source, document, threads)
         _write_config(stage, source, adapter, document, dtype)
         edited = [step for step in steps if step.edit is not None]
         report = MergeReport(

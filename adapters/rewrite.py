@@ -55,7 +55,24 @@ class _File:
                 self.flushing.release()
 
 
-def rewrite(stage: Path, steps: list[Step], source: Path, document: Mapping[str, Any]) -> int:
+@contextlib.contextmanager
+def single_threaded() -> Iterator[int]:
+    """Torch computes in the thread that asks, of which a rewrite has several; gives how many it took before.
+
+    Its own threads wait for each other after every small tensor, spinning, which on a busy machine takes longer than
+    the work.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
+def rewrite(stage: Path, steps: list[Step], source: Path, document: Mapping[str, Any], threads: int = 1) -> int:
     """Write the weights in the shards of the source, flushed to the disk.
 
     Args:
@@ -63,6 +80,7 @@ def rewrite(stage: Path, steps: list[Step], source: Path, document: Mapping[str,
         steps: the plan.
         source: the backbone's folder.
         document: the adapter's manifest.
+        threads: of torch, for edits that need a whole tensor; call this where torch is `single_threaded`.
 
     Returns:
         Edited tensors whose bytes read back are those of a second edit.
@@ -81,7 +99,6 @@ def rewrite(stage: Path, steps: list[Step], source: Path, document: Mapping[str,
     prints = document["backbone"]["fingerprint"]["tensors"]
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_begun(stage / name, part)) for name, part in by_file.items()}
-        threads = stack.enter_context(_single_threaded())
         work = crew.Crew(crew.size())
         alone = threading.Lock()
         tasks = [
@@ -125,18 +142,6 @@ def _begun(file: Path, part: list[Step]) -> Iterator[_File]:
         yield _File(handle, shards.read_header(file)[0])
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[int]:
-    """Torch computes in the thread that asks, of which there are several; gives what it used before."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)  # threads that begin later ask what was set last, anywhere
 
 
 # ---------------------------------------------------------------------- one tensor
@@ -183,7 +188,7 @@ class _Passage:
         """
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # counts for this thread alone
         step = self.step
         if step.source is None:
             written = self._whole(None)
