@@ -49,7 +49,9 @@ class Crew:
         waiting = iter(tasks)
         faults: list[BaseException] = []
 
-        def work() -> None:
+        ended = [threading.Event() for _ in range(self._threads)]
+
+        def work(number: int) -> None:
             try:
                 while True:
                     with self._lock:
@@ -64,19 +66,25 @@ class Crew:
                 with self._lock:
                     faults.append(fault)
                 self._over.set()
+            finally:
+                ended[number].set()
 
-        threads = [threading.Thread(target=work, name=f"crew-{number}") for number in range(self._threads)]
-        started: list[threading.Thread] = []
+        threads = [
+            threading.Thread(target=work, args=(number,), name=f"crew-{number}") for number in range(self._threads)
+        ]
+        begun = 0
         try:
             for thread in threads:
+                begun += 1
                 thread.start()
-                started.append(thread)
-            for thread in started:
+            for thread in threads:
                 thread.join()
         except BaseException:
             self._over.set()
-            for thread in started:
-                thread.join()
+            for thread, end in zip(threads[:begun], ended, strict=False):
+                # An interrupt in the midst of a start leaves a thread that does not count as begun, but is.
+                if end.wait(1) or thread.ident is not None:
+                    thread.join()
             raise
         if faults:
             raise faults[0]
