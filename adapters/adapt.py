@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import heads, reading
+from adapters import deferred, heads, reading
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -116,6 +116,7 @@ def task_class(name: str) -> type[Any]:
 
 def from_peft(config: Any) -> Strategy:
     """The strategy of a peft config object: LoRA where its own options say all, else peft's method as it is."""
+    deferred.import_peft()
     import peft
 
     if config.is_prompt_learning:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import places, shards
+from adapters import deferred, places, shards
 from adapters.errors import FolderError, message, nearest
 from adapters.manifest import MAX_SETTINGS, WEIGHTS, finite_tensor, refuse_code
 
@@ -54,6 +54,7 @@ def _config(file: Path) -> Any:
     Raises:
         FolderError: no JSON object, a method or an option that peft does not have, a value that peft refuses.
     """
+    deferred.import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     options = shards.read_json(file, MAX_SETTINGS)

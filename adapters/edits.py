@@ -7,13 +7,14 @@ Merging, blending and extracting are loops over a dict of edits; none of them kn
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from adapters import deferred
 from adapters.errors import FolderError, RequestError, message
 
 
@@ -74,7 +75,7 @@ class PutEntries:
         shape[self.axis] = self.size
         new = torch.zeros(shape, dtype=torch.float32)
         new.narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
-        return new.index_copy_(self.axis, torch.tensor(self.ids), self.values.float())
+        return new.index_copy_(self.axis, torch.tensor(self.ids, dtype=torch.long), self.values.float())
 
 
 def replace_all(state: Mapping[str, Tensor]) -> dict[str, Edit]:
@@ -162,6 +163,7 @@ class MergeLayer:
 
     def _layer(self, old: Tensor) -> Any:
         """The one peft layer around the old weight or bias, with the trained tensors in it."""
+        deferred.import_peft()
         import peft
 
         layer: Any = plain_layer(self.shape, self.transposed, self.has_bias)
@@ -171,7 +173,8 @@ class MergeLayer:
             else:
                 parameter.zero_()
         root = grown({self.module: layer})
-        peft.inject_adapter_in_model(single(self.config, [self.module]), root)
+        with deferred.unpacked():
+            peft.inject_adapter_in_model(single(self.config, [self.module]), root)
         layer = root.get_submodule(self.module)
         own = {
             name.replace(".default", ""): parameter
@@ -250,3 +253,43 @@ def blend(parts: Sequence[tuple[float, Mapping[str, Edit]]]) -> dict[str, Edit]:
     """One dict of edits from several, each at its weight; a tensor that only one adapter edits keeps the rest as is."""
     names = {name: None for _, edits in parts for name in edits}
     return {name: Blend([(weight, edits[name]) for weight, edits in parts if name in edits]) for name in names}
+
+
+def by_rows(edit: Edit, old: tuple[int, ...], new: tuple[int, ...]) -> Callable[[int, int], Edit] | None:
+    """The same edit a few rows at a time: (start, stop) -> the edit of those rows along the first axis.
+
+    Args:
+        edit: of the whole tensor.
+        old, new: shapes of the whole tensor before and after.
+
+    Returns:
+        A function, or None where the edit needs all of the tensor, or does not fit it (which applying it will say).
+    """
+    if not old or old[1:] != new[1:]:
+        return None
+    match edit:
+        case Replace(trained) if trained.shape == old == new:
+            return lambda start, stop: Replace(trained[start:stop])
+        case AddLowRank(down, up, scale, transposed) if old == new:
+            rows, columns = (down, up) if transposed else (up, down)
+            if old != (rows.shape[int(transposed)], columns.shape[int(not transposed)]):
+                return None
+            up, down = up.float(), down.float()  # once, not for every few rows
+            if transposed:
+                return lambda start, stop: AddLowRank(down[:, start:stop], up, scale, transposed)
+            return lambda start, stop: AddLowRank(down, up[start:stop], scale, transposed)
+        case PutEntries(ids, values, 0, size) if old[0] <= size == new[0]:
+            return lambda start, stop: _entries(ids, values, start, stop)
+        case Blend(parts):
+            divided = [(weight, by_rows(part, old, new)) for weight, part in parts]
+            whole = [(weight, rows) for weight, rows in divided if rows is not None]
+            if len(whole) < len(divided):
+                return None
+            return lambda start, stop: Blend([(weight, rows(start, stop)) for weight, rows in whole])
+    return None
+
+
+def _entries(ids: tuple[int, ...], values: Tensor, start: int, stop: int) -> PutEntries:
+    """Of entries along the first axis those from `start` to `stop`, counted from `start`."""
+    here = [place for place, entry in enumerate(ids) if start <= entry < stop]
+    return PutEntries(tuple(ids[place] - start for place in here), values[here], 0, stop - start)

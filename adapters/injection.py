@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from adapters import deferred
 from adapters.anatomy import (
     LinearMap,
     block_lists,
@@ -218,10 +219,11 @@ def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]
     Raises:
         RequestError: peft refuses, or would adapt other modules than the expected ones.
     """
+    deferred.import_peft()
     import peft
 
     try:
-        with _quiet():
+        with _quiet(), deferred.unpacked():
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as fault:
         raise _refused(config, model, expected, " ".join(str(fault).split())) from fault

@@ -1,8 +1,8 @@
 """A plain transformers model again: edits applied in memory, or streamed from disk to disk.
 
-The stream reads, edits and writes one tensor at a time, whatever the size of the model, checks the backbone's
-fingerprint as it passes, and reads back what it wrote. It imports torch, but neither peft (unless the strategy's
-own merge needs it) nor a model.
+The stream reads, edits and writes a few rows at a time, in several threads, whatever the size of the model, checks the
+backbone's fingerprint as it passes, and reads back what it wrote. It imports torch, but neither peft (unless the
+strategy's own merge needs it) nor a model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import strategy_of, task_of
-from adapters.stream import plan, verify, write
+from adapters.stream import plan
 from adapters.vocabulary import all_edits, of_manifest
 
 if TYPE_CHECKING:
@@ -183,16 +184,16 @@ def merge_on_disk(
     target = Path(out).expanduser()
     _refuse_output(target)
     _refuse_config(document, where)
-    edits = _edits(document, read_tensors(adapter, document), where)
+    with single_threaded():
+        edits = _edits(document, read_tensors(adapter, document), where)
     source = _base_folder(document, base, where)
     check_folder(source)
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
-    with disk.staged(target) as stage:
+    with disk.staged(target) as stage, single_threaded() as threads:
         place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
-        written = write(place, steps, source, document)
-        verified = verify(place, steps, written)
+        verified = rewrite(place, steps, source, document, threads)
         _write_config(place, source, adapter, document, dtype, shape)
         if shape.reason:
             facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)

@@ -1,20 +1,14 @@
-"""A checkpoint rewritten tensor by tensor: planned from headers, checked against the fingerprint, read back.
-
-Memory holds one tensor at a time, whatever the size of the model.
-"""
+"""What a merge makes of each tensor of a checkpoint, planned from headers and the adapter alone."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import shards
-from adapters.errors import BackboneError, FolderError, NumbersError, RequestError, message
-from adapters.shards import INDEX, WEIGHTS, Slot
+from adapters.errors import BackboneError, FolderError, RequestError, message
+from adapters.shards import Slot
 
 if TYPE_CHECKING:
     from adapters.edits import Edit
@@ -156,130 +150,3 @@ def _plain_of(disk_name: str, prefix: str, known: set[str], names: Mapping[str, 
     # Checkpoints from before 2019 spell LayerNorm's parameters as TensorFlow did; transformers renames them on load.
     modern = bare.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return modern if modern in known else bare
-
-
-def write(stage: Path, steps: list[Step], source: Path, document: Mapping[str, Any]) -> dict[str, str]:
-    """Write the weights in the shards of the source, each checked against the fingerprint as it passes.
-
-    Returns:
-        xxh3 of the written bytes, by tensor name.
-    """
-    by_file: dict[str, list[Step]] = {}
-    last = next((step.source.file.name for step in reversed(steps) if step.source is not None), WEIGHTS)
-    for step in steps:
-        by_file.setdefault(step.source.file.name if step.source is not None else last, []).append(step)
-    need = sum(step.nbytes for step in steps)
-    room = os.statvfs(stage)
-    if room.f_bavail * room.f_frsize < need:
-        raise RequestError(
-            message(
-                "the disk is too full for the merged model",
-                where=str(stage.parent),
-                expected=f"{need:,} bytes",
-                found=f"{room.f_bavail * room.f_frsize:,} bytes free",
-            )
-        )
-    prints = document["backbone"]["fingerprint"]["tensors"]
-    digests: dict[str, str] = {}
-    for file_name, part in by_file.items():
-        with (stage / file_name).open("xb") as stream:
-            entries = {step.name: (step.dtype, step.shape, step.nbytes) for step in part}
-            stream.write(shards.header_bytes(entries, {"format": "pt"}))
-            for step in part:
-                digests[step.name] = _write_one(stream, step, prints)
-            shards.flush(stream)
-    if (source / INDEX).exists():
-        weight_map = {step.name: file for file, part in by_file.items() for step in part}
-        index = {"metadata": {"total_size": need}, "weight_map": dict(sorted(weight_map.items()))}
-        shards.write_text(stage / INDEX, json.dumps(index, indent=2) + "\n")
-    return digests
-
-
-def _write_one(stream: Any, step: Step, prints: Mapping[str, Any]) -> str:
-    import xxhash
-
-    written = xxhash.xxh3_128()
-    if step.source is not None and step.edit is None and step.dtype == step.source.dtype:
-        for chunk in shards.read_bytes(step.source):
-            written.update(chunk)
-            stream.write(chunk)
-        _expect(step, prints, written.hexdigest())
-        return written.hexdigest()
-    if step.source is not None:
-        whole = xxhash.xxh3_128()
-        for chunk in shards.read_bytes(step.source):
-            whole.update(chunk)
-        _expect(step, prints, whole.hexdigest())
-    for piece in _result(step):
-        written.update(piece)
-        stream.write(piece)
-    return written.hexdigest()
-
-
-def _expect(step: Step, prints: Mapping[str, Any], digest: str) -> None:
-    """The source tensor must be the recorded one: by its hash, or by its samples where dtypes differ."""
-    from adapters.fingerprint import Fingerprint, TensorPrint, differences, print_of_slot
-
-    if not step.plain or step.source is None:
-        return
-    recorded = TensorPrint.from_json(prints[step.plain])
-    if recorded.dtype == step.source.dtype and recorded.hash:
-        same = recorded.hash == digest and recorded.shape == step.source.shape
-    else:
-        found = Fingerprint({step.plain: print_of_slot(step.source, full=False)}, "")
-        same = not differences(Fingerprint({step.plain: recorded}, ""), found)
-    if not same:
-        raise BackboneError(
-            message(
-                "this is not the backbone that the adapter was trained on",
-                where=f"{step.source.file}: {step.name}",
-                expected="the recorded values",
-                found="other values",
-                remedy="Give the right base.",
-            )
-        )
-
-
-def _result(step: Step) -> Iterator[memoryview]:
-    """The bytes of an edited or cast tensor."""
-    import torch
-
-    old = shards.read_tensor(step.source) if step.source is not None else None
-    if step.edit is not None:
-        new = step.edit(old)
-    else:
-        assert old is not None
-        new = old
-    del old
-    # A sum is finite only if every value is, and costs a fraction of looking at each.
-    if not bool(torch.isfinite(new.sum())) and not bool(torch.isfinite(new).all()):
-        raise NumbersError(message("the merged tensor is not finite", where=step.name))
-    yield shards.tensor_bytes(new.to(getattr(torch, step.dtype)))
-
-
-def verify(stage: Path, steps: list[Step], written: Mapping[str, str]) -> int:
-    """Read every tensor again: its bytes are those that were written, and for edited ones those of a second edit."""
-    import xxhash
-
-    slots = {}
-    for file in sorted(stage.glob("*.safetensors")):
-        slots.update(shards.read_header(file)[0])
-    verified = 0
-    for step in steps:
-        again = xxhash.xxh3_128()
-        for chunk in shards.read_bytes(slots[step.name]):
-            again.update(chunk)
-        expected = again.hexdigest() if step.edit is None else _digest_of_result(step)
-        if again.hexdigest() != written[step.name] or again.hexdigest() != expected:
-            raise NumbersError(message("a written tensor reads back otherwise", where=step.name))
-        verified += step.edit is not None
-    return verified
-
-
-def _digest_of_result(step: Step) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for piece in _result(step):
-        digest.update(piece)
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters import deferred
 from adapters.options import RESOLVED, check_types
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ class Lora:
         return {}
 
     def _config(self) -> Any:
+        deferred.import_peft()
         import peft
 
         options = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters import deferred
 from adapters.options import RESOLVED, check_types
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Peft:
         return resolved
 
     def _object(self) -> Any:
+        deferred.import_peft()
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         from adapters.errors import RequestError, message, nearest
