@@ -24,7 +24,16 @@ WISHES = {
     "stop": ("cancel my {}", "I no longer need the {}", "please close the {}", "stop the {} at once"),
     "price": ("what does a {} cost", "is there a fee for the {}", "why was I charged for my {}", "how dear is a {}"),
 }
-FRAMES = ("{}", "hello, {}", "{}, please", "I wonder: {}", "{} today", "since Monday I ask: {}", "{}, thank you", "so, {}")
+FRAMES = (
+    "{}",
+    "hello, {}",
+    "{}, please",
+    "I wonder: {}",
+    "{} today",
+    "since Monday I ask: {}",
+    "{}, thank you",
+    "so, {}",
+)
 PRAISE = ("a moving", "a clever", "a warm", "a gripping", "a lovely", "a fine", "an honest", "a rare")
 BLAME = ("a dull", "a clumsy", "a cold", "a tired", "an empty", "a noisy", "a weak", "a dreary")
 FILMS = ("film", "story", "comedy", "drama", "thriller", "tale", "portrait", "debut", "sequel", "play")
@@ -135,4 +144,5 @@ def trained_tokenizer(texts: Sequence[str]) -> Any:
     inner = tokenizers.BertWordPieceTokenizer(lowercase=True)
     inner.train_from_iterator(texts, vocab_size=WORDS, show_progress=False)
     named = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, model_max_length=512, **named)
+    kind: Any = transformers.PreTrainedTokenizerFast
+    return kind(tokenizer_object=inner._tokenizer, model_max_length=512, **named)

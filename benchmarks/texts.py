@@ -1,4 +1,4 @@
-"""Which rows and which backbone a run of the table gets: the real ones where they are, others, said aloud, where not."""
+"""Which rows and which backbone a run of the table gets: the real ones, or others, said aloud, where they lack."""
 
 from __future__ import annotations
 

@@ -88,9 +88,7 @@ def ours(job: Job, parts: Parts, folder: Path) -> Ready:
     def trainer() -> Any:
         return adapters.Trainer(adapted, settings, parts.train, parts.validation if job.validate else None)
 
-    return Ready(
-        adapted.model, trainer, lambda texts: [answer["label"] for answer in adapters.predict(adapted, texts)]
-    )
+    return Ready(adapted.model, trainer, lambda texts: [answer["label"] for answer in adapters.predict(adapted, texts)])
 
 
 def peer(job: Job, parts: Parts, folder: Path) -> Ready:
