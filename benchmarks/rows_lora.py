@@ -29,7 +29,8 @@ def knobless(task: Task) -> dict[str, Any]:
     if task.run.side == OURS:
         return trained(task, "lora", settings={}, validate=True, traced=True)
     settings = {**EQUAL, "learning_rate": float(task.run.side.split()[-1])}
-    return trained(task, "lora", settings={**settings, "num_train_epochs": task.run.size["epochs"]})
+    settings["num_train_epochs"] = task.run.size["epochs"]
+    return trained(task, "lora", settings=settings, validate=True)
 
 
 def at(learning_rate: float) -> str:
@@ -186,7 +187,7 @@ BOTH = ("banking77", "sst2")
 LORA: dict[str, Row] = {
     "lora": Row(
         "LoRA without a knob, until the accuracy of the peer's best rate",
-        sizes(TINY, size(300, 400, 5), size(2000, 1000, 5), sets=BOTH),
+        sizes(TINY, size(500, 400, 5), size(2000, 1000, 5), sets=BOTH),
         everyone((OURS,)),
         repeats(1, 3),
         *(knobless, knobless_lines, HERE, BOTH, search),

@@ -32,7 +32,8 @@ class Job:
         strategy: "probe", "freeze" or "lora".
         settings: training arguments, by transformers' names.
         options: of the strategy and of the task; the peer takes `layers` of freeze.
-        validate: ours sees validation rows while it trains, and keeps the best weights.
+        validate: ours sees validation rows while it trains, and keeps the best weights; the peer is asked them in the
+            end, by which its learning rate is chosen.
         traced: the test rows are asked before the first step and after every epoch, while the clock stands.
         again: further trainings in the same process, each from a new `adapt`, with these settings on top.
     """
@@ -113,6 +114,7 @@ def peer(job: Job, parts: Parts, folder: Path) -> Ready:
     else:
         frozen(model, int(job.options.get("layers", 0)) if job.strategy == "freeze" else None)
     settings = {name: value for name, value in plain(job, folder).items() if name != "warm_head"}
+    settings["use_cpu"] = not torch.cuda.is_available()  # transformers asks for it beside bf16
     made: list[Any] = []
 
     def trainer() -> Any:
@@ -216,7 +218,7 @@ def run(job: Job, parts: Parts, folder: Path) -> dict[str, Any]:
         "peak_bytes": peak,
         "machine": machine(str(trainer.args.device)),
         "more": {
-            "validation": score(parts.validation),
+            "validation": score(parts.validation) if job.validate else None,
             "samples": round(len(parts.train) * float(state.epoch or 0)),
             "steps": state.global_step,
             "lowest_block_calls": computed,
