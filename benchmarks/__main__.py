@@ -37,7 +37,7 @@ ROWS: Mapping[str, Row] = {
     "upper": FROZEN["upper"],
     **{name: LORA[name] for name in ("steps", "floor")},
     "vocabulary": FILES["vocabulary"],
-    "settings": FROZEN["settings"],
+    **{name: FROZEN[name] for name in ("probes", "settings")},
     "merge": FILES["merge"],
     "again": FROZEN["again"],
     "startup": FILES["startup"],
@@ -152,7 +152,10 @@ def lines(results: Sequence[Measured], names: Sequence[str]) -> Iterator[Line]:
         for case in dict.fromkeys(result.run.case for result in mine):
             here = [result for result in mine if result.run.case == case]
             by_side = _Sides({side: [r for r in here if r.run.side == side] for side in {r.run.side for r in here}})
-            yield from ROWS[name].lines(case, here[-1].run.size, by_side)
+            repeats = max(map(len, by_side.values()))
+            for line in ROWS[name].lines(case, here[-1].run.size, by_side):
+                counted = f"{repeats} time{'s' if repeats > 1 else ''}"
+                yield replace(line, size=", ".join(part for part in (line.size, counted) if part))
 
 
 class _Sides(dict[str, list[Measured]]):

@@ -153,6 +153,30 @@ def again_lines(case: str, size: Size, sides: Sides) -> Iterator[Line]:
     )
 
 
+def probes(task: Task) -> dict[str, Any]:
+    """Many penalties over the same features (`benchmarks.probes`)."""
+    request = {"data": task.run.case, **task.run.size}
+    return in_child("benchmarks.probes", request, limit=task.limit, environment=task.environment)
+
+
+def probes_lines(case: str, size: Size, sides: Sides) -> Iterator[Line]:
+    """All of them beside one, features included in both."""
+    found = sides[OURS]
+    times = [result.seconds / result.more["one"] for result in found]
+    alone, together = ([result.more["solving"][number] for result in found] for number in (0, 1))
+    yield Line(
+        f"{size['settings']} probe settings over one cache, {case}",
+        "at most 2x the time of one",
+        f"{size['train']:,} rows",
+        f"{seconds(found)}, of which solving {middle(together, 2)} s",
+        f"one: {middle([result.more['one'] for result in found])} s, of which solving {middle(alone, 2)} s",
+        middle(times, 2, "x"),
+        accuracy=(f"{accuracy(found)}, the best", "-"),
+        memory=(memory(found), "-"),
+        met=median(times) <= 2 if times else None,
+    )
+
+
 def settings(task: Task) -> dict[str, Any]:
     """A freeze at many learning rates and seeds in one process; the first fills the cache, the others find it."""
     more = [
@@ -235,6 +259,13 @@ FROZEN: dict[str, Row] = {
         everyone((OURS,)),
         repeats(1, 3),
         *(again, again_lines, SOURCES, BANKING),
+    ),
+    "probes": Row(
+        "many probe settings over one cache",
+        sizes({**TINY, "settings": 4}, size(1000, 500, 1, settings=32), size(3000, 1000, 1, settings=32)),
+        everyone((OURS,)),
+        repeats(1, 3),
+        *(probes, probes_lines, ("benchmarks/probes.py", "benchmarks/texts.py", "benchmarks/made.py"), BANKING),
     ),
     "settings": Row(
         "many freeze settings over one cache",
