@@ -116,8 +116,8 @@ def carry_out(names: Sequence[str], mode: str, threads: int, file: Path, until: 
                     raise OutOfTime("the time was up")
                 result = measured(run, left)
             except ChildError as fault:
-                faults.append(f"{run}: not measured, {fault}")
-                say(f"    {faults[-1]}")
+                faults.append(f"{run}: not measured, {str(fault).splitlines()[-1]}")
+                say(f"    not measured: {fault}")
                 failed.append(run)
                 continue
             kept.keep(result, file)
@@ -193,8 +193,7 @@ def report(results: Sequence[Measured], names: Sequence[str], mode: str, faults:
         if any(result.run.row == name for result in mine)
     ]
     text.append(f"Seconds of each row, in all: {', '.join(took)}.")
-    text += [f"- {fault}" for fault in faults]
-    return "\n\n".join(text)
+    return "\n\n".join([*text, *filter(None, ["\n".join(f"- {fault}" for fault in faults)])])
 
 
 # ---------------------------------------------------------------------- the command

@@ -116,7 +116,8 @@ def by_time(
     good = True if points_above is None else None if gap is None else gap >= points_above - 1e-9
     target = f"{at_least:g}x"
     if points_above is not None:
-        target += f", accuracy {points_above:+g} points"
+        target += ", accuracy "
+        target += f"{points_above:g} points above" if points_above > 0 else f"at most {-points_above:g} points below"
     return Line(
         what,
         target,

@@ -31,7 +31,7 @@ ALL, UPPER_PEER, FORMER = "ours, all layers", "peer, all layers", "peer at 5e-5"
 
 def rows_of(size: Size) -> str:
     """Its number of rows and epochs, in words."""
-    return f"{size['train']:,} rows, {size['epochs']} epochs"
+    return f"{size['train']:,} rows, {size['epochs']} epoch{'s' if size['epochs'] > 1 else ''}"
 
 
 def trained(task: Task, strategy: str, **job: Any) -> dict[str, Any]:
