@@ -12,15 +12,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import ROOT
-
 ROUNDS = 11
 
 
 def seconds(arguments: list[str]) -> float:
     """Wall seconds of one process."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 
