@@ -129,7 +129,7 @@ def carry_out(names: Sequence[str], mode: str, threads: int, file: Path, until: 
 
 def measured(run: Run, limit: float | None) -> Measured:
     """One run, in processes that see an empty cache of the user's."""
-    began = time.monotonic()
+    began, used = time.monotonic(), harness.children_seconds()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         folder = Path(scratch)
         environment = {
@@ -139,7 +139,12 @@ def measured(run: Run, limit: float | None) -> Measured:
         }
         (folder / "run").mkdir()
         found = ROWS[run.row].measure(Task(run, limit, folder / "run", environment))
-        return Measured(run=run, **found, whole_seconds=round(time.monotonic() - began, 1))
+    return Measured(
+        run=run,
+        **found,
+        whole_seconds=round(time.monotonic() - began, 1),
+        whole_cpu_seconds=round(harness.children_seconds() - used, 1),
+    )
 
 
 # ---------------------------------------------------------------------- the table
@@ -187,12 +192,12 @@ def report(results: Sequence[Measured], names: Sequence[str], mode: str, faults:
         text.append(f"Other work kept {spread(others, 1)} cores busy.")
     machines = dict.fromkeys(result.machine for result in mine if result.machine)
     text.append(f"{' and also '.join(machines)}. {' and also '.join(dict.fromkeys(r.run.installed for r in mine))}.")
-    took = [
-        f"{name} {sum(result.whole_seconds for result in mine if result.run.row == name):.0f}"
-        for name in names
-        if any(result.run.row == name for result in mine)
-    ]
-    text.append(f"Seconds of each row, in all: {', '.join(took)}.")
+    took = []
+    for name in names:
+        here = [result for result in mine if result.run.row == name]
+        spent, used = sum(r.whole_seconds for r in here), sum(r.whole_cpu_seconds for r in here)
+        took += [f"{name} {spent:.0f} ({used:.0f})"] if here else []
+    text.append(f"Seconds of each row, in all (of processor time): {', '.join(took)}.")
     return "\n\n".join([*text, *filter(None, ["\n".join(f"- {fault}" for fault in faults)])])
 
 

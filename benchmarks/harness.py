@@ -196,6 +196,12 @@ def busy_seconds() -> float | None:
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
+def children_seconds() -> float:
+    """Processor seconds of all processes that this one has started and seen the end of, and of theirs."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 def peak_memory() -> int:
     """Bytes of resident memory at this process's peak; kilobytes on Linux, bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -64,6 +64,7 @@ class Measured:
     machine: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
     whole_seconds: float = 0.0  # with the process's start and the test
+    whole_cpu_seconds: float = 0.0  # of all processes of the run
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Measured:
