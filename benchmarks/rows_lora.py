@@ -187,7 +187,7 @@ BOTH = ("banking77", "sst2")
 LORA: dict[str, Row] = {
     "lora": Row(
         "LoRA without a knob, until the accuracy of the peer's best rate",
-        sizes(TINY, size(500, 400, 5), size(2000, 1000, 5), sets=BOTH),
+        sizes(TINY, size(300, 300, 5), size(2000, 1000, 5), sets=BOTH),
         everyone((OURS,)),
         repeats(1, 3),
         *(knobless, knobless_lines, HERE, BOTH, search),
