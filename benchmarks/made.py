@@ -120,7 +120,7 @@ def bert(size: str, tokenizer: Any = None) -> str:
         import torch
         import transformers
 
-        words = tokenizer or trained_tokenizer([row["text"] for name in SETS for row in rows(name, "train", 2000)])
+        words = tokenizer or trained_tokenizer([row["text"] for name in SETS for row in rows(name, "train", 500)])
         width, blocks, heads = WIDTHS[size]
         torch.manual_seed(SEED)
         config = transformers.BertConfig(
