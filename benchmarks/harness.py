@@ -7,6 +7,7 @@ on to its children.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,26 +37,44 @@ class ChildError(RuntimeError):
     """A run failed; the message ends with what it said last."""
 
 
+class OutOfTime(ChildError):
+    """A run took longer than it may."""
+
+
 # ---------------------------------------------------------------------- processes
 
 
-def in_child(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def in_child(
+    module: str, request: Mapping[str, Any], *, limit: float | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Answer a request in a fresh process of a module that calls `serve`.
+
+    Args:
+        module: of the child.
+        request: plain data.
+        limit: seconds after which the child is ended.
+        environment: variables on top of this process's own.
 
     Raises:
         ChildError: the process failed.
+        OutOfTime: it was ended.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", module, name],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a look-up would be a different run
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module, name],
+                cwd=ROOT,
+                # A look-up would be a different run.
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired as fault:
+            raise OutOfTime(f"the child was ended after {limit:.0f} s") from fault
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-12:])
             raise ChildError(f"the child ended with {done.returncode}; the last it said:\n{last}")
@@ -103,20 +122,69 @@ def append(result: Mapping[str, Any], file: Path) -> None:
 
 @dataclass(frozen=True)
 class Took:
-    """The time of a training, and what tells whether the machine was quiet."""
+    """What something took, and what tells whether the machine was quiet."""
 
     seconds: float
     others_cores: float | None  # cores that everything else kept busy meanwhile; None where the system does not tell
+    cpu_seconds: float = 0.0  # of this process, all its threads
+
+
+class Clock:
+    """Wall and processor seconds while it runs.
+
+    Two busy threads beside another program can take ten times as long, hence an eye on what else runs.
+    """
+
+    def __init__(self) -> None:
+        self._spent = [0.0, 0.0, 0.0]
+        self._began: list[float] | None = None
+        self._tells = busy_seconds() is not None
+
+    def _since(self) -> list[float]:
+        now = _now()
+        return [] if self._began is None else [after - before for after, before in zip(now, self._began, strict=True)]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Clock]:
+        """Seconds count within."""
+        self._began = _now()
+        try:
+            yield self
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._spent = [sum(pair) for pair in zip(self._spent, self._since(), strict=True)]
+        self._began = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Seconds within, inside of `running`, do not count."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._began = _now()
+
+    @property
+    def took(self) -> Took:
+        """So far."""
+        parts = zip(self._spent, self._since() or [0.0] * 3, strict=True)
+        seconds, own, everyone = (sum(pair) for pair in parts)
+        others = max(0.0, everyone - own) / seconds if self._tells and seconds else None
+        return Took(round(seconds, 3), None if others is None else round(others, 2), round(own, 3))
+
+
+def _now() -> list[float]:
+    return [time.monotonic(), time.process_time(), busy_seconds() or 0.0]
 
 
 def timed(trainer: transformers.Trainer) -> Took:
-    """Train, with an eye on what else runs: two busy threads beside another program can take ten times as long."""
-    began, own, everyone = time.monotonic(), time.process_time(), busy_seconds()
-    trainer.train()
-    seconds, own_seconds, after = time.monotonic() - began, time.process_time() - own, busy_seconds()
-    if everyone is None or after is None:
-        return Took(round(seconds, 2), None)
-    return Took(round(seconds, 2), round(max(0.0, after - everyone - own_seconds) / seconds, 2))
+    """Train by the clock."""
+    clock = Clock()
+    with clock.running():
+        trainer.train()
+    return clock.took
 
 
 def busy_seconds() -> float | None:
@@ -126,6 +194,12 @@ def busy_seconds() -> float | None:
         return None
     user, nice, system, _idle, _waiting, *rest = map(int, listing.read_text(encoding="ascii").split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def children_seconds() -> float:
+    """Processor seconds of all processes that this one has started and seen the end of, and of theirs."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def peak_memory() -> int:
