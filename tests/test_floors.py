@@ -46,6 +46,7 @@ FLOORS = {
     "prefix": 3,
     "checkpoints": 3,
     "locks": 1,
+    "states": 2,
     "formats": 3,
     "fingerprint": 3,
     "quantize": 3,
