@@ -49,14 +49,30 @@ class HandsOn:
 
     Args:
         form: of what the block returns.
+        before: the forward that stood on the instance already (accelerate puts one where it spreads a model over
+            devices); None for the class's own.
     """
 
-    def __init__(self, form: Any) -> None:
+    def __init__(self, form: Any, before: Any = None) -> None:
         self.form = form
+        self.before = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The input in the block's own form."""
         return made(self.form, args[0] if args else kwargs["hidden_states"])
+
+
+def pass_over(module: nn.Module, form: Any) -> None:
+    """Let a block hand its input on."""
+    vars(module)["forward"] = HandsOn(form, vars(module).get("forward"))
+
+
+def take_back(module: nn.Module) -> None:
+    """Let a block compute again, if it was told to hand its input on."""
+    if hands_on(module):
+        told = vars(module).pop("forward")
+        if told.before is not None:
+            vars(module)["forward"] = told.before
 
 
 def hands_on(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, copied, own_name, owner
 from adapters.errors import RequestError, message
-from adapters.handing import HandsOn, form_of, hands_on, hidden_in
+from adapters.handing import form_of, hands_on, hidden_in, pass_over, take_back
 from adapters.reading import Reading
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def tried(model: PreTrainedModel, reading: Reading) -> Iterator[frozenset[str]]:
 def put(model: PreTrainedModel, found: Placement) -> None:
     """Hooks and forwards of a placement, into a model that has none."""
     for path, form in found.forms.items():
-        vars(model.get_submodule(path))["forward"] = HandsOn(form)
+        pass_over(model.get_submodule(path), form)
     if found.reading.plain:
         return
     names = list(inspect.signature(model.base_model.forward).parameters)
@@ -180,8 +180,7 @@ def put(model: PreTrainedModel, found: Placement) -> None:
 def strip(model: nn.Module) -> None:
     """Take a reading out of a model: the class's own again, all blocks running; no trace is left."""
     for module in model.modules():
-        if hands_on(module):
-            del vars(module)["forward"]
+        take_back(module)
         own = [key for key, hook in module._forward_pre_hooks.items() if _ours(hook)]
         own += [key for key, hook in module._forward_hooks.items() if _ours(hook)]
         for key in own:

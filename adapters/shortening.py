@@ -54,6 +54,8 @@ def planned(model: PreTrainedModel, layer: int) -> Shortening | None:
     path = lists[0].path
     modules: Any = model.get_submodule(path)
     depth = len(modules)
+    if layer >= depth:
+        return Shortening(path, depth, {}, frozenset())
     above = tuple(f"{path}.{index}." for index in range(layer, depth))
     wanted = {name for name in model.state_dict() if not name.startswith(above)}
     wanted = {name.replace(".base_layer.", ".") for name in wanted}
@@ -122,6 +124,8 @@ def shorten(model: PreTrainedModel, layer: int) -> None:
                 remedy="Merge on disk (adapters.merge_on_disk): it writes the backbone with its head beside it.",
             )
         )
+    if not found.config:
+        return
     kept: Any = model.get_submodule(found.blocks)
     model.set_submodule(found.blocks, kept[:layer])
     old: Any = type(model.config).from_dict(model.config.to_dict())

@@ -494,3 +494,21 @@ def test_a_layer_of_a_token_classifier_is_saved(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(again.model), tiny.logits(adapted.model))
     assert block_lists(again.model)[0].length == 1
     assert adapters.predict(again, [["where", "is", "it"]]) == adapters.predict(adapted, [["where", "is", "it"]])
+
+
+def test_a_forward_that_stood_on_a_block_stands_there_again() -> None:
+    """accelerate puts one on each module where it spreads a model over devices."""
+    model = tiny.model("bert")
+    block = model.bert.encoder.layer[2]
+    own = block.forward
+
+    def spread(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    vars(block)["forward"] = spread
+    before = tiny.logits(model)
+    pooling.place(model, None, 2)
+    assert not torch.equal(tiny.logits(model), before)
+    pooling.strip(model)
+    assert vars(block)["forward"] is spread
+    assert torch.equal(tiny.logits(model), before)

@@ -56,6 +56,16 @@ def test_a_model_that_cannot_be_shortened_says_so(kind: str) -> None:
         shortening.shorten(model, 1)
 
 
+@pytest.mark.parametrize("kind", ["bert", "swin"])
+def test_as_many_blocks_as_there_are_change_nothing(kind: str) -> None:
+    model = tiny.model(kind)
+    depth = block_lists(model)[0].length
+    before, config = tiny.logits(model, tiny.inputs(model)), model.config.to_dict()
+    shortening.shorten(model, depth)
+    assert model.config.to_dict() == config
+    assert torch.equal(tiny.logits(model, tiny.inputs(model)), before)
+
+
 def test_a_config_that_counts_other_things_alike_is_not_taken_in() -> None:
     """Three blocks, three heads, three labels: the count that gives the right tensors is the one."""
     model = tiny.model("bert", num_attention_heads=3, hidden_size=48, num_hidden_layers=3, type_vocab_size=3)
