@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import heads
+from adapters import heads, reading
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -270,11 +270,12 @@ def assemble(
     """
     import torch
 
-    from adapters.anatomy import backbone_state, never_saved, own_name, saved_names, skeleton
+    from adapters import pooling
+    from adapters.anatomy import backbone_state, never_saved, own_name, passed_over, saved_names, skeleton
     from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
 
     storage = Storage(quantization)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
             net, new, processor = open_model(model, task, load, processor)
@@ -290,6 +291,7 @@ def assemble(
             task, begun, remark = heads.fitted(task, net, new, heads.own_labels(net, load, live=live), live=live)
             new |= begun
         head = frozenset(task.head(net)) | frozenset(new)
+        unread = undone.enter_context(pooling.tried(net, reading.of(task)))
 
         # Tried without memory first: every check speaks before the first module changes.
         ghost = skeleton(net)
@@ -297,6 +299,8 @@ def assemble(
             vars(ghost)["is_loaded_in_4bit"] = True  # as packing will leave it on the live model
         strategy = strategy.resolve(ghost, head)
         trial = {own_name(name) for name in strategy.apply(ghost)}
+        pooling.refuse_unread(trial, unread, passed_over(net), reading.of(task))
+        trial -= unread
         maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
         refuse_nothing(maps, storage)
         if packed_modules(net):
@@ -316,7 +320,7 @@ def assemble(
             shapes = {
                 strategy.key(name): tuple(parameter.shape)
                 for name, parameter in ghost.named_parameters()
-                if own_name(name) in trial | head
+                if own_name(name) in trial | (head - unread)
             }
             accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
@@ -335,20 +339,27 @@ def assemble(
         backbone=net.name_or_path or "",
         revision=str(getattr(net.config, "_commit_hash", None) or ""),
         seed=seed,
+        unread=unread,
         new=tuple(sorted(new)),
         load={name: str(value) for name, value in load.items() if name != "token"},
         config=configured,
     )
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in trained)
     adapted = Adapted(
         net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
     )
+    set_gradients(adapted)
     for note in filter(None, (remark, padding.note if padding else "")):
         record.notes.append(note)
         logger.warning(note)
     net.train(False)
     return adapted
+
+
+def set_gradients(adapted: Adapted) -> None:
+    """What trains takes gradients, nothing else does."""
+    trained = set(adapted.trained)
+    for name, parameter in adapted.model.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def live_names(model: PreTrainedModel, own: Collection[str]) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import RequestError, message, nearest
+from adapters.handing import hands_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ class BlockList:
 
     Attributes:
         path: the module list, e.g. "bert.encoder.layer".
-        length: how many module objects it holds.
+        length: how many module objects run; those above a head that reads further down hand their input on.
         shared: one block object stands for several layers (ALBERT): they cannot train apart.
     """
 
@@ -104,8 +105,15 @@ def block_lists(model: nn.Module) -> list[BlockList]:
         layers = sum(isinstance(child, nn.ModuleList) for child in module[0].modules())
         repeats = isinstance(depth, int) and depth > len(module) and hasattr(config, "num_hidden_groups") and layers
         objects = len({id(child) for child in module})
-        lists.append(BlockList(path, len(module), shared=bool(repeats) or objects < len(module)))
+        running = sum(not hands_on(child) for child in module)
+        lists.append(BlockList(path, running, shared=bool(repeats) or objects < len(module)))
     return lists
+
+
+def passed_over(model: nn.Module) -> set[str]:
+    """The parameters of blocks that hand their input on, by name: they are in memory, and nothing depends on them."""
+    idle = tuple(f"{path}." for path, module in model.named_modules() if hands_on(module))
+    return {name for name, _ in model.named_parameters() if name.startswith(idle)} if idle else set()
 
 
 def linear_maps(model: nn.Module) -> dict[str, LinearMap]:

@@ -39,6 +39,7 @@ OWN = {
     "fused": "each adapted matmul as one function while training: true, false, or 'float32', which keeps its products "
     "out of bfloat16 on hardware that has it (bf16=False in a dict of args is the same)",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
+    "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {
     "lr": "learning_rate",
@@ -166,6 +167,8 @@ def _value_faults(name: str, value: Any) -> list[str]:
         fine, expected = isinstance(value, bool), "true or false"
     elif name == "fused":
         fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
+    elif name == "chunked_loss":
+        fine, expected = value is None or isinstance(value, bool), "true, false or null"
     elif name == "prefix_cache":
         fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":

@@ -58,7 +58,8 @@ def check_trained(adapted: Adapted) -> None:
     """
     parameters = dict(adapted.model.named_parameters())
     trained = set(adapted.trained)
-    new = set(live_names(adapted.model, adapted.record.new)) - never_saved(adapted.model)
+    record = adapted.record
+    new = set(live_names(adapted.model, set(record.new) - record.unread)) - never_saved(adapted.model)
     faults = {
         "newly initialised and not trained": new - trained,
         "to be trained, but take no gradient": {

@@ -28,7 +28,7 @@ app = typer.Typer(
 NOISE = {
     # asks for one more package where nothing is kept in 4 bits, too
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # packed blocks have positions instead of a mask, and were tried: see `documents.refuse_leaks`
+    # packed blocks have positions instead of a mask, and were tried: see `documents.confined`
     "transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`",
 }
 # The keys of TASKS and STRATEGIES, whose modules a line of help is not worth importing; a test compares them.
@@ -317,9 +317,16 @@ def merge(
         _out(report.to_json())
         return
     print(f"merged    {report.output}: {report.tensors} tensors, {report.bytes / 1e6:.1f} MB")
+    if report.left_out:
+        print(f"left out  {report.left_out} tensors above the block that the head reads")
+    if report.reason:
+        print(f"form      backbone/ with its head beside it, not one plain transformers folder: {report.reason}")
     print(f"edited    {report.edited} tensors ({report.created} new), each read back and verified")
     if report.logits_checked and report.agreement is not None:
         print(f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}")
     else:
         print(f"answers   not compared: {report.skipped}")
-    print(f"next      {_opened_with(report.output, read_manifest(fetch(folder))['task']['name'])}")
+    if report.form == "standalone":
+        print(f"next      adapters.load({Path(report.output).as_posix()!r})")
+    else:
+        print(f"next      {_opened_with(report.output, read_manifest(fetch(folder))['task']['name'])}")

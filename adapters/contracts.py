@@ -261,6 +261,7 @@ class Record:
         revision: the hub commit, empty where there is none.
         seed: seed of every new tensor.
         task: the task as the training rows completed it (balanced class weights); None before training.
+        unread: parameters that would train, but that the head's reading leaves out of the computation; own names.
         new: backbone parameters that loading reported as newly initialised.
         load: the loading options, without the token.
         config: fields of the backbone's config that were set besides the task's (a padding token).
@@ -276,6 +277,7 @@ class Record:
     revision: str = ""
     seed: int = 0
     task: Task | None = None
+    unread: frozenset[str] = frozenset()
     new: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -297,8 +299,8 @@ class Adapted:
         model: the very object that was adapted; plain transformers API.
         strategy, task, storage: resolved.
         processor: tokenizer or image processor.
-        trained: the names in memory of the parameters that train, sorted.
-        head: of these (by the backbone's own names), the head and whatever loading made new.
+        chosen: the names in memory of the parameters that the strategy trains, sorted.
+        brought: of these (by the backbone's own names), the head and whatever loading made new.
         fingerprint: identity of the backbone.
         names: backbone tensor name in memory -> name in a saved checkpoint of this model class.
         record: what happened; its one mutable part.
@@ -310,12 +312,24 @@ class Adapted:
     task: Task
     processor: Any
     storage: Storage
-    trained: tuple[str, ...]
-    head: frozenset[str]
+    chosen: tuple[str, ...]
+    brought: frozenset[str]
     fingerprint: Fingerprint
     names: Mapping[str, str]
     record: Record
     vocabulary: Vocabulary | None = None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names in memory of the parameters that train, sorted: the chosen ones, as far as they are read."""
+        from adapters.anatomy import own_name
+
+        return tuple(name for name in self.chosen if own_name(name) not in self.record.unread)
+
+    @property
+    def head(self) -> frozenset[str]:
+        """Of these (by the backbone's own names), the head and whatever loading made new."""
+        return self.brought - self.record.unread
 
     def state(self) -> dict[str, Tensor]:
         """The trained tensors by their keys in the adapter file; views of the live parameters, not copies.

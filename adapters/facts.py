@@ -81,7 +81,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "fingerprint": adapted.fingerprint.to_json(),
         },
         "head": sorted(adapted.head),
-        "new": list(record.new),
+        "new": [name for name in record.new if name not in record.unread],
         "tensors": {
             name: {
                 "shape": list(tensor.shape),

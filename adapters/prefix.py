@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, owner
-from adapters.errors import RequestError, message
+from adapters.handing import form_of, hidden_in, made
 from adapters.modes import evaluating
 from adapters.order import frozen_below
 
@@ -145,7 +145,7 @@ class Prefix:
         """One pass up to the cut, in eval mode and without gradients."""
         forms: dict[int, Any] = {}
         hooks = [
-            block.register_forward_hook(lambda module, _inputs, output: forms.update({id(module): _form(output)}))
+            block.register_forward_hook(lambda module, _inputs, output: forms.update({id(module): form_of(output)}))
             for block in self.cut.passed
         ]
         caught: list[Any] = []
@@ -161,9 +161,9 @@ class Prefix:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._output = _form(caught[0])
+        self._output = form_of(caught[0])
         self._forms = [forms[id(block)] for block in self.cut.passed]
-        states = _hidden(caught[0])
+        states = hidden_in(caught[0])
         self._computed = states.dtype
         return states.detach()
 
@@ -358,40 +358,12 @@ def _gap(whole: Tensor, cut: Tensor, inputs: Mapping[str, Any]) -> float:
 # ---------------------------------------------------------------------- what modules return
 
 
-def _hidden(output: Any) -> Tensor:
-    """The hidden states in what a module returned: itself, the first of a tuple, the first field of an output."""
-    if isinstance(output, Tensor):
-        return output
-    first = output[0]
-    if not isinstance(first, Tensor):
-        raise RequestError(message("a block that returns something else before its hidden states", where="prefix"))
-    return first
-
-
-def _form(output: Any) -> Any:
-    """How an output is made of its hidden states: nothing more, so many in a tuple, or a class of transformers'."""
-    if isinstance(output, Tensor):
-        return None
-    if isinstance(output, tuple):
-        return len(output)
-    return type(output), next(iter(output.keys()))
-
-
-def _made(form: Any, states: Any) -> Any:
-    if form is None:
-        return states
-    if isinstance(form, int):
-        return (states, *[None] * (form - 1))
-    kind, field = form
-    return kind(**{field: states})
-
-
 def _handing_on(form: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _made(form, args[0] if args else kwargs["hidden_states"])
+        return made(form, args[0] if args else kwargs["hidden_states"])
 
     return forward
 
 
 def _answering(form: Any, states: Tensor) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: _made(form, states)
+    return lambda *_args, **_kwargs: made(form, states)

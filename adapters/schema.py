@@ -6,11 +6,11 @@ import base64
 import binascii
 import math
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adapters import shards
+from adapters import reading, shards
 from adapters.places import lies_inside
 
 SAMPLES = 32  # values that a fingerprint keeps of a tensor
@@ -111,6 +111,17 @@ class Named(_Strict):
     options: dict[str, Any]
 
 
+class TaskEntry(Named):
+    """A task; where its head reads is checked before any model is opened."""
+
+    @model_validator(mode="after")
+    def _reads(self) -> Self:
+        wrong = reading.faults(self.options.get("pooling"), self.options.get("layer"))
+        if wrong:
+            raise ValueError(wrong[0])
+        return self
+
+
 class Print(_Strict):
     """The backbone's fingerprint."""
 
@@ -134,6 +145,14 @@ class Backbone(_Strict):
     saved_as: dict[Tensor, Tensor]
     bytes: Count
     fingerprint: Print
+    inside: bool = False  # the backbone lies in this folder, under its name
+
+    @model_validator(mode="after")
+    def _lies_inside(self) -> Self:
+        plain = self.name is not None and "/" not in self.name and lies_inside(self.name) and is_word(self.name)
+        if self.inside and (not plain or self.revision is not None or self.quantization is not None):
+            raise ValueError("a backbone in this folder that is named, stored or dated as one elsewhere")
+        return self
 
 
 class TensorEntry(_Strict):
@@ -167,7 +186,7 @@ class Manifest(_Strict):
     format: Annotated[int, Field(ge=1)]
     holdfast: str | None
     strategy: Named
-    task: Named
+    task: TaskEntry
     backbone: Backbone
     head: list[Tensor]
     new: list[Tensor]

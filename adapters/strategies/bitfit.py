@@ -56,7 +56,10 @@ class BitFit:
 
     @staticmethod
     def _biases(model: PreTrainedModel) -> set[str]:
-        return {name for name, _ in model.named_parameters() if name.endswith((".bias", "_bias"))}
+        from adapters.anatomy import passed_over
+
+        found = {name for name, _ in model.named_parameters() if name.endswith((".bias", "_bias"))}
+        return found - passed_over(model)
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """The biases train; no module changes."""

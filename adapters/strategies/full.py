@@ -46,8 +46,10 @@ class Full:
         return self
 
     def apply(self, model: PreTrainedModel) -> set[str]:
-        """Every parameter trains; no module changes."""
-        return {name for name, _ in model.named_parameters()}
+        """Every parameter of what runs trains; no module changes."""
+        from adapters.anatomy import passed_over
+
+        return {name for name, _ in model.named_parameters()} - passed_over(model)
 
     def begin(self, model: PreTrainedModel) -> None:
         """Training starts from the backbone's own values."""

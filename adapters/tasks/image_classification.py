@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters import reading
 from adapters.classes import Classes
 from adapters.data import need_column, pictures
 from adapters.errors import RequestError, message, nearest
@@ -40,6 +41,10 @@ class ImageClassification:
         class_weights: None, "balanced" (inverse to frequency in the training rows, 1 on average), or label -> weight.
         label_smoothing: share of the target spread over all labels (Szegedy et al., 2016).
         threshold: the probability from which a label counts as given in the metrics (multi-label).
+        pooling: which hidden state the output layer reads: "own" (the model class's way), the "first" (the class
+            token, where the model has one) or the "mean" of all places, the class token included; None for "own", or
+            what a solved probe chooses.
+        layer: how many blocks run below the head, 1 to all of them; None for all, or what a solved probe chooses.
     """
 
     name: ClassVar[str] = "image-classification"
@@ -59,6 +64,8 @@ class ImageClassification:
     class_weights: Mapping[str, float] | str | None = None
     label_smoothing: float = 0.0
     threshold: float = 0.5
+    pooling: str | None = None
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, str):
@@ -66,7 +73,7 @@ class ImageClassification:
         if isinstance(self.labels, list | tuple):
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         check_types(self)
-        faults = self._classes.faults()
+        faults = self._classes.faults() + reading.faults(self.pooling, self.layer, reading.OF_PICTURES)
         if self.augment not in AUGMENTS:
             remedy = nearest(self.augment, AUGMENTS)
             faults.append(message(f"unknown augment {self.augment!r}", where="augment", remedy=remedy))
@@ -123,8 +130,8 @@ class ImageClassification:
         return outside_backbone(model)
 
     def describe(self) -> str:
-        """Problem and labels."""
-        return f"{self.name}, {self._classes.describe()}"
+        """Problem and labels, and where the head reads if not at the class's own place."""
+        return f"{self.name}, {self._classes.describe()}{reading.described(self)}"
 
     # ------------------------------------------------------------------ the rows
 

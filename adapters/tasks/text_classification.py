@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
+from adapters import reading
 from adapters.classes import Classes
 from adapters.data import need_column, texts_in
 from adapters.errors import RequestError, message
@@ -34,6 +35,9 @@ class TextClassification:
         class_weights: None, "balanced" (inverse to frequency in the training rows, 1 on average), or label -> weight.
         label_smoothing: share of the target spread over all labels (Szegedy et al., 2016).
         threshold: the probability from which a label counts as given (multi-label).
+        pooling: which hidden state the output layer reads: "own" (the model class's way), of the tokens that are no
+            padding the "first", the "mean" or the "last"; None for "own", or what a solved probe chooses.
+        layer: how many blocks run below the head, 1 to all of them; None for all, or what a solved probe chooses.
     """
 
     name: ClassVar[str] = "text-classification"
@@ -53,6 +57,8 @@ class TextClassification:
     class_weights: Mapping[str, float] | str | None = None
     label_smoothing: float = 0.0
     threshold: float = 0.5
+    pooling: str | None = None
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, str):
@@ -61,6 +67,7 @@ class TextClassification:
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         check_types(self)
         faults = self._classes.faults() + length_faults(self.max_length)
+        faults += reading.faults(self.pooling, self.layer)
         if faults:
             raise RequestError("; ".join(faults))
 
@@ -100,8 +107,8 @@ class TextClassification:
         return outside_backbone(model)
 
     def describe(self) -> str:
-        """Problem and labels."""
-        return f"{self.name}, {self._classes.describe()}"
+        """Problem and labels, and where the head reads if not at the class's own place."""
+        return f"{self.name}, {self._classes.describe()}{reading.described(self)}"
 
     # ------------------------------------------------------------------ the rows
 

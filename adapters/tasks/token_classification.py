@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import metrics, tags
+from adapters import metrics, reading, tags
 from adapters.classes import Classes
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message
@@ -38,6 +38,7 @@ class TokenClassification:
         max_length: tokens that a row is cut to; None for as many as tokenizer and model take.
         label_all: every token of a word carries its tag, not the first alone; what is measured stays the first.
         label_smoothing: share of the target spread over all tags (Szegedy et al., 2016).
+        layer: how many blocks run below the head, 1 to all of them; None for all, or what a solved probe chooses.
     """
 
     name: ClassVar[str] = "token-classification"
@@ -54,6 +55,7 @@ class TokenClassification:
     max_length: int | None = None
     label_all: bool = False
     label_smoothing: float = 0.0
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, str):
@@ -61,7 +63,7 @@ class TokenClassification:
         if isinstance(self.labels, list | tuple):
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         check_types(self)
-        faults = self._classes.faults() + length_faults(self.max_length)
+        faults = self._classes.faults() + length_faults(self.max_length) + reading.faults(None, self.layer)
         if faults:
             raise RequestError("; ".join(faults))
         tags.scheme_of(self.labels)
@@ -123,7 +125,7 @@ class TokenClassification:
     def describe(self) -> str:
         """The tags."""
         shown = ", ".join(self.labels[:4]) + (" ..." if len(self.labels) > 4 else "")
-        return f"{self.name}, {len(self.labels)} tags ({shown})"
+        return f"{self.name}, {len(self.labels)} tags ({shown}){reading.described(self)}"
 
     # ------------------------------------------------------------------ the rows
 
