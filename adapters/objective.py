@@ -270,6 +270,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
         """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
         wanted, args = self._own.get("fused", True), self.args
+        if wanted and args.torch_compile:
+            logger.info("torch_compile: the compiler gets peft's own layers, not one function for each (fused)")
         if not wanted or args.n_gpu > 1 or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()
