@@ -90,7 +90,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self._loss_shifts_labels = False
         self.label_smoother = None
         trained = adapted.trained
-        recomputed = bool(self.args.activation_checkpointing) or adapted.model.is_gradient_checkpointing
+        asked = any(vars(module).get("gradient_checkpointing") for module in adapted.model.modules())
+        recomputed = asked or bool(self.args.activation_checkpointing)
         self._quiet = frozen_below(adapted.model, trained)
         self._quiet += frozen_within(adapted.model, trained, recomputed=recomputed)
         if own.get("frozen_dropout"):
@@ -269,6 +270,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
         """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
         wanted, args = self._own.get("fused", True), self.args
+        if wanted and args.torch_compile:
+            logger.info("torch_compile: the compiler gets peft's own layers, not one function for each (fused)")
         if not wanted or args.n_gpu > 1 or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()

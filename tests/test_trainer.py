@@ -443,6 +443,33 @@ def test_the_frozen_part_below_runs_without_dropout(tmp_path: Path) -> None:
         assert modes["dropout"] is True
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "more", "expected"),
+    [
+        ("lora", {"lora_dropout": 0.5}, {}, False),
+        ("lora", {"lora_dropout": 0.5}, {"frozen_dropout": True}, True),
+        ("lora", {"bias": "lora_only"}, {}, True),  # the blocks' own biases train
+        ("ia3", {}, {}, False),
+        ("bitfit", {}, {}, True),
+    ],
+)
+def test_dropout_in_blocks_of_which_nothing_but_adapters_trains(
+    tmp_path: Path, strategy: str, options: dict[str, Any], more: dict[str, Any], expected: bool
+) -> None:
+    adapted = adapted_on(strategy=strategy, **options)
+    trainer_for(tmp_path, adapted, args={"max_steps": 1, **more}, eval_dataset=None).train()
+    trainer = trainer_for(tmp_path, adapted, args={"max_steps": 1, **more}, eval_dataset=None)
+    adapted.model.train()
+    trainer.compute_loss(adapted.model, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    modes = {name: module.training for name, module in adapted.model.named_modules()}
+    for block in range(3):
+        assert modes[f"bert.encoder.layer.{block}.output.dropout"] is expected
+        assert modes[f"bert.encoder.layer.{block}.attention.self"] is expected
+    assert modes["dropout"] is True  # the head's
+    if "lora_dropout" in options:
+        assert all(mode for name, mode in modes.items() if name.endswith("lora_dropout.default"))
+
+
 def test_adapter_dropout_stays_on_in_the_lowest_block(tmp_path: Path) -> None:
     adapted = adapted_on(lora_dropout=0.5)
     trainer_for(tmp_path, adapted, args={"max_steps": 1}, eval_dataset=None)
