@@ -34,8 +34,12 @@ HOUSE: Mapping[str, object] = {
 }
 OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
-    "frozen_dropout": "keep dropout on in the frozen part below the lowest trained module",
+    "frozen_dropout": "keep dropout on in the frozen part: below the lowest trained module, and in blocks of which "
+    "nothing but adapters trains",
+    "fused": "each adapted matmul as one function while training: true, false, or 'float32', which keeps its products "
+    "out of bfloat16 on hardware that has it (bf16=False in a dict of args is the same)",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
+    "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {
     "lr": "learning_rate",
@@ -161,6 +165,10 @@ def _value_faults(name: str, value: Any) -> list[str]:
         expected = "a whole number > 0, or null"
     elif name == "frozen_dropout":
         fine, expected = isinstance(value, bool), "true or false"
+    elif name == "fused":
+        fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
+    elif name == "chunked_loss":
+        fine, expected = value is None or isinstance(value, bool), "true, false or null"
     elif name == "prefix_cache":
         fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":
@@ -235,6 +243,8 @@ def settings(
     """
     kind, given = _given(args, own_metrics)
     own = {name: given[name] for name in OWN if name in given}
+    if given.get("bf16") is False and own.get("fused", True):
+        own["fused"] = "float32"
     literal = _taken(given)
     _refuse_unheard(adapted, {**given, **literal}, own, evaluated)
     merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}

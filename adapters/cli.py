@@ -28,7 +28,7 @@ app = typer.Typer(
 NOISE = {
     # asks for one more package where nothing is kept in 4 bits, too
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # packed blocks have positions instead of a mask, and were tried: see `documents.refuse_leaks`
+    # packed blocks have positions instead of a mask, and were tried: see `documents.confined`
     "transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`",
 }
 # The keys of TASKS and STRATEGIES, whose modules a line of help is not worth importing; a test compares them.

@@ -104,6 +104,35 @@ def cut(made: list[Learnt], limit: int) -> tuple[list[dict[str, Any]], list[str]
     return rows, remarks
 
 
+def packed(rows: list[dict[str, Any]], size: int) -> tuple[list[dict[str, Any]], str]:
+    """Whole rows side by side in few blocks of at most `size` tokens, and what is said of it.
+
+    Positions start at 0 with each row, by which transformers keeps the rows of a block from seeing each other. The
+    longest rows come first, each to where it leaves least room (best fit decreasing). A row longer than `size` has a
+    block of its own.
+    """
+    import bisect
+
+    room: list[tuple[int, int]] = []  # (tokens left, number of the block), ascending
+    blocks: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        length = len(row["input_ids"])
+        place = bisect.bisect_left(room, (length, -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        else:
+            left, number = max(size, length), len(blocks)
+            blocks.append({"input_ids": [], "position_ids": [], "labels": []})
+        block = blocks[number]
+        block["input_ids"] += row["input_ids"]
+        block["labels"] += row["labels"]
+        block["position_ids"] += range(length)
+        bisect.insort(room, (left - length, number))
+    many = len(rows) / len(blocks)
+    said = f"{len(rows)} rows are packed into {len(blocks)} blocks of up to {size} tokens: {many:.1f} rows each"
+    return blocks, said
+
+
 def endless(rows: list[dict[str, Any]], processor: Any, model: PreTrainedModel) -> list[str]:
     """What is said once where no learnt token is an end token."""
     if any(end in row["labels"] for row in rows for end in ends_of(processor, model)):

@@ -105,22 +105,19 @@ TOKENS = 5  # of each document of the trial
 BOUND = {"float32": 1e-3, "float64": 1e-3}  # of the logits' spread; 5e-2 for coarser dtypes
 
 
-def refuse_leaks(model: PreTrainedModel, *, packed: bool) -> None:
-    """Refuse a model that foresees tokens, or whose packed documents see each other, by trying it on two short ones.
+def refuse_foresight(model: PreTrainedModel) -> None:
+    """Refuse a model that sees the tokens which it is to foretell, by trying it on a short document.
 
     Raises:
-        RequestError: a model that reads both ways (a BERT without is_decoder); packing that this model cannot do.
+        RequestError: a model that reads both ways (a BERT without is_decoder).
     """
     import torch
 
-    vocabulary = vocabulary_of(model)
-    ids = torch.arange(2 * TOKENS).mul(7).add(1).remainder(vocabulary).to(model.device)
-    first, second = ids[None, :TOKENS], ids[None, TOKENS:]
+    first, _ = _tried(model)
     other = first.clone()
-    other[0, -1] = (first[0, -1] + 1) % vocabulary
+    other[0, -1] = (first[0, -1] + 1) % vocabulary_of(model)
     with evaluating(model), torch.no_grad():
-        alone = _logits(model, first)
-        if _differ(model, alone[:, :-1], _logits(model, other)[:, :-1]):
+        if _differ(model, _logits(model, first)[:, :-1], _logits(model, other)[:, :-1]):
             raise RequestError(
                 message(
                     "the model sees the tokens that it is to foretell",
@@ -129,18 +126,50 @@ def refuse_leaks(model: PreTrainedModel, *, packed: bool) -> None:
                     remedy="Take a decoder, or load it with load={'is_decoder': True}.",
                 )
             )
-        if packed:
-            places = torch.arange(TOKENS, device=model.device).repeat(2)[None]
-            together = _logits(model, ids[None], position_ids=places)
-            if _differ(model, together, torch.cat([alone, _logits(model, second)], 1)):
-                raise RequestError(
-                    message(
-                        "documents of one block would see each other",
-                        where=f"packing on {type(model).__name__}",
-                        expected="the logits that each document has alone",
-                        remedy="Say packing=False.",
-                    )
-                )
+
+
+def confined(model: PreTrainedModel) -> bool:
+    """Whether two short documents in one block have the logits that each has alone.
+
+    Positions tell transformers where a document begins; a model that takes none, or that carries a state from token to
+    token, lets documents see each other.
+    """
+    import torch
+
+    first, second = _tried(model)
+    places = torch.arange(TOKENS, device=model.device).repeat(2)[None]
+    with evaluating(model), torch.no_grad():
+        alone = torch.cat([_logits(model, first), _logits(model, second)], 1)
+        try:
+            together = _logits(model, torch.cat([first, second], 1), position_ids=places)
+        except TypeError:  # no such argument
+            return False
+    return not _differ(model, together, alone)
+
+
+def need_confined(model: PreTrainedModel) -> None:
+    """Refuse packing that this model cannot do.
+
+    Raises:
+        RequestError: documents of one block would see each other.
+    """
+    if not confined(model):
+        raise RequestError(
+            message(
+                "documents of one block would see each other",
+                where=f"packing on {type(model).__name__}",
+                expected="the logits that each document has alone",
+                remedy="Say packing=False.",
+            )
+        )
+
+
+def _tried(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Two short documents, shape (1, tokens) each."""
+    import torch
+
+    ids = torch.arange(2 * TOKENS).mul(7).add(1).remainder(vocabulary_of(model)).to(model.device)[None]
+    return ids[:, :TOKENS], ids[:, TOKENS:]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:

@@ -45,6 +45,32 @@ class Order(Sampler[int]):
         return iter(order)
 
 
+@final
+class Longest(Sampler[int]):
+    """Rows to be evaluated, the longest first and those of one length in their own order; nothing is drawn.
+
+    Args:
+        lengths: of the rows.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.order = np.argsort(-np.asarray(lengths), kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order.tolist())
+
+    def put_back(self, found: Any) -> Any:
+        """Arrays with the rows first, or tuples of them, from the order of reading to the order of the rows."""
+        if isinstance(found, tuple | list):
+            return type(found)(self.put_back(part) for part in found)
+        if not isinstance(found, np.ndarray) or len(found) != len(self.order):
+            return found
+        return found[np.argsort(self.order)]
+
+
 def ordered(chosen: Any, args: TrainingArguments, epoch: Draw) -> Any:
     """The sampler that transformers chose, in an order of ours where its own depends on what was drawn before."""
     seed = args.data_seed if args.data_seed is not None else args.seed

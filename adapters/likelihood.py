@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from adapters.chunked import Logits
+
 IGNORED = -100  # the label of a token that is not learnt
 
 
@@ -18,22 +20,27 @@ def items(labels: Tensor) -> int:
     return int((labels != IGNORED).sum())
 
 
-def loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def loss(logits: Tensor | Logits, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy in nats, summed over the learnt tokens of the batch, divided by those of the global batch.
 
     Args:
-        logits: shape (rows, tokens, vocabulary), each in the place of the token that it foretells.
+        logits: shape (rows, tokens, vocabulary), each in the place of the token that it foretells; or what they would
+            be made of, a chunk at a time.
         labels: shape (rows, tokens), -100 where nothing is learnt.
         num_items_in_batch: learnt tokens of the global batch; None means this batch alone.
     """
+    import torch
     from torch.nn import functional
 
-    learnt = labels != IGNORED
-    total = functional.cross_entropy(logits[learnt].float(), labels[learnt], reduction="sum")
+    if isinstance(logits, torch.Tensor):
+        learnt = labels != IGNORED
+        total = functional.cross_entropy(logits[learnt].float(), labels[learnt], reduction="sum")
+    else:
+        total = logits.nats(labels)
     return total / (max(1, items(labels)) if num_items_in_batch is None else num_items_in_batch)
 
 
-def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def measured(logits: Tensor | Logits, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per row, shape (rows,): the summed cross-entropy in nats, tokens that the model puts first, learnt tokens.
 
     Sums instead of logits, so that an evaluation keeps three numbers a row.
@@ -42,11 +49,15 @@ def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from torch.nn import functional
 
     learnt = labels != IGNORED
-    picked, truth = logits[learnt].float(), labels[learnt]
+    if isinstance(logits, torch.Tensor):
+        picked, truth = logits[learnt].float(), labels[learnt]
+        found, right = functional.cross_entropy(picked, truth, reduction="none"), picked.argmax(-1) == truth
+    else:
+        found, right = logits.answers(labels)
     nats = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    nats[learnt] = functional.cross_entropy(picked, truth, reduction="none").double()
+    nats[learnt] = found.double()
     hits = torch.zeros_like(labels)
-    hits[learnt] = (picked.argmax(-1) == truth).long()
+    hits[learnt] = right.long()
     return nats.sum(-1), hits.sum(-1), learnt.sum(-1)
 
 

@@ -16,12 +16,12 @@ import transformers
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from adapters import checks, data, identity, pace, prefix, quantize, vocabulary
+from adapters import checks, data, fused, identity, pace, prefix, quantize, readout, throughput, vocabulary
 from adapters.arguments import complaints, settings
 from adapters.contracts import Adapted, Draw
-from adapters.epochs import Epochs, ordered
+from adapters.epochs import Epochs, Longest, ordered
 from adapters.formats import arrange
-from adapters.order import frozen_below
+from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self.adapted = adapted
         self.columns = columns
         self.remarks: list[str] = []
-        self._own_metrics = own_metrics = others.get("compute_metrics") is not None
+        given = others.get("compute_metrics")
+        self._own_metrics = own_metrics = given is not None
         parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
         arguments, own = settings(
             adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
@@ -70,8 +71,9 @@ class ObjectiveTrainer(transformers.Trainer):
         others.setdefault(
             "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
         )
-        others.setdefault("compute_loss_func", task.loss)
-        others.setdefault("compute_metrics", self._metrics)
+        tasks_loss = others.get("compute_loss_func") is None
+        others.setdefault("compute_loss_func", self._loss)
+        others["compute_metrics"] = functools.partial(self._in_order, given) if own_metrics else self._metrics
         others.setdefault("processing_class", adapted.processor)
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
@@ -88,7 +90,9 @@ class ObjectiveTrainer(transformers.Trainer):
         self._loss_shifts_labels = False
         self.label_smoother = None
         trained = adapted.trained
+        recomputed = bool(self.args.activation_checkpointing) or adapted.model.is_gradient_checkpointing
         self._quiet = frozen_below(adapted.model, trained)
+        self._quiet += frozen_within(adapted.model, trained, recomputed=recomputed)
         if own.get("frozen_dropout"):
             self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
         self._paces = adapted.strategy.paces(adapted.model, trained)
@@ -98,8 +102,14 @@ class ObjectiveTrainer(transformers.Trainer):
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._own = own
+        alone = tasks_loss and self.args.n_gpu <= 1 and self.args.world_size == 1 and not self.args.torch_compile
+        wanted = own.get("chunked_loss") if alone else False
+        self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
+        self._throughput = throughput.Throughput()
+        self.add_callback(self._throughput)
         self._prefix: prefix.Prefix | None = None
         self._evaluated: Any = None
+        self._read_in: Longest | None = None
         self._summed = torch.zeros(2, dtype=torch.float64)
         self._batch_rows: list[int] | None = None
         self.epochs = Epochs(self._draw)
@@ -152,7 +162,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
-        self.data_collator = functools.partial(plain, draw=self._draw) if self._draws else plain
+        drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
+        self.data_collator = functools.partial(throughput.counted, drawing)
         try:
             return super().get_train_dataloader()
         finally:
@@ -162,11 +173,25 @@ class ObjectiveTrainer(transformers.Trainer):
         """transformers' choice, in an order that seed and epoch alone decide."""
         return ordered(super()._get_train_sampler(*args, **kwargs), self.args, self._draw)
 
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Rows of like length together, the longest first: hardly any padding, and memory runs out at once or never."""
+        chosen = super()._get_eval_sampler(*args, **kwargs)
+        rows = args[0] if args else kwargs["eval_dataset"]
+        return Longest(rows["length"]) if chosen is not None and is_prepared(rows) else chosen
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows."""
+        """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows.
+
+        What it gives is in the order of the rows, whatever order they were read in.
+        """
         self._evaluated = dataloader.dataset
         self._summed = torch.zeros(2, dtype=torch.float64)
+        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
+        self._read_in = sampler if isinstance(sampler, Longest) and self.args.world_size == 1 else None
         result = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self._read_in is not None:
+            put_back = self._read_in.put_back
+            result = result._replace(predictions=put_back(result.predictions), label_ids=put_back(result.label_ids))
         summed = self._summed
         if self.args.world_size > 1:
             summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
@@ -175,12 +200,20 @@ class ObjectiveTrainer(transformers.Trainer):
             result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
         return result
 
+    def _in_order(self, own: Any, found: Any, **kwargs: Any) -> Any:
+        """The caller's own metrics, of predictions in the order of the rows."""
+        if self._read_in is not None and not self.args.batch_eval_metrics:
+            for part in ("predictions", "label_ids", "inputs", "losses"):
+                setattr(found, part, self._read_in.put_back(getattr(found, part)))
+        return own(found, **kwargs)
+
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
         if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            with self._readout.whole():
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         numbers = torch.as_tensor(inputs["row"], device=self.args.device)
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -210,7 +243,9 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
+        self._throughput.begin()
         batches, items = super().get_batch_samples(*args, **kwargs)
+        self._throughput.take(batches)
         self.epochs.batches += len(batches)
         return batches, items
 
@@ -221,12 +256,30 @@ class ObjectiveTrainer(transformers.Trainer):
         return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task's loss, with the frozen part below the lowest trained module in eval mode."""
+        """The task's loss, with the frozen part in eval mode: below the lowest trained module, and in frozen blocks."""
         if model.training:
             for module in self._quiet:
                 module.training = False
-        with self._prefix.given(inputs) if self._prefix is not None else contextlib.nullcontext():
+        with self._readout.passing(inputs), contextlib.ExitStack() as stack:
+            if self._prefix is not None:
+                stack.enter_context(self._prefix.given(inputs))
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
+        """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
+        wanted, args = self._own.get("fused", True), self.args
+        if not wanted or args.n_gpu > 1 or args.torch_compile:
+            return contextlib.nullcontext()
+        how = fused.Plan()
+        if wanted != "float32" and not (args.bf16 or args.fp16):
+            how = fused.plan(self.adapted.model, args.device)
+        if how.why:
+            self._say(how.why)
+        return fused.fused(self.adapted.model, how)
+
+    def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        """The task's loss of a pass, whose logits may not have been computed."""
+        return self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
 
     def _kept_prefix(self) -> prefix.Prefix | None:
         """The frozen prefix of all rows, where they pass more than once and it never changes."""

@@ -86,6 +86,44 @@ def frozen_below(model: PreTrainedModel, trained: Iterable[str]) -> list[nn.Modu
     ]
 
 
+def frozen_within(model: PreTrainedModel, trained: Iterable[str], *, recomputed: bool) -> list[nn.Module]:
+    """What is frozen of the blocks of which nothing but adapters trains: all their modules, adapters left out.
+
+    Their dropout is dropout in the frozen part, wherever the adapters stand.
+
+    Args:
+        model: with or without adapters.
+        trained: live names of all that trains.
+        recomputed: activations are checkpointed; transformers asks the mode of a block whether to, so that the block
+            itself is left out, with what it drops by itself (BART's).
+    """
+    wanted = {own_name(name) for name in trained}
+    own = {own_name(name) for name, _ in model.named_parameters() if not _adapter(model, name)}
+    found: list[nn.Module] = []
+    for path in (path for blocks in block_lists(model) for path in blocks.names()):
+        if any(name.startswith(f"{path}.") for name in wanted & own):
+            continue
+        block = model.get_submodule(path)
+        adapted = [module for module in block.modules() if is_tuner_layer(module)]
+        kept = {id(inner) for module in adapted for inner in module.modules()}
+        bases: list[Any] = adapted
+        kept -= {id(inner) for module in bases for inner in module.get_base_layer().modules()}
+        if recomputed:
+            kept.add(id(block))
+        found += [module for module in block.modules() if id(module) not in kept]
+    return found
+
+
+def _adapter(model: nn.Module, name: str) -> bool:
+    """Whether a parameter was brought by peft."""
+    path = owner(name)
+    while path:
+        if is_tuner_layer(model.get_submodule(path)):
+            return not name.startswith(f"{path}.base_layer.")
+        path = owner(path)
+    return False
+
+
 def _own_path(path: str) -> str:
     """The backbone's own path of a module, whatever peft has wrapped around it."""
     return own_name(f"{path}.").rstrip(".")

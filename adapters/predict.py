@@ -137,15 +137,20 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     Raises:
         DataError: rows without labels, or with unknown ones.
     """
+    from adapters import readout
+
     prepared = _prepared(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
     model, processor = adapted.model, adapted.processor
     total, items = 0.0, 0
 
+    output = readout.Readout(model, task, processor, logger.info)
+
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
         nonlocal total, items
         labels = batch["labels"]
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        with output.passing(batch):
+            outputs = output.read(model(**{name: value for name, value in batch.items() if name != "labels"}))
         total += float(task.loss(outputs, labels, 1))
         items += task.items(labels)
         return task.measured(outputs, batch, model, processor)

@@ -437,6 +437,8 @@ def _narrate(trainer: Any, say: Callable[[str], None]) -> None:
     """One line an evaluation instead of printed dicts."""
     from transformers import PrinterCallback, TrainerCallback
 
+    from adapters import throughput
+
     class Lines(TrainerCallback):
         """Says loss and metric after each evaluation."""
 
@@ -447,7 +449,8 @@ def _narrate(trainer: Any, say: Callable[[str], None]) -> None:
             chosen = metrics.get(f"eval_{name}")
             shown = f", {name} {chosen:.4f}" if chosen is not None and name != "loss" else ""
             epoch = f"epoch {state.epoch:g} of {state.num_train_epochs}"
-            say(f"{epoch}: {trained}validation loss {metrics['eval_loss']:.4f}{shown}")
+            read = throughput.said(next((entry for entry in reversed(state.log_history) if "loss" in entry), {}))
+            say(f"{epoch}: {trained}validation loss {metrics['eval_loss']:.4f}{shown}" + (f"; {read}" if read else ""))
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Lines())

@@ -75,6 +75,7 @@ def terms(
         **{name: entry["sha256"] for name, entry in data.items()},
         "early_stopping_patience": [callback.early_stopping_patience for callback in _stopping(handler)],
         "frozen_dropout": bool(own.get("frozen_dropout")),
+        "fused": own.get("fused", True),
     }
     if data["data"]["rows"] is None:  # workers divide a stream
         found["dataloader_num_workers"] = args.dataloader_num_workers

@@ -124,7 +124,8 @@ class Trainer(ObjectiveTrainer):
         self._part = part
         loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
+            with self._readout.whole():
+                layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -179,6 +180,7 @@ class Trainer(ObjectiveTrainer):
                 stack.enter_context(locks.held(run / ".lock", str(run)))
                 checkpoints.recover(run)
             self.epochs.start(0, 0)
+            self._throughput.start()
             folder = None
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
@@ -191,6 +193,7 @@ class Trainer(ObjectiveTrainer):
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
             stack.enter_context(self.stops.watched())
+            stack.enter_context(self._matmuls())
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             else:
@@ -215,6 +218,7 @@ class Trainer(ObjectiveTrainer):
             "epochs": float(self.state.epoch or 0),
             "steps": int(self.state.global_step),
             "seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
+            **self._throughput.totals(),
         }
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
@@ -241,6 +245,8 @@ class Trainer(ObjectiveTrainer):
         """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        elif "loss" in logs:
+            logs |= self._throughput.lately()
         super().log(logs, *args, **kwargs)
 
     def _put_back(self, start: dict[str, torch.Tensor]) -> None:
@@ -280,6 +286,7 @@ class Trainer(ObjectiveTrainer):
         progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
+            "throughput": self._throughput.place(),
         }
         facts = {"run": self._run, "terms": self._terms(), "progress": progress}
         try:
@@ -297,6 +304,7 @@ class Trainer(ObjectiveTrainer):
         kept = checkpoints.read(folder)
         self._run, self._progress = kept["run"], kept["progress"]
         self.epochs.start(*self._progress["position"])
+        self._throughput.start(*self._progress.get("throughput", ()))
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = runs.best_weights(folder)
 

@@ -141,6 +141,91 @@ def test_packing_changes_no_number_of_an_evaluation() -> None:
     assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
 
 
+WINDOWS = {"mistral": {"sliding_window": 3}, "gemma2": {"sliding_window": 3}, "mixtral": {"sliding_window": 3}}
+WINDOWS |= {"qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(k, a) for k in tiny.DECODERS for a in ("sdpa", "eager") if (k, a) != ("gemma2", "sdpa")],  # it has no sdpa
+)
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows(kind: str, attention: str) -> None:
+    import torch
+
+    rows = read(
+        [
+            {"prompt": " ".join(WORDS[n : n + 1 + 2 * (n % 3)]) + " ", "completion": " ".join(WORDS[n + 1 : n + 4])}
+            for n in range(9)
+        ]
+    )["train"]
+    model = net(kind, attention, **WINDOWS.get(kind, {}))
+    found = []
+    for packing in (True, False):
+        task = CausalLM(packing=packing, max_length=20)
+        prepared, remarks = task.prepare(rows, words(), model, labelled=True)
+        batch = task.collate([prepared[n] for n in range(len(prepared))], model, words())
+        batch.pop("row")
+        labels = batch.pop("labels")
+        model.zero_grad()
+        loss = task.loss(model(**batch), labels)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((len(prepared), task.items(labels), float(loss.detach()), gradients))
+        assert any("rows are packed into" in remark for remark in remarks) == packing
+    (blocks, items, loss, grown), (singles, count, plain, wanted) = found
+    assert blocks < singles == 9
+    assert items == count
+    assert loss == pytest.approx(plain, rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in grown.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba"])
+def test_a_family_that_cannot_keep_rows_apart_packs_none_and_says_so(kind: str) -> None:
+    import transformers as t
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"n_head": 4} if kind == "bloom" else {"state_size": 4}
+    model = t.AutoModelForCausalLM.from_config(t.CONFIG_MAPPING[kind](**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4
+    rows = read([{"text": text} for text in texts(4)])["train"]
+    found, remarks = CausalLM().prepare(rows, words(), model, labelled=True)
+    assert "position_ids" not in found.column_names
+    assert remarks == [f"one row a text: {type(model).__name__} would let the texts of a block meet"]
+    with pytest.raises(RequestError, match="packing=False"):
+        CausalLM(packing=True).prepare(rows, words(), model, labelled=True)
+
+
+@pytest.mark.parametrize("form", ["prompt", "messages"])
+def test_prompts_and_conversations_are_packed_whole_when_asked(form: str) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{text} ", "completion": "late parcel"} for text in texts(10)]
+    if form == "messages":
+        short = [{"role": "user", "content": "late"}, {"role": "assistant", "content": "money"}]
+        rows = [{"messages": short if n % 3 else TURNS[1:3]} for n in range(10)]
+    plain, _ = prepared(rows, template=GENERATES, max_length=32)
+    assert len(plain) == 10, "a row each, unasked"
+    found, remarks = prepared(rows, template=GENERATES, max_length=32, packing=True)
+    assert f"10 rows are packed into {len(found)} blocks of up to 32 tokens: {10 / len(found):.1f} rows each" in remarks
+    assert len(found) <= 7
+    assert max(found["length"]) <= 32
+    pieces = []
+    for block in found:
+        starts = [n for n, place in enumerate(block["position_ids"]) if place == 0]
+        for begin, end in zip(starts, [*starts[1:], block["length"]], strict=True):
+            assert block["position_ids"][begin:end] == list(range(end - begin))
+            pieces.append((block["input_ids"][begin:end], block["labels"][begin:end]))
+    assert sorted(pieces) == sorted((row["input_ids"], row["labels"]) for row in plain)
+
+
+def test_a_row_longer_than_a_block_has_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "BLOCK", 8)
+    rows = [{"prompt": " ".join(WORDS[:n]) + " ", "completion": "late"} for n in (12, 1, 2, 3)]
+    found, _ = prepared(rows, packing=True)
+    assert found["length"] == [15, 6, 5, 4]
+
+
 def test_bits_are_counted_over_the_bytes_of_the_text() -> None:
     given = ["the parcel is late", "refund  my money "]
     rows, _ = prepared([{"text": text} for text in given])
@@ -159,10 +244,15 @@ def test_packing_is_refused_where_documents_would_see_each_other(monkeypatch: py
     model = net()
     plain = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **inputs: plain(**inputs))
-    with pytest.raises(RequestError, match="packing=False"):
-        CausalLM().prepare(read([{"text": "the parcel"}])["train"], words(), model, labelled=True)
-    found, _ = CausalLM(packing=False).prepare(read([{"text": "the parcel"}])["train"], words(), model, labelled=True)
-    assert len(found) == 1
+    rows = [{"text": "the parcel"}, {"text": "my money"}]
+    for given in (rows, [{"prompt": "where is ", "completion": "the parcel"}]):
+        with pytest.raises(RequestError, match="packing=False"):
+            CausalLM(packing=True).prepare(read(given)["train"], words(), model, labelled=True)
+    found, remarks = CausalLM().prepare(read(rows)["train"], words(), model, labelled=True)
+    assert (len(found), "position_ids" in found.column_names) == (2, False)
+    assert remarks == ["one row a text: LlamaForCausalLM would let the texts of a block meet"]
+    found, remarks = CausalLM(packing=False).prepare(read(rows)["train"], words(), model, labelled=True)
+    assert (len(found), remarks) == (2, [])
 
 
 # ---------------------------------------------------------------------- what is learnt

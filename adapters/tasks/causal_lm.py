@@ -31,8 +31,9 @@ class CausalLM:
     Attributes:
         max_length: tokens that a row is cut to, and those of a block; None for as many as tokenizer and model take,
             in blocks at most 1024.
-        packing: plain texts fill blocks of max_length tokens, none of which sees another text's; False keeps one row
-            a text. Prompts and conversations are never packed.
+        packing: rows stand in blocks of max_length tokens, none of which sees another row's. None packs plain texts
+            where the model keeps them apart, and leaves prompts and conversations a row each, so that a step reads
+            as many of them as the batch size says; True packs both, or refuses the model; False packs none.
         chat_template: "chatml" for a tokenizer that has no template of its own; saved with it.
         max_new_tokens: of an answer; None takes the model's generation config, else 256 but half of its length.
         do_sample: draw the answer at random instead of taking the likeliest token.
@@ -52,7 +53,7 @@ class CausalLM:
     apart: ClassVar[tuple[str, ...]] = ("text", "prompt")
 
     max_length: int | None = None
-    packing: bool = True
+    packing: bool | None = None
     chat_template: str | None = None
     max_new_tokens: int | None = None
     do_sample: bool = False
@@ -141,8 +142,9 @@ class CausalLM:
 
         raw = "input_ids" not in rows.column_names
         if labelled:
-            packed = self.packing and raw and form_of(rows, labelled=True) == "text"
-            documents.refuse_leaks(model, packed=packed or "position_ids" in rows.column_names)
+            documents.refuse_foresight(model)
+            if "position_ids" in rows.column_names or (raw and self.packing):
+                documents.need_confined(model)
         if not raw:
             return tokens.taken(rows, model, labelled=labelled, keep=("position_ids", "bytes", "asked")), []
         tokens.need_tokenizer(processor)
@@ -154,22 +156,33 @@ class CausalLM:
         if not labelled:
             prepared, remarks = self._prompts(rows, form, processor, model, limit)
         elif form == "text":
-            prepared, remarks = self._texts(list(rows["text"]), processor, model, limit)
+            packs = documents.confined(model) if self.packing is None else self.packing
+            prepared, remarks = self._texts(list(rows["text"]), processor, model, limit, packs=packs)
+            if not packs and self.packing is None:
+                remarks.append(f"one row a text: {type(model).__name__} would let the texts of a block meet")
         else:
             make = completions.of_conversations if form == "messages" else completions.of_prompts
             prepared, remarks = completions.cut(make(rows, processor, model), limit)
             remarks += completions.endless(prepared, processor, model)
+            if self.packing:
+                prepared, said = completions.packed(prepared, self._block(limit))
+                remarks.append(said)
         return tokens.numbered({name: [row[name] for row in prepared] for name in prepared[0]}), remarks
 
+    def _block(self, limit: int) -> int:
+        """Tokens of a block, where a row may have `limit`."""
+        from adapters import documents
+
+        return limit if self.max_length else min(limit, documents.BLOCK)
+
     def _texts(
-        self, texts: list[str], processor: Any, model: PreTrainedModel, limit: int
+        self, texts: list[str], processor: Any, model: PreTrainedModel, limit: int, *, packs: bool
     ) -> tuple[list[dict[str, Any]], list[str]]:
         from adapters import documents, tokens
 
         found = documents.read(texts, processor, model)
-        if self.packing:
-            size = limit if self.max_length else min(limit, documents.BLOCK)
-            rows = documents.blocks(found, size)
+        if packs:
+            rows = documents.blocks(found, self._block(limit))
             if not rows:
                 raise DataError(message("no text has two tokens", where="column 'text'", found=f"{len(texts)} rows"))
             return rows, []
