@@ -105,9 +105,12 @@ def draw(cell: Cell) -> tuple[Any, Any, Any, list[str]]:
         labels = sorted({tag for part in (rows, test) for cell in part["tags"] for tag in cell} - {"O"})
         labels = ["O", *labels]
     elif size.task == PICTURES:
-        kind = rows.features["label"]
-        labels = [f"class {name}" for name in kind.names]
-        rows, test = (part.cast_column("label", type(kind)(names=labels)) for part in (rows, test))
+        named = [[f"class {label}" for label in part["label"]] for part in (rows, test)]
+        labels = sorted({label for part in named for label in part})
+        rows, test = (
+            part.remove_columns("label").add_column("label", names)
+            for part, names in zip((rows, test), named, strict=True)
+        )
     else:
         labels = sorted(set(splits["train"]["label"]))
     held = range(size.validation)
