@@ -317,9 +317,16 @@ def merge(
         _out(report.to_json())
         return
     print(f"merged    {report.output}: {report.tensors} tensors, {report.bytes / 1e6:.1f} MB")
+    if report.left_out:
+        print(f"left out  {report.left_out} tensors above the block that the head reads")
+    if report.reason:
+        print(f"form      backbone/ with its head beside it, not one plain transformers folder: {report.reason}")
     print(f"edited    {report.edited} tensors ({report.created} new), each read back and verified")
     if report.logits_checked and report.agreement is not None:
         print(f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}")
     else:
         print(f"answers   not compared: {report.skipped}")
-    print(f"next      {_opened_with(report.output, read_manifest(fetch(folder))['task']['name'])}")
+    if report.form == "standalone":
+        print(f"next      adapters.load({Path(report.output).as_posix()!r})")
+    else:
+        print(f"next      {_opened_with(report.output, read_manifest(fetch(folder))['task']['name'])}")

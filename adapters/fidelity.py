@@ -19,6 +19,7 @@ from adapters import disk
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
+from adapters.manifest import is_standalone
 from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
@@ -32,7 +33,7 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
 
     Args:
         adapter: the adapter folder.
-        merged: the plain transformers folder.
+        merged: the plain transformers folder, or a backbone with its head beside it.
         base: the backbone's folder.
         rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
             for an image processor).
@@ -50,7 +51,9 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    found = outputs(auto.from_pretrained(merged, dtype="auto", trust_remote_code=False), batches)
+    beside = is_standalone(Path(merged))
+    opened = load(merged).model if beside else auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
+    found = outputs(opened, batches)
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
@@ -206,7 +209,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     """The adapter of a folder on the frozen tensors of a live model."""
     import torch
 
-    from adapters import storage
+    from adapters import pooling, reading, storage
     from adapters.adapt import live_names
     from adapters.anatomy import never_saved, own_name
     from adapters.manifest import read_manifest, read_tensors
@@ -216,6 +219,9 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     strategy = storage.strategy_of(document, where)
     net = _bare(adapted.model)
     adapted.strategy.strip(net)
+    read = reading.of(storage.task_of(document, where))
+    if read.elsewhere or pooling.placed(net).elsewhere:
+        pooling.place(net, read.pooling, read.layer)
     with torch.random.fork_rng(devices=[]):
         trained = (strategy.apply(net) | live_names(net, adapted.head)) - never_saved(net)
     trained = {name for name in trained if own_name(name) not in adapted.record.unread}

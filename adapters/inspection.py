@@ -9,6 +9,7 @@ from typing import Any
 
 from adapters import shards
 from adapters.manifest import WEIGHTS, read_manifest
+from adapters.reading import OWN, Reading
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "task": document["task"],
         "backbone": {
             "name": backbone["name"],
+            "inside": bool(backbone.get("inside")),
             "revision": backbone["revision"],
             "model_class": backbone["model_class"],
             "quantization": backbone["quantization"],
@@ -66,6 +68,18 @@ def _group(name: str, head: set[str]) -> str:
     return ".".join("*" if part.isdigit() else part for part in own.split("."))
 
 
+def _where(backbone: Mapping[str, Any]) -> str:
+    if backbone["inside"]:
+        return f"in this folder, under {backbone['name']}/: a plain transformers model"
+    return backbone["name"] or "(a live model)"
+
+
+def _read(options: Mapping[str, Any]) -> list[str]:
+    """Where the head reads, if not at the model class's own place."""
+    read = Reading(str(options.get("pooling") or OWN), options.get("layer"))
+    return [f"  reads     {read}"] if read.elsewhere else []
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The facts as a table for people."""
     backbone, task = found["backbone"], found["task"]
@@ -77,9 +91,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     options = ", ".join(f"{k}={v}" for k, v in found["options"].items() if k != "modules_to_save")
     result = [
         f"{found['folder']}: {found['strategy']} adapter, every digest right",
-        f"  backbone  {backbone['name'] or '(a live model)'} ({backbone['model_class']}){storage}",
+        f"  backbone  {_where(backbone)} ({backbone['model_class']}){storage}",
         f"            fingerprint {backbone['fingerprint']} over {backbone['tensors']} tensors",
         f"  task      {task['name']}  {shown}".rstrip(),
+        *_read(task["options"]),
         f"  options   {options or 'defaults'}",
         f"  trained   {found['parameters']:,} parameters, {found['bytes'] / 1e6:.2f} MB",
     ]

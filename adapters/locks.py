@@ -71,3 +71,50 @@ def _refusal(what: str, pid: str) -> FolderError:
             remedy="Wait until it has ended, or give another output folder.",
         )
     )
+
+
+def joined(file: Path) -> int:
+    """A share of a lock that many may hold at once; the handle gives it back when it is closed, or its process ends.
+
+    The file stays. A share and `alone` keep each other out, between processes and within one.
+
+    Args:
+        file: the lock's file; its folder is made where it is not there.
+
+    Raises:
+        OSError: the folder cannot be written to, or its file system knows no locks.
+    """
+    while True:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its folder was deleted meanwhile
+
+
+@contextlib.contextmanager
+def alone(file: Path, *, wait: bool) -> Iterator[bool]:
+    """The whole of a lock that is shared by `joined`; yields whether it is held.
+
+    Args:
+        file: the lock's file.
+        wait: until all others have given it back; else somebody's share yields False at once.
+
+    Raises:
+        OSError: the folder cannot be written to, or its file system knows no locks.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(handle)

@@ -114,9 +114,56 @@ def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
                     remedy="Take the folder from its source again.",
                 )
             )
-        if name != WEIGHTS:
+        if name != WEIGHTS and not (_inside(name, document) and file.suffix == ".safetensors"):
             check_settings(file)
     refuse_code(folder, known=set(document["files"]))
+    _check_inside(folder, document)
+
+
+def _inside(name: str, document: Mapping[str, Any]) -> bool:
+    """Whether a file belongs to the backbone that lies in the folder."""
+    backbone = document["backbone"]
+    return bool(backbone.get("inside")) and name.startswith(f"{backbone['name']}/")
+
+
+def _check_inside(folder: Path, document: Mapping[str, Any]) -> None:
+    """A backbone in the folder consists of the files that the manifest lists, a config and weights among them."""
+    if not document["backbone"].get("inside"):
+        return
+    place = document["backbone"]["name"]
+    listed = {name for name in document["files"] if _inside(name, document)}
+    there = {file.relative_to(folder).as_posix() for file in (folder / place).rglob("*") if file.is_file()}
+    needed = {f"{place}/config.json"}
+    if there != listed or not needed <= listed or not any(name.endswith(".safetensors") for name in listed):
+        odd = sorted(there ^ listed) or [f"{place}/config.json"]
+        raise FolderError(
+            message(
+                "the backbone in the folder is not the one that the manifest lists",
+                where=str(folder / place),
+                found=", ".join(odd[:3]),
+                remedy="Take the folder from its source again.",
+            )
+        )
+
+
+def backbone_name(document: Mapping[str, Any], folder: Path) -> str | None:
+    """The backbone's id or folder; one that lies in the adapter's folder moves with it."""
+    backbone = document["backbone"]
+    name: str | None = str(folder.absolute() / backbone["name"]) if backbone.get("inside") else backbone["name"]
+    return name
+
+
+def is_standalone(folder: Path) -> bool:
+    """Whether a folder holds a backbone with its head beside it, by what its manifest claims."""
+    file = folder / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        return False
+    try:
+        document: Any = shards.read_json(file, MAX_MANIFEST)
+    except FolderError:
+        return False
+    backbone = document.get("backbone") if isinstance(document, dict) else None
+    return isinstance(backbone, dict) and backbone.get("inside") is True
 
 
 def check_settings(file: Path) -> None:
@@ -277,7 +324,7 @@ def refuse_gone(document: Mapping[str, Any], where: str) -> None:
     """
     backbone = document["backbone"]
     name = backbone["name"]
-    if not backbone["revision"] and not Path(name).expanduser().is_dir():
+    if not backbone["revision"] and not backbone.get("inside") and not Path(name).expanduser().is_dir():
         raise RequestError(
             message(
                 "there is no such model folder",

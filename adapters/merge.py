@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import disk, parts, shards
+from adapters import disk, parts, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
-from adapters.manifest import fetch, read_manifest, read_tensors
+from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.shortening import changed
 from adapters.storage import strategy_of, task_of
 from adapters.stream import plan, verify, write
 from adapters.vocabulary import all_edits, of_manifest
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapters.edits import Edit
+    from adapters.stream import Step
+
+logger = logging.getLogger(__name__)
 
 # How far merged logits may lie from adapted ones, as a share of the logits' spread, by the coarsest dtype at work.
 BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -54,6 +59,9 @@ class MergeReport:
         max_difference, mean_difference: between the logits of the merged and the adapted model, absolute.
         agreement: share of rows whose best answer is the same.
         spread: standard deviation of the adapted model's logits.
+        form: "plain" for a folder that transformers opens; "standalone" for a backbone with its head beside it, which
+            `adapters.load` opens, because the head reads where the model class does not; `reason` says which.
+        left_out: tensors of the backbone that are not in it, because they lie above the block that the head reads.
         logits_checked: False where the model does not fit into memory; then `skipped` says why.
     """
 
@@ -70,6 +78,9 @@ class MergeReport:
     spread: float | None = None
     logits_checked: bool = False
     skipped: str = ""
+    form: str = "plain"
+    reason: str = ""
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -84,11 +95,16 @@ def merge(adapted: Adapted) -> PreTrainedModel:
 
     `adapted` is spent afterwards.
 
+    Where the head reads a lower block, those above it go, and the config says so.
+
     Raises:
-        RequestError: packed storage, into which a merge is lossy.
+        RequestError: packed storage, into which a merge is lossy; a head whose pooling is not its class's own, which a
+            plain model would forget when it is saved.
         SpentError: merged already.
     """
     import torch
+
+    from adapters import pooling, shortening
 
     state = {name: tensor.clone() for name, tensor in adapted.state().items()}
     if adapted.storage.quantization is not None:
@@ -100,9 +116,21 @@ def merge(adapted: Adapted) -> PreTrainedModel:
                 "adapters.merge_on_disk(folder, output).",
             )
         )
-    edits = all_edits(adapted.vocabulary, adapted.strategy, state)
     model = adapted.model
+    read = pooling.placed(model)
+    if not read.plain:
+        raise RequestError(
+            message(
+                "a plain transformers model cannot say where this head reads",
+                where=f"{type(model).__name__}, pooling {read.pooling!r}",
+                remedy="Save the adapter and merge it on disk: adapters.merge_on_disk(folder, output) writes the "
+                "backbone with its head beside it, which adapters.load opens.",
+            )
+        )
+    edits = all_edits(adapted.vocabulary, adapted.strategy, state)
     adapted.strategy.strip(model)
+    if read.layer is not None:
+        shortening.shorten(model, read.layer)
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
     unknown = sorted(set(edits) - set(tensors))
     if unknown:
@@ -159,11 +187,16 @@ def merge_on_disk(
     source = _base_folder(document, base, where)
     check_folder(source)
     edits = parts.on_disk(edits, document, source)
-    steps = plan(document, edits, shards.read_directory(source), dtype, str(source))
+    shape = _shape_of(document, source, where)
+    steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
     with disk.staged(target) as stage:
-        written = write(stage, steps, source, document)
-        verified = verify(stage, steps, written)
-        _write_config(stage, source, adapter, document, dtype)
+        place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
+        written = write(place, steps, source, document)
+        verified = verify(place, steps, written)
+        _write_config(place, source, adapter, document, dtype, shape)
+        if shape.reason:
+            facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)
+            standalone.write(stage, adapter, document, facts)
         edited = [step for step in steps if step.edit is not None]
         report = MergeReport(
             output=str(target),
@@ -173,8 +206,62 @@ def merge_on_disk(
             bytes=sum(step.nbytes for step in steps),
             dtype=edited[0].dtype if edited else steps[0].dtype,
             verified=verified,
+            form="standalone" if shape.reason else "plain",
+            reason=shape.reason,
+            left_out=len(shape.left_out),
         )
         return _with_fidelity(report, stage, adapter, source, document, rows) if check_logits else report
+
+
+@final
+@dataclass(frozen=True)
+class _Shape:
+    """In which form a merge is written.
+
+    Attributes:
+        reason: why the head lies beside the backbone; empty where both are one plain model.
+        config: changes of the backbone's config; left_out: its tensors that go, by the fingerprint's names.
+        task: as it reads the written backbone.
+    """
+
+    reason: str
+    config: Mapping[tuple[str, ...], Any]
+    left_out: frozenset[str]
+    task: Mapping[str, Any]
+
+
+def _shape_of(document: Mapping[str, Any], source: Path, where: str) -> _Shape:
+    from adapters import reading, shortening
+
+    read = reading.of(task_of(document, where))
+    found = shortening.of_folder(source, document, read.layer) if read.layer is not None else None
+    reason = "" if read.plain else f"the head reads {read}, which {document['backbone']['model_class']} does not"
+    if read.layer is not None and found is None and not reason:
+        reason = f"no field of the config says how many blocks the model has, of which the head reads {read.layer}"
+    if reason:
+        logger.info("written as a backbone with its head beside it: %s", reason)
+    options = dict(document["task"]["options"])
+    if found is not None:
+        options.pop("layer")
+    return _Shape(
+        reason,
+        found.config if found is not None else {},
+        found.left_out if found is not None else frozenset(),
+        {**document["task"], "options": options},
+    )
+
+
+def _divided(stage: Path, steps: list[Step], document: Mapping[str, Any]) -> tuple[Path, list[Step], dict[str, Tensor]]:
+    """The folder of the backbone, its tensors, and those of the head by their own names."""
+    import torch
+
+    names = document["backbone"]["names"]
+    head = {names.get(name, name): name for name in document["head"]}
+    place = stage / standalone.BACKBONE
+    place.mkdir()
+    beside = [step for step in steps if step.name in head]
+    tensors = {head[s.name]: s.edit(None).to(getattr(torch, s.dtype)) for s in beside if s.edit is not None}
+    return place, [step for step in steps if step.name not in head], tensors
 
 
 def _edits(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Edit]:
@@ -229,7 +316,7 @@ def _refuse_rows(rows: list[Any] | None) -> None:
 
 def _refuse_output(target: Path) -> None:
     content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    ours = False
+    ours = is_standalone(target)
     if "config.json" in content:
         with contextlib.suppress(FolderError):
             ours = MARK in shards.read_json(target / "config.json", MAX_CONFIG)
@@ -247,10 +334,10 @@ def _refuse_output(target: Path) -> None:
 
 def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:
     from adapters.backbones import local_folder
-    from adapters.manifest import refuse_gone
+    from adapters.manifest import backbone_name, refuse_gone
     from adapters.places import is_path
 
-    name = str(base) if base is not None else document["backbone"]["name"]
+    name = str(base) if base is not None else backbone_name(document, Path(where))
     revision = document["backbone"]["revision"]
     if not name:
         raise RequestError(
@@ -281,10 +368,12 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
         ) from fault
 
 
-def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None) -> None:
+def _write_config(
+    stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None, shape: _Shape
+) -> None:
     """config.json with the task's labels, the source's generation config, the adapter's processor files."""
     backbone = document["backbone"]
-    config = shards.read_json(source / "config.json", MAX_CONFIG)
+    config = changed(shards.read_json(source / "config.json", MAX_CONFIG), shape.config)
     config |= {key: value for key, value in backbone["config"].items() if key != "num_labels"}
     if "num_labels" in backbone["config"] and "id2label" not in backbone["config"]:
         count = backbone["config"]["num_labels"]
@@ -299,6 +388,8 @@ def _write_config(stage: Path, source: Path, adapter: Path, document: Mapping[st
     generation = source / "generation_config.json"
     if generation.is_file():
         shards.write_text(stage / generation.name, generation.read_text())
+    if shape.reason:
+        return  # the processor lies beside the head
     skipped = {"adapter_model.safetensors", "adapter_config.json"}
     for name in document["files"]:
         if name not in skipped:

@@ -36,7 +36,8 @@ def refuse_strays(folder: Path, *, deep: bool) -> None:
         FolderError: naming the entry.
     """
     root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    snapshots = next((p for p in (root.parent, root.parent.parent) if p.name == "snapshots"), None)  # or a folder in it
+    blobs = snapshots.parent / "blobs" if snapshots is not None else None
     for entry in sorted(root.rglob("*") if deep else root.iterdir()):
         if entry.is_dir() and (not deep or not entry.is_symlink()):
             continue

@@ -50,6 +50,12 @@ def of(task: Any) -> Reading:
     return Reading(pooling or OWN, task.layer if "layer" in known else None)
 
 
+def described(task: Any) -> str:
+    """The end of a line about a task: where its head reads; empty for the class's own place."""
+    read = of(task)
+    return f", reads {read}" if read.elsewhere else ""
+
+
 def faults(pooling: Any, layer: Any, known: tuple[str, ...] = POOLINGS) -> list[str]:
     """What is wrong with the options `pooling` and `layer`; empty for nothing."""
     found = []

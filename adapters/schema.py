@@ -145,6 +145,14 @@ class Backbone(_Strict):
     saved_as: dict[Tensor, Tensor]
     bytes: Count
     fingerprint: Print
+    inside: bool = False  # the backbone lies in this folder, under its name
+
+    @model_validator(mode="after")
+    def _lies_inside(self) -> Self:
+        plain = self.name is not None and "/" not in self.name and lies_inside(self.name) and is_word(self.name)
+        if self.inside and (not plain or self.revision is not None or self.quantization is not None):
+            raise ValueError("a backbone in this folder that is named, stored or dated as one elsewhere")
+        return self
 
 
 class TensorEntry(_Strict):

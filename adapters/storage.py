@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, shards
+from adapters import bare, disk, facts, pooling, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import PROCESSORS, live_model, open_processor
 from adapters.card import card
@@ -26,6 +26,7 @@ from adapters.manifest import (
     RECIPE,
     VOCABULARIES,
     WEIGHTS,
+    backbone_name,
     fetch,
     read_manifest,
     read_tensors,
@@ -125,7 +126,8 @@ def write(adapted: Adapted, folder: Path) -> None:
                 )
             )
     shards.save_tensors(folder / WEIGHTS, state, {"format": "pt", "holdfast": str(FORMAT)})
-    for name, document in adapted.strategy.sidecars().items():
+    elsewhere = pooling.placed(adapted.model).elsewhere  # peft would open it, and answer otherwise
+    for name, document in ({} if elsewhere else adapted.strategy.sidecars()).items():
         filled = {
             **document,
             **facts.trainable_tokens(adapted, document),
@@ -242,7 +244,7 @@ def load(
     task = task_of(document, where)
     vocabulary = of_manifest(document, where)
     backbone = document["backbone"]
-    base: Any = model if model is not None else backbone["name"]
+    base: Any = model if model is not None else backbone_name(document, folder)
     options: dict[str, Any] = dict(backbone["load"]) if model is None else {}
     if model is None and backbone["revision"]:
         options["revision"] = backbone["revision"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -41,9 +41,21 @@ class Step:
 
 
 def plan(
-    document: Mapping[str, Any], edits: Mapping[str, Edit], slots: Mapping[str, Slot], dtype: str | None, where: str
+    document: Mapping[str, Any],
+    edits: Mapping[str, Edit],
+    slots: Mapping[str, Slot],
+    dtype: str | None,
+    where: str,
+    left_out: Collection[str] = (),
 ) -> list[Step]:
-    """Every tensor of the output in the order of the backbone's files, named as this model class saves it."""
+    """Every tensor of the output in the order of the backbone's files, named as this model class saves it.
+
+    Args:
+        document: the adapter's manifest; edits: by the backbone's own names.
+        slots: the backbone's tensors; dtype: of the output, None for each tensor's own.
+        where: for messages.
+        left_out: the backbone's tensors that the output does not have, by the fingerprint's names.
+    """
     backbone = document["backbone"]
     prefix = backbone["fingerprint"]["prefix"]
     names: Mapping[str, str] = backbone["names"]
@@ -68,6 +80,8 @@ def plan(
         if plain in covered:
             raise FolderError(message("the backbone holds a tensor twice", where=f"{where}: {disk_name}"))
         covered.add(plain)
+        if plain in left_out:
+            continue  # blocks above the one that the head reads
         floating = "float" in slot.dtype
         steps.append(
             Step(

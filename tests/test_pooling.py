@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
-from adapters import manifest, pooling, prefix, relocation, shards
+from adapters import fidelity, manifest, pooling, prefix, relocation, shards
 from adapters.anatomy import block_lists
-from adapters.errors import FolderError, RequestError
+from adapters.errors import ContractError, FolderError, RequestError
 from adapters.handing import hidden_in
 from adapters.reading import Reading
 
@@ -435,3 +436,61 @@ def test_a_manifest_with_a_reading_that_cannot_be_is_refused(tmp_path: Path, opt
     if options != {"layer": 99}:  # how many blocks there are, only the backbone tells
         with pytest.raises(FolderError, match="no version of ours"):
             manifest.read_manifest(out)
+
+
+# ---------------------------------------------------------------------- beside other parts
+
+
+def test_peft_does_not_open_what_it_would_answer_otherwise(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path / "bert")
+    names = {"adapter_config.json", manifest.WEIGHTS}
+    plain = adapters.save(adapted_on(folder, "lora", None, None), tmp_path / "plain")
+    assert names <= {file.name for file in plain.iterdir()}
+    out = adapters.save(adapted_on(folder, "lora", "mean", None), tmp_path / "out")
+    assert names & {file.name for file in out.iterdir()} == {manifest.WEIGHTS}
+    assert "reads the mean hidden state" in (out / "README.md").read_text()
+
+
+def test_a_head_that_reads_otherwise_than_is_saved_is_noticed(tmp_path: Path) -> None:
+    adapted = adapters.adapt(tiny.model("bert"), "probe", pooling="mean", **LABELS)
+    tiny.shake(adapted)
+    rows = [{name: value[row] for name, value in tiny.batch().items()} for row in range(4)]
+
+    def collate(some: list[Any]) -> dict[str, Any]:
+        return {name: torch.stack([row[name] for row in some]) for name in some[0]}
+
+    fidelity.reopened(adapted, rows, collate, tmp_path)
+    pooling.place(adapted.model, "last")
+    with pytest.raises(ContractError, match="does not answer as the trained model does"):
+        fidelity.reopened(adapted, rows, collate, tmp_path)
+
+
+@pytest.mark.parametrize("how", [None, "mean"])
+def test_in_four_bits_the_blocks_that_run_are_packed(tmp_path: Path, how: str | None) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = tiny.folder("llama", tmp_path / "llama", hidden_size=64, intermediate_size=128)
+    adapted = adapted_on(folder, "qlora", how, 2)
+    tiny.shake(adapted)
+    packed = {name.split(".")[2] for name, module in adapted.model.named_modules() if "Linear4bit" in str(type(module))}
+    assert packed == {"0", "1"}
+    wanted = tiny.logits(adapted.model)
+    again = adapters.load(adapters.save(adapted, tmp_path / "out"))
+    assert torch.equal(tiny.logits(again.model), wanted)
+    relocation.move(again, how, 2)  # tried on the packed weights, which stay as they are
+    assert torch.equal(tiny.logits(again.model), wanted)
+    adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", check_logits=False)
+    if how is None:
+        opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    else:
+        opened = adapters.load(tmp_path / "merged").model
+    assert float((tiny.logits(opened) - wanted).abs().max()) < 0.1 * float(wanted.std())
+
+
+def test_a_layer_of_a_token_classifier_is_saved(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path / "bert")
+    adapted = adapters.adapt(folder, "lora", task="token-classification", labels=["O", "B-X", "I-X"], layer=1)
+    tiny.shake(adapted)
+    again = adapters.load(adapters.save(adapted, tmp_path / "out"))
+    assert torch.equal(tiny.logits(again.model), tiny.logits(adapted.model))
+    assert block_lists(again.model)[0].length == 1
+    assert adapters.predict(again, [["where", "is", "it"]]) == adapters.predict(adapted, [["where", "is", "it"]])

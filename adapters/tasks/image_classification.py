@@ -130,8 +130,8 @@ class ImageClassification:
         return outside_backbone(model)
 
     def describe(self) -> str:
-        """Problem and labels."""
-        return f"{self.name}, {self._classes.describe()}"
+        """Problem and labels, and where the head reads if not at the class's own place."""
+        return f"{self.name}, {self._classes.describe()}{reading.described(self)}"
 
     # ------------------------------------------------------------------ the rows
 

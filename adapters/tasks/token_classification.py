@@ -125,7 +125,7 @@ class TokenClassification:
     def describe(self) -> str:
         """The tags."""
         shown = ", ".join(self.labels[:4]) + (" ..." if len(self.labels) > 4 else "")
-        return f"{self.name}, {len(self.labels)} tags ({shown})"
+        return f"{self.name}, {len(self.labels)} tags ({shown}){reading.described(self)}"
 
     # ------------------------------------------------------------------ the rows
 
