@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GAIN: Final = 1 / 3  # of the blind loss that a start has to take away (measured: docs/benchmarks.md, "Warm heads")
+GAIN: Final = 1 / 4  # of the blind loss that a start has to take away (measured: docs/benchmarks.md, "Warm heads")
 STARTS: Final = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # penalties, on features with a root mean square of 1
 WARM_ROWS: Final = 10_000  # training rows that a start is solved on at most; a probe takes all
 HELD_ROWS: Final = 2_000  # validation rows that choose a start at most

@@ -95,7 +95,7 @@ def test_training_starts_from_the_solved_head_or_not(base: str, tmp_path: Path, 
 def test_a_head_that_was_trained_is_never_overwritten(base: str, tmp_path: Path) -> None:
     """Trained in this process, loaded, or given other values by hand."""
     adapted = adapters.adapt(base, "lora", **TEXTS)
-    trainer(adapted, tmp_path, max_steps=1, warm_head=False).train()
+    trainer(adapted, tmp_path, max_steps=2, warmup_steps=0, eval_strategy="no", warm_head=False).train()
     loaded = adapters.load(adapters.save(adapted, tmp_path / "adapter"))
     by_hand = adapters.adapt(base, "lora", **TEXTS)
     with torch.no_grad():
