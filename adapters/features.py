@@ -9,7 +9,7 @@ norm and head are computed again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -138,14 +138,14 @@ class Extract:
 
 
 def of_rows(
-    extract: Extract, batches: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], kept: Any, keys: Key
+    extract: Extract, batches: Iterable[dict[str, Any]], kept: Any = None, keys: Key | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of many rows, those that are kept taken from there.
 
     Args:
         extract: what is read.
         batches: model inputs with "labels", on the model's device, in their order.
-        kept: rows' features by key: `get(key)` and `add(key, tensor)`.
+        kept: rows' features by key, as `states.States` has them; None keeps nothing.
         keys: what the rows of a batch are known by, from their inputs.
 
     Returns:
@@ -155,9 +155,9 @@ def of_rows(
     for batch in batches:
         target = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        names = [_marked(key, row) for key, row in zip(keys(inputs), target, strict=True)]
+        names = [_marked(key, row) for key, row in zip(keys(inputs), target, strict=True)] if keys is not None else []
         rows = [kept.get(name) for name in names]
-        if any(row is None for row in rows):
+        if not rows or any(row is None for row in rows):
             rows = []
             step = extract.rows_at_once(inputs)
             for begin in range(0, len(target), step):
@@ -166,7 +166,7 @@ def of_rows(
                 rows += [
                     (row[one != IGNORED] if row.ndim == 3 else row).cpu() for row, one in zip(found, part, strict=True)
                 ]
-            for name, row in zip(names, rows, strict=True):
+            for name, row in zip(names, rows, strict=False):  # no names where nothing is kept
                 kept.add(name, row)
         features += [row if row.ndim == 3 else row[None] for row in rows]
         places = rows[0].ndim == 3

@@ -23,7 +23,7 @@ from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
 from adapters.options import field_names
-from adapters.prefix import Cut, Prefix, batches
+from adapters.prefix import batches
 from adapters.reading import OWN, Reading
 
 if TYPE_CHECKING:
@@ -189,8 +189,9 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         probe: where nothing else trains, it is solved instead of stepped.
         wanted: a start is wanted or not; None where it helps.
     """
-    columns = getattr(rows.train, "column_names", None) or ()
-    layer = new_layer(adapted, rows) if "length" in columns and len(rows.train) else None
+    sets = [part for part in (rows.train, rows.held) if part is not None]
+    known = all("length" in (getattr(part, "column_names", None) or ()) and len(part) for part in sets)
+    layer = new_layer(adapted, rows) if known else None
     if layer is None:
         return None, []
     said: list[str] = []
@@ -202,6 +203,8 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         return None, said
     start, remark = solved(adapted, rows, layer, readings)
     said += [remark] if remark else []
+    if start is None:
+        return None, said
     choice = start.choice
     best = choice.tried[0]
     on = "the validation rows" if rows.held is not None else "training rows that were held back"
@@ -234,7 +237,7 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
     return start, said
 
 
-def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> tuple[Start, str]:
+def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> tuple[Start | None, str]:
     """The output layer at its best penalty, and of a probe in its best place; nothing of the model changes.
 
     Args:
@@ -252,13 +255,14 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
         remark = f"{len(tried)} of {len(readings)} places to read are tried: more features would not fit into memory"
         readings = tried
     extract = features.Extract(adapted.model, layer, readings)
-    keys, kept = Prefix(adapted.model, Cut("", layer, ())).keys, _Nothing()
     most = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
     with rows.computing():
-        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]), kept, keys)
+        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]))
         held = None
         if rows.held is not None:
-            held = features.of_rows(extract, rows.batches(rows.held, most[1]), kept, keys)
+            held = features.of_rows(extract, rows.batches(rows.held, most[1]))
+    if not all(bool(torch.isfinite(part).all()) for part in (train, *(held or ())[:1])):
+        return None, "nothing is solved: the backbone's features are not finite"
     task: Any = adapted.record.task or adapted.task
 
     def loss(logits: Tensor, targets: Tensor, items: int) -> Tensor:
@@ -284,19 +288,6 @@ def _others(start: Start) -> str:
     shown = [f"{start.readings[one.place]} {_score(choice, one)}" for one in choice.tried[1:]]
     tried = f"of {len(start.readings)} places"
     return f"{tried}, next {', '.join(shown)}" if shown else "no other place was tried"
-
-
-@final
-class _Nothing:
-    """Keeps no features."""
-
-    def get(self, key: bytes) -> Tensor | None:
-        """None."""
-        return None
-
-    def add(self, key: bytes, tensor: Tensor) -> bool:
-        """Not kept."""
-        return False
 
 
 def _free_memory() -> int:
