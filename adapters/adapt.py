@@ -342,6 +342,7 @@ def assemble(
         seed=seed,
         unread=unread,
         new=tuple(sorted(new)),
+        first=heads.first_values(net, head & new) if accept is None else {},
         load={name: str(value) for name, value in load.items() if name != "token"},
         config=configured,
     )

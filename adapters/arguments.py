@@ -39,6 +39,8 @@ OWN = {
     "fused": "each adapted matmul as one function while training: true, false, or 'float32', which keeps its products "
     "out of bfloat16 on hardware that has it (bf16=False in a dict of args is the same)",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
+    "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
+    "the validation rows say that it helps",
     "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {
@@ -167,7 +169,7 @@ def _value_faults(name: str, value: Any) -> list[str]:
         fine, expected = isinstance(value, bool), "true or false"
     elif name == "fused":
         fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
-    elif name == "chunked_loss":
+    elif name in ("chunked_loss", "warm_head"):
         fine, expected = value is None or isinstance(value, bool), "true, false or null"
     elif name == "prefix_cache":
         fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
@@ -272,6 +274,15 @@ def settings(
     merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
+
+
+def asks_for_steps(args: TrainingArguments | Mapping[str, Any] | None) -> bool:
+    """Whether the caller says how many steps are taken, or how long they are: then a probe is stepped, not solved."""
+    named = ("num_train_epochs", "max_steps", "learning_rate")
+    if args is None or isinstance(args, Mapping):
+        return any((args or {}).get(name) is not None for name in named)
+    plain = _plain(type(args))
+    return any(getattr(args, name) != plain[name] for name in named)
 
 
 def _given(

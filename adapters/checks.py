@@ -296,6 +296,27 @@ class Contract(TrainerCallback):
             self._say("no step had a learning rate above 0: nothing was trained")
         check_frozen(self._frozen, self._adapted)
 
+    def solved(self) -> None:
+        """The end of a run without steps: each trained tensor has other values, all finite; frozen bytes are the same.
+
+        Raises:
+            ContractError: what was to be solved did not move, or what was frozen did.
+            NumbersError: a solved tensor that is not finite.
+        """
+        finite.check_weights(self._parameters, "the solved head")
+        state = self._adapted.state()
+        still = [name for name, tensor in state.items() if bool((tensor == self.good[name]).all())]
+        if still:
+            raise ContractError(
+                message(
+                    "tensors that were to be solved are as they were",
+                    where=f"strategy {self._adapted.strategy.name!r}",
+                    found=some(still),
+                    remedy="Look at the rows: their labels do not depend on them, or all are the same.",
+                )
+            )
+        check_frozen(self._frozen, self._adapted)
+
     def _judge(self, due: Sequence[str], moved: Sequence[str]) -> None:
         """Of tensors that have not moved: which stand rightly, which are at fault."""
         faults: dict[str, list[str]] = {}

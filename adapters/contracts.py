@@ -263,6 +263,7 @@ class Record:
         task: the task as the training rows completed it (balanced class weights); None before training.
         unread: parameters that would train, but that the head's reading leaves out of the computation; own names.
         new: backbone parameters that loading reported as newly initialised.
+        first: of a new adaptation's new head, digests of the values that it began with; not saved.
         load: the loading options, without the token.
         config: fields of the backbone's config that were set besides the task's (a padding token).
         data: fingerprint and row counts of the data it was trained on.
@@ -279,6 +280,7 @@ class Record:
     task: Task | None = None
     unread: frozenset[str] = frozenset()
     new: tuple[str, ...] = ()
+    first: dict[str, str] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

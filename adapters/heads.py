@@ -84,6 +84,20 @@ def fitted(
     )
 
 
+def first_values(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
+    """What tells whether parameters are as they began: digests of their bytes, by their own names."""
+    import xxhash
+
+    from adapters.anatomy import own_name
+    from adapters.shards import tensor_bytes
+
+    return {
+        own_name(name): xxhash.xxh3_128_hexdigest(tensor_bytes(parameter.detach()))
+        for name, parameter in model.named_parameters()
+        if own_name(name) in names
+    }
+
+
 def _begin_anew(model: PreTrainedModel, head: Collection[str]) -> None:
     """First values for a head as transformers gives them to one that a checkpoint lacks."""
     import torch

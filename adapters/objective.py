@@ -16,8 +16,8 @@ import transformers
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from adapters import checks, data, fused, identity, pace, prefix, quantize, readout, throughput, vocabulary
-from adapters.arguments import complaints, settings
+from adapters import checks, data, fused, headstart, identity, pace, prefix, quantize, readout, throughput, vocabulary
+from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
 from adapters.formats import arrange
@@ -105,6 +105,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self._own = own
         alone = tasks_loss and self.args.n_gpu <= 1 and self.args.world_size == 1 and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
+        self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
+        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self.args.world_size == 1
         self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
@@ -284,6 +286,27 @@ class ObjectiveTrainer(transformers.Trainer):
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""
         return self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
+
+    def _head_start(self) -> headstart.Start | None:
+        """The new output layer of this run, solved: instead of all steps, or as their start."""
+        rows, held = self.train_dataset, self.eval_dataset
+        if not self._plain or isinstance(rows, IterableDataset):
+            return None
+        given = headstart.Rows(
+            train=rows,
+            held=next(iter(held.values())) if isinstance(held, Mapping) else held,
+            collate=cast("Any", self.data_collator),
+            device=self.args.device,
+            computing=self.compute_loss_context_manager,
+            seed=self.args.seed,
+            draw=self._draw,
+        )
+        self._move_model_to_device(self.adapted.model, self.args.device)
+        wanted = self._own.get("warm_head")
+        found, remarks = headstart.begun(self.adapted, given, probe=not self._stepped, wanted=wanted)
+        for remark in remarks:
+            self._say(remark)
+        return found
 
     def _kept_prefix(self) -> prefix.Prefix | None:
         """The frozen prefix of all rows, where they pass more than once and it never changes."""

@@ -77,6 +77,8 @@ def terms(
         "frozen_dropout": bool(own.get("frozen_dropout")),
         "fused": own.get("fused", True),
     }
+    if own.get("warm_head") is not None:
+        found["warm_head"] = own["warm_head"]
     if data["data"]["rows"] is None:  # workers divide a stream
         found["dataloader_num_workers"] = args.dataloader_num_workers
     if optimizers[0] is not None:

@@ -11,13 +11,14 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from adapters import (
@@ -26,6 +27,7 @@ from adapters import (
     course,
     fidelity,
     finite,
+    headstart,
     locks,
     manifest,
     memory,
@@ -185,6 +187,7 @@ class Trainer(ObjectiveTrainer):
             if resume_from_checkpoint:
                 asked = (resume_from_checkpoint, run, self._terms(), self._override)
                 folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+            start = self._head_start() if folder is None else None
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
@@ -196,7 +199,12 @@ class Trainer(ObjectiveTrainer):
             stack.enter_context(self._matmuls())
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
+            elif start is not None and start.probe:
+                result = self._solve(start)
+                contract.solved()
             else:
+                if start is not None and self.eval_dataset is not None:
+                    stack.enter_context(self._measured_first())
                 self._prefix = self._kept_prefix()
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
@@ -206,7 +214,8 @@ class Trainer(ObjectiveTrainer):
                     raise
                 result = result._replace(training_loss=result.metrics["train_loss"])
             if self.stops.number:
-                self._save_checkpoint(self.model, None)
+                if self.optimizer is not None:
+                    self._save_checkpoint(self.model, None)
                 self.stops.stop(self.state.global_step)
         self._restore_best()
         record = self.adapted.record
@@ -223,6 +232,33 @@ class Trainer(ObjectiveTrainer):
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
+
+    @contextlib.contextmanager
+    def _measured_first(self) -> Iterator[None]:
+        """Within it the weights that a run begins with are evaluated too: a solved start may stay the best."""
+        if str(getattr(self.args.eval_strategy, "value", "no")) == "no":
+            yield
+            return
+        callback = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
+        self.add_callback(callback)
+        try:
+            yield
+        finally:
+            self.remove_callback(callback)
+
+    def _solve(self, start: headstart.Start) -> TrainOutput:
+        """A run without steps: the output layer takes its solved values, and is evaluated as after an epoch."""
+        stateful: list[Any] = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+        self.state = TrainerState(stateful_callbacks=stateful)
+        self._total_loss_scalar = start.choice.train_loss
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        start.put()
+        if self.eval_dataset is not None and str(getattr(self.args.eval_strategy, "value", "no")) != "no":
+            self._determine_best_metric(self.evaluate(), None)
+        metrics = {"train_loss": start.choice.train_loss, "train_runtime": round(start.seconds, 4)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(0, start.choice.train_loss, metrics)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = str(self.args.metric_for_best_model)

@@ -1,0 +1,215 @@
+"""New heads begin solved: a probe takes no step, every other strategy starts there, a trained head is left alone."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback
+
+import adapters
+from adapters.checks import frozen
+from adapters.errors import RequestError
+
+QUIET = {"disable_tqdm": True, "report_to": "none"}
+TEXTS = {"labels": list(tiny.LABELS)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.folder("bert", tmp_path_factory.mktemp("base") / "bert")
+
+
+def trainer(adapted: Any, folder: Path, train: Any = None, held: Any = None, **more: Any) -> Any:
+    given = (tiny.rows(48) if train is None else train, tiny.rows(24, seed=3) if held is None else held)
+    return adapters.Trainer(adapted, {**QUIET, "output_dir": str(folder / "run"), **more}, *given)
+
+
+def head(adapted: Any) -> torch.Tensor:
+    return adapted.model.classifier.weight.detach().clone()
+
+
+class Begun(TrainerCallback):
+    """Takes down the head as the first step finds it."""
+
+    def __init__(self, adapted: Any) -> None:
+        self.adapted, self.weights = adapted, []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append(head(self.adapted))
+
+
+def test_a_probe_is_solved_without_a_step(base: str, tmp_path: Path) -> None:
+    adapted = adapters.adapt(base, "probe", **TEXTS)
+    before = frozen(adapted)
+    run = trainer(adapted, tmp_path)
+    result = run.train()
+    assert result.global_step == 0
+    after = frozen(adapted)
+    assert {name: after[name] for name in before} == before
+    record = adapted.record
+    assert record.metrics["train"]["steps"] == 0
+    assert record.metrics["validation"]["accuracy"] > 0.9
+    assert any("the probe is solved, not stepped" in note for note in record.notes)
+    assert record.task is not None
+    assert (record.task.pooling, record.task.layer) != ("own", None)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    again = adapters.load(adapters.save(adapted, tmp_path / "adapter"))
+    texts = [row["text"] for row in tiny.rows(9, seed=5)]
+    assert adapters.predict(again, texts) == adapters.predict(adapted, texts)
+
+
+def test_what_the_caller_fixed_is_not_chosen(base: str, tmp_path: Path) -> None:
+    adapted = adapters.adapt(base, "probe", pooling="first", layer=2, **TEXTS)
+    trainer(adapted, tmp_path).train()
+    assert (adapted.record.task.pooling, adapted.record.task.layer) == ("first", 2)
+    assert any("no other place was tried" in note for note in adapted.record.notes)
+
+
+@pytest.mark.parametrize("asked", [{"num_train_epochs": 1}, {"max_steps": 2}, {"learning_rate": 1e-3, "max_steps": 2}])
+def test_a_caller_who_asks_for_steps_gets_them(base: str, tmp_path: Path, asked: dict[str, Any]) -> None:
+    adapted = adapters.adapt(base, "probe", **TEXTS)
+    assert trainer(adapted, tmp_path, **asked).train().global_step > 0
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_training_starts_from_the_solved_head_or_not(base: str, tmp_path: Path, strategy: str) -> None:
+    found = {}
+    for wanted in (True, False):
+        adapted = adapters.adapt(base, strategy, **TEXTS)
+        first, begun = head(adapted), Begun(adapted)
+        run = trainer(adapted, tmp_path / str(wanted), warm_head=wanted, max_steps=1)
+        run.add_callback(begun)
+        run.train()
+        assert torch.equal(begun.weights[0], first) is not wanted
+        found[wanted] = run.state.log_history
+    measured = [[entry["step"] for entry in found[wanted] if "eval_accuracy" in entry] for wanted in (True, False)]
+    assert measured == [[0, 1], [1]]  # a solved start is measured too: it may stay the best
+
+
+def test_a_head_that_was_trained_is_never_overwritten(base: str, tmp_path: Path) -> None:
+    """Trained in this process, loaded, or given other values by hand."""
+    adapted = adapters.adapt(base, "lora", **TEXTS)
+    trainer(adapted, tmp_path, max_steps=2, warmup_steps=0, eval_strategy="no", warm_head=False).train()
+    loaded = adapters.load(adapters.save(adapted, tmp_path / "adapter"))
+    by_hand = adapters.adapt(base, "lora", **TEXTS)
+    with torch.no_grad():
+        by_hand.model.classifier.weight.mul_(2)
+    for number, known in enumerate((adapted, loaded, by_hand)):
+        first, begun = head(known), Begun(known)
+        run = trainer(known, tmp_path / str(number), warm_head=True, max_steps=1)
+        run.add_callback(begun)
+        run.train()
+        assert torch.equal(begun.weights[0], first)
+
+
+def test_a_start_that_tells_nothing_is_left_out(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw = random.Random(0)
+    blind = [{"text": row["text"], "label": draw.choice(tiny.LABELS)} for row in tiny.rows(60)]
+    adapted = adapters.adapt(base, "lora", **TEXTS)
+    first, begun = head(adapted), Begun(adapted)
+    run = trainer(adapted, tmp_path, blind[:40], blind[40:], max_steps=1)
+    run.add_callback(begun)
+    with caplog.at_level(logging.INFO, "adapters"):
+        run.train()
+    assert torch.equal(begun.weights[0], first)
+    assert "the head starts cold" in caplog.text
+    assert adapted.record.metrics["start"]["warm"] == 0
+
+
+def test_a_solved_start_says_its_accuracy(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapted = adapters.adapt(base, "bitfit", **TEXTS)
+    with caplog.at_level(logging.INFO, "adapters"):
+        trainer(adapted, tmp_path, warm_head=True, max_steps=1).train()
+    score = adapted.record.metrics["start"]["score"]
+    assert f"the head starts solved: accuracy {score:.3f} on the validation rows" in caplog.text
+
+
+def test_without_validation_rows_parts_of_the_training_rows_choose(base: str, tmp_path: Path) -> None:
+    adapted = adapters.adapt(base, "probe", **TEXTS)
+    adapters.Trainer(adapted, {**QUIET, "output_dir": str(tmp_path)}, tiny.rows(48)).train()
+    assert any("on training rows that were held back" in note for note in adapted.record.notes)
+    assert adapters.evaluate(adapted, tiny.rows(24, seed=3))["accuracy"] > 0.9
+
+
+def test_a_resumed_run_keeps_what_it_learnt(base: str, tmp_path: Path) -> None:
+    """A solved start belongs to the beginning: a run that goes on is the uninterrupted one, bit for bit."""
+    states = []
+    for folder, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in stops:
+            adapted = adapters.adapt(base, "lora", **TEXTS)
+            settings = {"warm_head": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+            run = trainer(adapted, tmp_path / folder, eval_strategy="steps", eval_steps=2, **settings)
+            if steps == 2:
+                run.add_callback(Stop())
+            run.train(resume_from_checkpoint=steps != stops[0])
+        states.append(adapted.state())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+class Stop(TrainerCallback):
+    """Ends a run after its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 2
+
+
+def test_tags_are_solved_token_by_token(base: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "tokens": row["text"].split(),
+            "tags": ["X" if word in tiny.WORDS["a"] else "O" for word in row["text"].split()],
+        }
+        for row in tiny.rows(60)
+    ]
+    adapted = adapters.adapt(base, "probe", task="token-classification", labels=["O", "X"])
+    trainer(adapted, tmp_path, rows[:40], rows[40:]).train()
+    assert adapted.record.metrics["train"]["steps"] == 0
+    assert next(iter(adapted.record.metrics["validation"].values())) > 0.9
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi-label"])
+def test_numbers_and_several_labels_are_solved(base: str, tmp_path: Path, problem: str) -> None:
+    def label(row: dict[str, str]) -> Any:
+        return float(tiny.LABELS.index(row["label"])) if problem == "regression" else [row["label"]]
+
+    rows = [{"text": row["text"], "label": label(row)} for row in tiny.rows(72)]
+    options = {} if problem == "regression" else {"labels": list(tiny.LABELS)}
+    adapted = adapters.adapt(base, "probe", task="text-classification", problem=problem, **options)
+    trainer(adapted, tmp_path, rows[:48], rows[48:]).train()
+    found = adapters.evaluate(adapted, rows[48:])
+    assert found["mse"] < 0.3 if problem == "regression" else found["macro_f1"] > 0.8
+
+
+@pytest.mark.parametrize(("kind", "own"), [("roberta", False), ("gpt2", True), ("albert", True)])
+def test_a_probe_reads_where_its_class_can(tmp_path: Path, kind: str, own: bool) -> None:
+    """RoBERTa's own head has a dense layer that would train as well: the solved probe reads past it."""
+    adapted = adapters.adapt(tiny.folder(kind, tmp_path / "base"), "probe", **TEXTS)
+    trainer(adapted, tmp_path).train()
+    assert adapted.record.metrics["train"]["steps"] == 0
+    note = next(note for note in adapted.record.notes if "the probe is solved" in note)
+    assert ("the model class's own place" in note) is own
+    assert own or not any("dense" in name for name in adapted.trained)
+
+
+def test_a_fixed_own_head_with_a_new_dense_layer_is_stepped(tmp_path: Path) -> None:
+    adapted = adapters.adapt(tiny.folder("roberta", tmp_path / "base"), "probe", pooling="own", **TEXTS)
+    assert trainer(adapted, tmp_path).train().global_step > 0
+
+
+def test_a_packed_backbone_is_solved_on_too(base: str, tmp_path: Path) -> None:
+    adapted = adapters.adapt(base, "probe", quantization="nf4", **TEXTS)
+    trainer(adapted, tmp_path).train()
+    assert adapted.record.metrics["train"]["steps"] == 0
+    assert adapted.record.metrics["validation"]["accuracy"] > 0.8
+
+
+def test_a_wrong_value_is_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="warm_head"):
+        trainer(adapters.adapt(base, "lora", **TEXTS), tmp_path, warm_head="yes")
