@@ -39,6 +39,8 @@ OWN = {
     "fused": "each adapted matmul as one function while training: true, false, or 'float32', which keeps its products "
     "out of bfloat16 on hardware that has it (bf16=False in a dict of args is the same)",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
+    "prefix_cache_gb": "GB on disk that what is kept of all runs may take; 0 for memory only; null for the smaller of "
+    "10 and a tenth of what is free",
     "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
     "the validation rows say that it helps",
     "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
@@ -171,6 +173,9 @@ def _value_faults(name: str, value: Any) -> list[str]:
         fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
     elif name in ("chunked_loss", "warm_head"):
         fine, expected = value is None or isinstance(value, bool), "true, false or null"
+    elif name == "prefix_cache_gb":
+        fine = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
+        expected = "a number from 0, or null"
     elif name == "prefix_cache":
         fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
     elif name == "train_sampling_strategy":

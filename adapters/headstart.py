@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, final
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adapters import features, heads, pooling, reading, relocation, solve
+from adapters import features, heads, kept, pooling, reading, relocation, solve
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
 from adapters.options import field_names
-from adapters.prefix import batches
+from adapters.prefix import batches, row_keys
 from adapters.reading import OWN, Reading
+from adapters.states import States
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,7 @@ class Rows:
         computing: around every forward pass (autocast).
         seed: of the choice of rows.
         draw: what is random about a training row.
+        cache: whose features are kept for later runs, and how many of them on disk (see `kept.opened`); empty for none.
     """
 
     train: Any
@@ -60,6 +62,7 @@ class Rows:
     computing: Callable[[], contextlib.AbstractContextManager[Any]]
     seed: int
     draw: Draw
+    cache: Mapping[str, Any]
 
     def batches(self, rows: Any, most: int | None) -> Iterator[dict[str, Any]]:
         """Batches of like length; of more rows than `most` a seeded sample."""
@@ -257,10 +260,12 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     extract = features.Extract(adapted.model, layer, readings)
     most = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
     with rows.computing():
-        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]))
+        states = _kept_features(adapted, rows, layer, readings)
+        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]), states, row_keys)
         held = None
         if rows.held is not None:
-            held = features.of_rows(extract, rows.batches(rows.held, most[1]))
+            held = features.of_rows(extract, rows.batches(rows.held, most[1]), states, row_keys)
+        states.flush()
     if not all(bool(torch.isfinite(part).all()) for part in (train, *(held or ())[:1])):
         return None, "nothing is solved: the backbone's features are not finite"
     task: Any = adapted.record.task or adapted.task
@@ -276,6 +281,21 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
         train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
     )
     return Start(layer, choice, readings, alone, time.monotonic() - began), remark
+
+
+def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> States:
+    """What is kept of the rows' features; of an adapted backbone, whose adapters are new in each run, in memory."""
+    if not rows.cache:
+        return States(None, 0)
+    path = next(path for path, module in adapted.model.named_modules() if module is layer)
+    places = " ".join(f"{one.pooling}@{one.layer}" for one in readings)
+    how: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": rows.device,
+        "more": f"features {places}",
+        "apart": (path,),
+    }
+    return kept.opened(adapted.model, path, **how, **rows.cache)
 
 
 def _score(choice: solve.Choice, one: solve.Tried) -> str:

@@ -16,7 +16,20 @@ import transformers
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from adapters import checks, data, fused, headstart, identity, pace, prefix, quantize, readout, throughput, vocabulary
+from adapters import (
+    checks,
+    data,
+    fused,
+    headstart,
+    identity,
+    kept,
+    pace,
+    prefix,
+    quantize,
+    readout,
+    throughput,
+    vocabulary,
+)
 from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
@@ -116,6 +129,7 @@ class ObjectiveTrainer(transformers.Trainer):
         self._read_in: Longest | None = None
         self._summed = torch.zeros(2, dtype=torch.float64)
         self._batch_rows: list[int] | None = None
+        self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
 
@@ -192,7 +206,10 @@ class ObjectiveTrainer(transformers.Trainer):
         self._summed = torch.zeros(2, dtype=torch.float64)
         sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
         self._read_in = sampler if isinstance(sampler, Longest) and self.args.world_size == 1 else None
-        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        try:
+            result = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._evaluated = None  # rows that come now are those of a step
         if self._read_in is not None:
             put_back = self._read_in.put_back
             result = result._replace(predictions=put_back(result.predictions), label_ids=put_back(result.label_ids))
@@ -266,8 +283,16 @@ class ObjectiveTrainer(transformers.Trainer):
                 vars(module)["training"] = False
         with self._readout.passing(inputs), contextlib.ExitStack() as stack:
             if self._prefix is not None:
-                stack.enter_context(self._prefix.given(inputs))
+                stack.enter_context(self._prefix.given(inputs, self._keys_of(inputs)))
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _keys_of(self, inputs: Any) -> list[bytes] | None:
+        """What the rows are known by, where these are the inputs that were prepared last, and nobody changed them."""
+        if self._batch_keys is None:
+            return None
+        tensor, version, keys = self._batch_keys
+        same = inputs.get(self.adapted.model.main_input_name) is tensor and tensor._version == version
+        return keys if same else None
 
     def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
         """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
@@ -300,6 +325,7 @@ class ObjectiveTrainer(transformers.Trainer):
             computing=self.compute_loss_context_manager,
             seed=self.args.seed,
             draw=self._draw,
+            cache=self._cache if self._own.get("prefix_cache", True) else {},
         )
         self._move_model_to_device(self.adapted.model, self.args.device)
         wanted = self._own.get("warm_head")
@@ -316,27 +342,49 @@ class ObjectiveTrainer(transformers.Trainer):
         if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
             step = args.train_batch_size * args.gradient_accumulation_steps
             passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
-        if not wanted or passes < 2 or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+        if not wanted or not self._draws or args.world_size > 1 or args.n_gpu > 1:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
-        request = prefix.Request(
-            sets=[self.train_dataset, *(part for part in parts if part is not None)],
+        held = [part for part in parts if part is not None]
+        request = kept.Request(
+            sets=[self.train_dataset, *held],
+            passes=[passes, *[self._evaluations(passes)] * len(held)],
             collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
             redraw=lambda epoch: setattr(draw, "epoch", epoch),
             dtype=torch.bfloat16 if wanted == "bfloat16" else None,
             device=args.device,
             noisy=bool(self._own.get("frozen_dropout")),
+            **self._cache,
         )
         self._move_model_to_device(self.adapted.model, args.device)
         with self.compute_loss_context_manager():
-            found, remark = prefix.kept(self.adapted.model, self.adapted.trained, request)
+            found, remark = kept.kept(self.adapted.model, self.adapted.trained, request)
         if remark:
             self._say(remark)
         return found
 
+    @property
+    def _cache(self) -> dict[str, Any]:
+        """Whose states are kept, and how many of them on disk."""
+        fingerprint = self.adapted.fingerprint.digest
+        return {"fingerprint": fingerprint, "gigabytes": self._own.get("prefix_cache_gb"), "say": self._say}
+
+    def _evaluations(self, passes: float) -> float:
+        """How often the validation rows are passed, about."""
+        if str(getattr(self.args.eval_strategy, "value", "no")) == "epoch":
+            return passes
+        return 0.0 if str(getattr(self.args.eval_strategy, "value", "no")) == "no" else max(1.0, passes)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
-        self._batch_rows = inputs.get("row")
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
+        self._batch_rows = rows = inputs.get("row")
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
+        self._batch_keys = None
+        if self._prefix is not None and rows is not None:
+            known = self._prefix.known(self.train_dataset if self._evaluated is None else self._evaluated)
+            if known is not None:  # so that no step waits for its inputs to come back from the device
+                tensor = prepared[self.adapted.model.main_input_name]
+                self._batch_keys = tensor, tensor._version, [known[int(row)] for row in rows]
+        return prepared
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """transformers' clipping, of what trains alone: its walk through all parameters costs more than the norm."""

@@ -1,15 +1,14 @@
 """The frozen prefix, computed once a row and kept: what runs below the first trained module never changes.
 
-Hidden states are kept by the content of the row, unpadded, and put back where the prefix ends: in the output of the
-last frozen block, or of a wholly frozen encoder. Everything else in the model's forward pass (masks, positions,
-rotary tables, the blocks above) stays the model's own work. Every row is computed in a batch that the data alone
-decides, so that a resumed run finds the very numbers that an uninterrupted one had.
+Hidden states are kept (see `states`) by the content of the row, unpadded, and put back where the prefix ends: in the
+output of the last frozen block, or of a wholly frozen encoder. Everything else in the model's forward pass (masks,
+positions, rotary tables, the blocks above) stays the model's own work. For which rows of a run that is done, and
+whether it pays, is said in `kept`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, owner
+from adapters.forms import Form
 from adapters.handing import form_of, hidden_in, made
 from adapters.modes import evaluating
 from adapters.order import frozen_below
+from adapters.states import States
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 TOKENS: Final = 8192  # of a batch of the prefix, padding included
 ROWS: Final = 256  # of a batch at most
@@ -91,61 +90,72 @@ class Prefix:
         model: a live model.
         cut: where its prefix ends.
         dtype: of the states as they are kept; None for the one that the model computes.
+        states: where they are kept; None for memory alone.
+        form: of what the modules below the cut return, where it is known already.
     """
 
-    def __init__(self, model: PreTrainedModel, cut: Cut, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cut: Cut,
+        dtype: torch.dtype | None = None,
+        states: States | None = None,
+        form: Form | None = None,
+    ) -> None:
         self.model = model
         self.cut = cut
         self.dtype = dtype
-        self.states: dict[bytes, Tensor] = {}
-        self._output: Any = None  # one output of the holder, for its form
-        self._forms: list[Any] = []  # one output of each block that is passed, without its tensors
-        self._computed: torch.dtype = torch.float32
+        self.states = States(None, 0) if states is None else states
+        self.form = form
+        self._sets: list[tuple[Any, Mapping[int, bytes]]] = []
 
     # ------------------------------------------------------------------ rows
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(state.nbytes for state in self.states.values())
+        return self.states.nbytes
 
     def keys(self, inputs: Mapping[str, Any]) -> list[bytes]:
-        """What each row of a batch is known by: the bytes of its inputs, without padding, without labels."""
-        import xxhash
+        """What each row of a batch is known by; see `row_keys`."""
+        return row_keys(inputs, decoder=not self.model.config.is_encoder_decoder)
 
-        lengths = _lengths(inputs)
-        width = _width(inputs)
-        names = sorted(name for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels")
-        plain = {name: inputs[name].detach().cpu() for name in names}
-        keys = []
-        for row in range(_rows(inputs)):
-            state = xxhash.xxh3_128()
-            for name in names:
-                value = plain[name][row]
-                if lengths is not None and value.ndim and plain[name].shape[1] == width:
-                    value = value[: lengths[row]]
-                state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-            keys.append(state.digest())
-        return keys
+    def add(self, inputs: Mapping[str, Any]) -> list[bytes]:
+        """Compute and keep the rows of a batch, on the model's device; those that are kept already stay as they are.
 
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        """Compute and keep the rows of a batch, on the model's device; those that are kept already stay as they are."""
+        Returns:
+            What the rows are known by.
+        """
         keys = self.keys(inputs)
-        if all(key in self.states for key in keys):
-            return
+        fresh = [row for row, key in enumerate(keys) if key not in self.states]
+        if not fresh:
+            return keys
+        if len(fresh) < len(keys):
+            inputs = _some(inputs, fresh)
         states = self._run(inputs)
         lengths = _lengths(inputs)
-        for row, key in enumerate(keys):
-            if key not in self.states:
-                state = states[row] if lengths is None else states[row, : lengths[row]]
-                self.states[key] = state.to(device="cpu", dtype=self.dtype or state.dtype, copy=True)
+        for place, row in enumerate(fresh):
+            state = states[place] if lengths is None else states[place, : lengths[place]]
+            self.states.add(keys[row], state.to(dtype=self.dtype or state.dtype))
+        return keys
+
+    def know(self, rows: Any, keys: Mapping[int, bytes]) -> None:
+        """Take down what the rows of a prepared set are known by, by their numbers in its column "row"."""
+        self._sets.append((rows, keys))
+
+    def known(self, rows: Any) -> Mapping[int, bytes] | None:
+        """What was taken down of this very set; None where nothing was."""
+        return next((keys for known, keys in self._sets if known is rows), None)
+
+    def digest(self) -> str:
+        """One digest over the kept states of all sets that were taken down."""
+        return self.states.digest(key for _, keys in self._sets for key in keys.values())
 
     def _run(self, inputs: Mapping[str, Any]) -> Tensor:
         """One pass up to the cut, in eval mode and without gradients."""
-        forms: dict[int, Any] = {}
+        passed: dict[int, Any] = {}
         hooks = [
-            block.register_forward_hook(lambda module, _inputs, output: forms.update({id(module): form_of(output)}))
+            block.register_forward_hook(lambda module, _inputs, output: passed.update({id(module): form_of(output)}))
             for block in self.cut.passed
         ]
         caught: list[Any] = []
@@ -161,26 +171,29 @@ class Prefix:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._output = form_of(caught[0])
-        self._forms = [forms[id(block)] for block in self.cut.passed]
         states = hidden_in(caught[0])
-        self._computed = states.dtype
+        self.form = Form(form_of(caught[0]), tuple(passed[id(block)] for block in self.cut.passed), states.dtype)
         return states.detach()
 
     # ------------------------------------------------------------------ a forward pass that starts at the cut
 
     @contextlib.contextmanager
-    def given(self, inputs: Mapping[str, Any]) -> Iterator[bool]:
+    def given(self, inputs: Mapping[str, Any], keys: Sequence[bytes] | None = None) -> Iterator[bool]:
         """Within it the model's forward pass over this batch takes the kept states; yields whether it does.
 
         A batch with a row that is not kept is computed as ever. Rows padded on the left are known with their padding.
+
+        Args:
+            inputs: of the model.
+            keys: what the rows are known by; None looks at their content.
         """
-        found = self._gathered(inputs)
-        if found is None:
+        form = self.form
+        found = self._gathered(inputs, self.keys(inputs) if keys is None else keys, form) if form else None
+        if found is None or form is None:
             yield False
             return
-        replaced = [(block, _handing_on(form)) for block, form in zip(self.cut.passed, self._forms, strict=True)]
-        replaced.append((self.cut.holder, _answering(self._output, found)))
+        replaced = [(block, _handing_on(each)) for block, each in zip(self.cut.passed, form.passed, strict=True)]
+        replaced.append((self.cut.holder, _answering(form.output, found)))
         try:
             for module, forward in replaced:
                 vars(module)["forward"] = forward
@@ -189,21 +202,20 @@ class Prefix:
             for module, _ in replaced:
                 vars(module).pop("forward", None)
 
-    def _gathered(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The batch's states, padded with zeros to the batch's width."""
-        if not self.states:
+    def _gathered(self, inputs: Mapping[str, Any], keys: Sequence[bytes], form: Form) -> Tensor | None:
+        """The batch's states, padded with zeros to the batch's width; no value of the batch is looked at."""
+        kept = [row for key in keys if (row := self.states.get(key)) is not None]
+        width = _width(inputs)
+        if not kept or len(kept) < len(keys) or len(keys) != _rows(inputs):
             return None
-        rows = [self.states.get(key) for key in self.keys(inputs)]
-        if any(row is None for row in rows):
+        longest = max(map(len, kept))
+        if longest > width >= 0 or (width < 0 and any(len(row) != longest for row in kept)):
             return None
-        kept = [row for row in rows if row is not None]
+        padded = nn.utils.rnn.pad_sequence(kept, batch_first=True)
+        if longest < width:
+            padded = torch.cat([padded, padded.new_zeros((len(kept), width - longest, *padded.shape[2:]))], dim=1)
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        if _lengths(inputs) is None:
-            return torch.stack(kept).to(device=device, dtype=self._computed)
-        padded = kept[0].new_zeros((len(kept), _width(inputs), *kept[0].shape[1:]))
-        for place, row in zip(padded, kept, strict=True):
-            place[: len(row)] = row
-        return padded.to(device=device, dtype=self._computed)
+        return padded.to(device=device, dtype=form.dtype)
 
     # ------------------------------------------------------------------ the law
 
@@ -221,7 +233,8 @@ class Prefix:
                     cut = self.model(**plain)
         except Exception as fault:  # model code may raise anything where a block does not do its part
             return f"{type(fault).__name__}: {' '.join(str(fault).split())[:120]}"
-        bound = max(BOUND.get(self._computed, 1e-5), BOUND.get(self.dtype, 0) if self.dtype is not None else 0)
+        computed = self.form.dtype if self.form is not None else torch.float32
+        bound = max(BOUND.get(computed, 1e-5), BOUND.get(self.dtype, 0) if self.dtype is not None else 0)
         for name, value in whole.items():
             if isinstance(value, Tensor) and value.is_floating_point() and isinstance(cut.get(name), Tensor):
                 gap = _gap(value, cut[name], inputs)
@@ -230,82 +243,37 @@ class Prefix:
         return ""
 
 
-@final
-@dataclass(frozen=True)
-class Request:
-    """What the cache of a run is made of.
+def row_keys(inputs: Mapping[str, Any], *, decoder: bool = True) -> list[bytes]:
+    """What each row of a batch is known by: the bytes of its inputs, without padding, without labels.
 
-    Attributes:
-        sets: prepared rows, each with a column "length"; the training rows first.
-        collate: a batch of a set's features; the flag asks for the training rows' random draw.
-        redraw: moves that draw to another epoch and back: whether the rows are the same in every epoch is tried.
-        dtype: of the kept states; None for the model's own.
-        device: where the model computes.
-        noisy: dropout is asked for in the frozen part.
+    Args:
+        inputs: of the model.
+        decoder: what a decoder reads counts too; not where only an encoder's states are kept.
     """
+    import xxhash
 
-    sets: Sequence[Any]
-    collate: Callable[[Sequence[Mapping[str, Any]], bool], dict[str, Any]]
-    redraw: Callable[[int], None]
-    dtype: torch.dtype | None
-    device: torch.device
-    noisy: bool
-
-
-def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tuple[Prefix | None, str]:
-    """Every row's frozen prefix, and what is to be said of it.
-
-    Nothing is kept where the rows vary from epoch to epoch, where the model cannot be cut, or where half of the free
-    memory would not hold it: then the model computes everything in every epoch, and the remark says why.
-    """
-    cut = cut_of(model, trained)
-    if cut is None:
-        return None, ""
-    again = "the frozen prefix is computed in every epoch"
-    if request.noisy:
-        return None, f"{again}: frozen_dropout asks for dropout in it"
-    if any("length" not in (getattr(part, "column_names", None) or ()) for part in request.sets):
-        return None, f"{again}: rows that come one by one, or prepared without a column 'length', are not kept"
-    prefix = Prefix(model, cut, request.dtype)
-    rows = request.sets[0]
-    lengths = [list(part["length"]) for part in request.sets]
-    ends = sorted(range(len(rows)), key=lambda row: lengths[0][row])
-    picks = sorted({ends[0], ends[len(ends) // 2], ends[-1]})
-    some = [rows[index] for index in picks]
-
-    def batch(features: Sequence[Mapping[str, Any]], training: bool) -> dict[str, Any]:
-        made = request.collate(features, training)
-        made.pop("row", None)
-        return {name: v.to(request.device) if isinstance(v, Tensor) else v for name, v in made.items()}
-
-    first = batch(some, True)
-    request.redraw(1)
-    second = batch(some, True)
-    request.redraw(0)
-    if prefix.keys(first) != prefix.keys(second):
-        return None, f"{again}: the training rows are drawn anew in each"
-    fault = prefix.fault(first)
-    if fault:
-        return None, f"{again}: {type(model).__name__} cannot be cut ({fault})"
-    counted = sum(lengths[0][index] for index in picks)
-    needed = prefix.nbytes * sum(map(sum, lengths)) // max(1, counted)
-    if needed > _free_memory() // 2:
-        return None, (
-            f"{again}: keeping it would take about {needed / 1e9:.1f} GB, "
-            f"more than half of the free memory ({_free_memory() / 1e9:.1f} GB)"
-        )
-    prefix.states.clear()  # the rows that were tried stood in a batch of their own
-    for number, part in enumerate(request.sets):
-        for indices in batches(lengths[number]):
-            prefix.add(batch([part[index] for index in indices], number == 0))
-    logger.info("the frozen prefix up to %s is kept: %.1f MB", cut.path, prefix.nbytes / 1e6)
-    return prefix, ""
+    lengths = _lengths(inputs)
+    width = _width(inputs)
+    names = sorted(name for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels")
+    if not decoder:
+        names = [name for name in names if not name.startswith("decoder_")]
+    plain = {name: inputs[name].detach().cpu() for name in names}
+    keys = []
+    for row in range(_rows(inputs)):
+        state = xxhash.xxh3_128()
+        for name in names:
+            value = plain[name][row]
+            if lengths is not None and value.ndim and plain[name].shape[1] == width:
+                value = value[: lengths[row]]
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        keys.append(state.digest())
+    return keys
 
 
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+def unpadded(inputs: Mapping[str, Any]) -> bool:
+    """Whether the rows of a batch can be known without their padding."""
+    return _lengths(inputs) is not None or not ("attention_mask" in inputs or "input_ids" in inputs)
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
@@ -330,6 +298,23 @@ def _rows(inputs: Mapping[str, Any]) -> int:
 def _width(inputs: Mapping[str, Any]) -> int:
     mask = inputs.get("attention_mask")
     return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else -1
+
+
+def _some(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of a batch, as wide as the longest of them."""
+    count, width = _rows(inputs), _width(inputs)
+    some = {
+        name: value[list(rows)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in inputs.items()
+    }
+    lengths = _lengths(some)
+    if lengths is None:
+        return some
+    longest = max(lengths)
+    return {
+        name: value[:, :longest] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width else value
+        for name, value in some.items()
+    }
 
 
 def _lengths(inputs: Mapping[str, Any]) -> list[int] | None:

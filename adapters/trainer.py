@@ -323,6 +323,7 @@ class Trainer(ObjectiveTrainer):
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
             "throughput": self._throughput.place(),
+            "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
         facts = {"run": self._run, "terms": self._terms(), "progress": progress}
         try:
@@ -339,6 +340,11 @@ class Trainer(ObjectiveTrainer):
         folder = Path(resume_from_checkpoint)
         kept = checkpoints.read(folder)
         self._run, self._progress = kept["run"], kept["progress"]
+        before, now = self._progress.get("prefix", ""), self._prefix.digest() if self._prefix is not None else ""
+        if before != now:
+            self._say(
+                "the frozen prefix was computed anew since the checkpoint: the last bits of the losses may differ"
+            )
         self.epochs.start(*self._progress["position"])
         self._throughput.start(*self._progress.get("throughput", ()))
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))

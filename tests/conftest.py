@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
+# Kept states go where the tests' own are, and away with them; child processes find them there too.
+_CACHE = tempfile.TemporaryDirectory(prefix="holdfast-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,139 @@ def test_batches_follow_the_lengths_alone() -> None:
     long = prefix.batches([5000, 5000, 3])
     assert long == [[0], [1], [2]] or long == [[0], [1, 2]]
     assert sorted(row for batch in prefix.batches([7] * 600) for row in batch) == list(range(600))
+
+
+# ---------------------------------------------------------------------- later runs
+
+
+def run(folder: Path, strategy: str, seed: int = 0, rows: int = 24, **arguments: Any) -> tuple[Any, list[int]]:
+    """A run on a backbone that is the same every time; the rows that its lowest block computed for training."""
+    options: dict[str, Any] = {"freeze": {"layers": 1}, "lora": {"layers_to_transform": [2]}}.get(strategy, {})
+    model = tiny.model("bert")
+    adapted = adapters.adapt(
+        model, strategy, processor=tiny.tokenizer(), labels=list(tiny.LABELS), seed=seed, **options
+    )
+    trainer = adapters.Trainer(
+        adapted,
+        {"output_dir": str(folder), **QUIET, "seed": seed, "warm_head": False, **arguments},
+        tiny.rows(rows),
+        tiny.rows(12, seed=1),
+    )
+    computed: list[int] = []
+    lowest = model.bert.encoder.layer[0]
+    forward = type(lowest).forward
+
+    def counted(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self is lowest:
+            computed.append(len(states))
+        return forward(self, states, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:  # a hook on the block would be one that no digest covers
+        patch.setattr(type(lowest), "forward", counted)
+        trainer._kept_prefix()
+    trainer.train()
+    return trainer, computed
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+
+
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "holdfast" / "prefix"
+
+
+@pytest.mark.parametrize("strategy", ["probe", "freeze", "lora"])
+def test_a_second_run_computes_nothing_below_the_cut(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another seed, so another order of the rows and another head, and another learning rate."""
+    root = here(monkeypatch, tmp_path)
+    first, computed = run(tmp_path / "first", strategy)
+    assert sum(computed) >= 36
+    assert list(root.glob("*/*.safetensors"))
+    second, computed = run(tmp_path / "second", strategy, seed=5, learning_rate=1e-3)
+    assert computed == []
+    assert first._prefix.nbytes == second._prefix.nbytes > 0
+    plain, _ = run(tmp_path / "third", strategy, seed=5, learning_rate=1e-3, prefix_cache=False)
+    assert losses(second) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_only_rows_that_are_new_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, tmp_path)
+    run(tmp_path / "first", "probe", rows=16)
+    _, computed = run(tmp_path / "second", "probe", rows=24)
+    assert 0 < sum(computed) <= 8
+
+
+def test_another_backbone_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value of one frozen tensor is enough; one above the cut is not."""
+    root = here(monkeypatch, tmp_path)
+    run(tmp_path / "first", "freeze")
+    made = tiny.model
+
+    def changed(path: str) -> Any:
+        def model(kind: str) -> Any:
+            found = made(kind)
+            with torch.no_grad():
+                found.get_parameter(path).view(-1)[0] += 0.5
+            return found
+
+        return model
+
+    monkeypatch.setattr(tiny, "model", changed("bert.encoder.layer.0.output.dense.weight"))
+    _, computed = run(tmp_path / "second", "freeze")
+    assert sum(computed) >= 36
+    assert len([folder for folder in root.iterdir() if folder.is_dir()]) == 2
+
+
+def test_states_in_bfloat16_lie_apart_and_take_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = here(monkeypatch, tmp_path)
+    whole, _ = run(tmp_path / "first", "freeze")
+    half, _ = run(tmp_path / "second", "freeze", prefix_cache="bfloat16")
+    assert half._prefix.nbytes * 2 == whole._prefix.nbytes
+    assert len([folder for folder in root.iterdir() if folder.is_dir()]) == 2
+    assert losses(half) == pytest.approx(losses(whole), rel=1e-2)
+
+
+def test_nothing_goes_to_disk_where_none_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = here(monkeypatch, tmp_path)
+    trainer, computed = run(tmp_path / "first", "freeze", prefix_cache_gb=0)
+    assert sum(computed) >= 36
+    assert trainer._prefix is not None
+    assert not root.exists()
+
+
+def test_damaged_states_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = here(monkeypatch, tmp_path)
+    first, _ = run(tmp_path / "first", "freeze")
+    part = next(root.glob("*/*.safetensors"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    second, computed = run(tmp_path / "second", "freeze")
+    assert sum(computed) >= 36
+    assert any("damaged" in remark for remark in second.remarks)
+    assert losses(second) == losses(first)
+
+
+def test_a_resumed_run_says_that_its_states_were_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In other batches, so the last bits may differ: here half of the rows come from another run, and then do not."""
+    root = here(monkeypatch, tmp_path)
+    run(tmp_path / "other", "freeze", rows=16)
+    whole, _ = run(tmp_path / "run", "freeze", num_train_epochs=2)
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda place: int(place.name.split("-")[1]))
+    for again in (True, False):
+        if not again:
+            shutil.rmtree(root)
+        adapted = adapters.adapt(
+            tiny.model("bert"), "freeze", processor=tiny.tokenizer(), labels=list(tiny.LABELS), layers=1
+        )
+        arguments = {"output_dir": str(tmp_path / "run"), **QUIET, "num_train_epochs": 2, "warm_head": False}
+        trainer = adapters.Trainer(adapted, arguments, tiny.rows(24), tiny.rows(12, seed=1))
+        if not again:  # what such rows come to in other batches
+            monkeypatch.setattr(prefix.Prefix, "digest", lambda _self: "other bits")
+        trainer.train(resume_from_checkpoint=str(checkpoints[0]))
+        assert any("computed anew" in remark for remark in trainer.remarks) is not again
+        assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)

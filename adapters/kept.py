@@ -1,0 +1,234 @@
+"""Which rows' frozen prefix a run keeps, and whether that pays.
+
+What is kept lies in a folder of its own under the user's cache, named after everything that decides the numbers (see
+`origin`), so that a later run on the same rows computes nothing below the cut: another seed, head, learning rate or
+strategy with the same cut.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import Tensor
+
+from adapters import origin
+from adapters.forms import Form
+from adapters.prefix import Cut, Prefix, batches, cut_of, unpadded
+from adapters.states import States, cache_folder, room_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FORM: Final = "form.json"  # beside the states: what the modules below the cut return
+AGAIN: Final = "the frozen prefix is computed in every epoch"
+READING: Final = 0.05  # of computing a row's states: what reading them takes, at most
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """What the cache of a run is made of.
+
+    Attributes:
+        sets: prepared rows, each with a column "length"; the training rows first.
+        passes: how often the run passes each of them.
+        collate: a batch of a set's features; the flag asks for the training rows' random draw.
+        redraw: moves that draw to another epoch and back: whether the rows are the same in every epoch is tried.
+        dtype: of the kept states; None for the model's own.
+        device: where the model computes.
+        noisy: dropout is asked for in the frozen part.
+        fingerprint: of the backbone.
+        gigabytes: that kept states of all runs may take on disk; None for the smaller of 10 and a tenth of what is
+            free, 0 for memory only.
+        say: takes what is to be said, once each.
+    """
+
+    sets: Sequence[Any]
+    passes: Sequence[float]
+    collate: Callable[[Sequence[Mapping[str, Any]], bool], dict[str, Any]]
+    redraw: Callable[[int], None]
+    dtype: torch.dtype | None
+    device: torch.device
+    noisy: bool
+    fingerprint: str
+    gigabytes: float | None
+    say: Callable[[str], None]
+
+    def batch(self, features: Sequence[Mapping[str, Any]], *, training: bool) -> dict[str, Any]:
+        """Model inputs on the model's device."""
+        made = self.collate(features, training)
+        made.pop("row", None)
+        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in made.items()}
+
+
+def folder_of(digest: str) -> Path:
+    """Where states of this origin lie."""
+    return cache_folder() / "holdfast" / "prefix" / digest
+
+
+def opened(
+    model: PreTrainedModel,
+    path: str,
+    *,
+    fingerprint: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    gigabytes: float | None,
+    say: Callable[[str], None],
+    more: str = "",
+    apart: Sequence[str] = (),
+) -> States:
+    """What is kept of a model's states at a module; in memory only where they cannot be named, or no disk is wanted.
+
+    Args:
+        model: the live model.
+        path: the module whose output (or what enters it) is kept.
+        fingerprint: of the backbone.
+        dtype: of what is kept; None for the model's own.
+        device: where the model computes.
+        gigabytes: on disk, see `Request`.
+        say: takes what is to be said.
+        more: what else tells these states from others.
+        apart: modules whose tensors do not count.
+    """
+    if gigabytes == 0:
+        return States(None, 0, say=say)
+    digest, why = origin.of(
+        model, path, fingerprint=fingerprint, kept=dtype, device=device, more=more, apart=frozenset(apart)
+    )
+    if not digest:
+        logger.info("kept states stay in memory: %s", why)
+        return States(None, 0, say=say)
+    try:
+        folder = folder_of(digest)
+        budget = room_for(folder, gigabytes)
+    except (OSError, RuntimeError) as fault:
+        logger.info("kept states stay in memory: no cache folder (%s)", fault)
+        return States(None, 0, say=say)
+    return States(folder, budget, say=say)
+
+
+def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tuple[Prefix | None, str]:
+    """Every row's frozen prefix, and what is to be said of it.
+
+    Nothing is kept where the rows vary from epoch to epoch, where the model cannot be cut, where neither memory nor
+    disk would hold it, or where it would not pay: then the model computes everything in every epoch.
+    """
+    cut = cut_of(model, trained)
+    if cut is None:
+        return None, ""
+    if request.noisy:
+        return None, f"{AGAIN}: frozen_dropout asks for dropout in it"
+    if any("length" not in (getattr(part, "column_names", None) or ()) for part in request.sets):
+        return None, f"{AGAIN}: rows that come one by one, or prepared without a column 'length', are not kept"
+    rows = request.sets[0]
+    lengths = [list(part["length"]) for part in request.sets]
+    ends = sorted(range(len(rows)), key=lambda row: lengths[0][row])
+    picks = sorted({ends[0], ends[len(ends) // 2], ends[-1]})
+    some = [rows[index] for index in picks]
+    first = request.batch(some, training=True)
+    request.redraw(1)
+    second = request.batch(some, training=True)
+    request.redraw(0)
+    trial = Prefix(model, cut, request.dtype)
+    if trial.keys(first) != trial.keys(second):
+        return None, f"{AGAIN}: the training rows are drawn anew in each"
+    states = opened(
+        model,
+        cut.path,
+        fingerprint=request.fingerprint,
+        dtype=request.dtype,
+        device=request.device,
+        gigabytes=request.gigabytes,
+        say=request.say,
+    )
+    if not len(states) and max(request.passes) < 1 / (1 - READING):
+        return None, ""  # one pass, and nothing to begin with
+    form = _read_form(states.folder)
+    if form is None or len(form.passed) != len(cut.passed):
+        fault = trial.fault(first)
+        if fault:
+            return None, f"{AGAIN}: {type(model).__name__} cannot be cut ({fault})"
+        form = trial.form
+    counted = sum(lengths[0][index] for index in picks)
+    needed = trial.nbytes * sum(map(sum, lengths)) // max(1, counted)
+    if needed > states.memory and (states.folder is None or needed > states.budget):
+        return None, (
+            f"{AGAIN}: keeping it would take about {needed / 1e9:.1f} GB, more than half of the free memory "
+            f"({states.memory / 1e9:.1f} GB) and more than prefix_cache_gb allows on disk "
+            f"({states.budget / 1e9:.1f} GB)"
+        )
+    prefix = Prefix(model, cut, request.dtype, states, form)
+    found = _filled(prefix, request, lengths)
+    if form is not None and not _write_form(states.folder, form):
+        logger.info("kept states: their form was not written, the next run computes them again")
+    _say_what(prefix, model, cut, request, found)
+    return prefix, ""
+
+
+def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Compute what is missing; how many rows there are, and how many were there already."""
+    total = old = 0
+    for number, (part, sizes) in enumerate(zip(request.sets, lengths, strict=True)):
+        known: dict[int, bytes] = {}
+        numbered, unpad = "row" in part.column_names, True
+        for indices in batches(sizes):
+            features = [part[index] for index in indices]
+            inputs = request.batch(features, training=number == 0)
+            there = [key in prefix.states for key in prefix.keys(inputs)]
+            total, old = total + len(there), old + sum(there)
+            keys = prefix.add(inputs)
+            unpad = unpad and unpadded(inputs)
+            if numbered:
+                known |= {int(one["row"]): key for one, key in zip(features, keys, strict=True)}
+        if numbered and unpad and len(known) == len(sizes):
+            prefix.know(part, known)
+    prefix.states.flush()
+    return total, old
+
+
+def _say_what(prefix: Prefix, model: PreTrainedModel, cut: Cut, request: Request, found: tuple[int, int]) -> None:
+    total, old = found
+    below = origin.weights(model, origin.below(model, cut.path))
+    every = max(1, origin.weights(model, [path for path, _ in model.named_modules()]))
+    where = "in memory" if prefix.states.folder is None else str(prefix.states.folder)
+    logger.info(
+        "the frozen prefix up to %s is kept: %d rows (%d of them from earlier runs), %.1f MB, %s; it is %.0f %% of the "
+        "matrices of a forward pass, which the run makes %g times",
+        *(cut.path, total, old, prefix.nbytes / 1e6, where, 100 * below / every, max(request.passes)),
+    )
+
+
+# ---------------------------------------------------------------------- the form
+
+
+def _read_form(folder: Path | None) -> Form | None:
+    """The form that an earlier run has taken down; None where it has to be tried."""
+    if folder is None:
+        return None
+    try:
+        return Form.from_json(json.loads((folder / FORM).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def _write_form(folder: Path | None, form: Form) -> bool:
+    if folder is None or (folder / FORM).exists():
+        return True
+    stage = folder / f".{secrets.token_hex(8)}.staging"
+    try:
+        stage.write_text(json.dumps(form.to_json()), encoding="utf-8")
+        os.replace(stage, folder / FORM)
+    except OSError:
+        return False
+    return True
