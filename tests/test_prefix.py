@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import adapters
 from adapters import prefix
 from adapters.anatomy import block_lists
+from adapters.forms import Form
+from adapters.states import States
 
 QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "learning_rate": 5e-3, "num_train_epochs": 3}
 
@@ -47,7 +50,7 @@ def above(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_every_family_is_cut_by_its_graph(kind: str) -> None:
+def test_every_family_is_cut_by_its_graph(kind: str, tmp_path: Path) -> None:
     """Outputs and gradients are the same, and no block of the prefix computes."""
     model = tiny.backbone(kind, 0, tiny.heads(kind)[0])
     shared = block_lists(model)[-1].shared
@@ -78,6 +81,19 @@ def test_every_family_is_cut_by_its_graph(kind: str) -> None:
     for name, gradient in whole.items():
         scale = float(gradient.abs().max()) or 1.0
         assert float((gradient - cached[name]).abs().max()) <= 1e-4 * scale, name
+    # And from the disk, as a later run reads it, which has not seen what the blocks return.
+    first = prefix.Prefix(model, cut, states=States(tmp_path / "states", 10**9))
+    first.add(inputs)
+    first.states.flush()
+    assert kept.form is not None
+    form = Form.from_json(json.loads(json.dumps(kept.form.to_json())))
+    later = prefix.Prefix(model, cut, states=States(tmp_path / "states", 10**9), form=form)
+    worked.clear()
+    with later.given(inputs) as taken:
+        assert taken
+        read = gradients(model, inputs)
+    assert worked == []
+    assert all(torch.equal(read[name], cached[name]) for name in cached)
 
 
 def passed_paths(model: Any, cut: prefix.Cut) -> tuple[str, ...]:
