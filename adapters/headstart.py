@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GAIN: Final = 1 / 4  # of the blind loss that a start has to take away (measured: docs/benchmarks.md, "Warm heads")
+# Of a start: how far its answers would move if every feature changed by its own size at random, as a multiple of how far
+# they lie apart. About 1 to 3 where features tell rows apart; over 100 where all rows have nearly the same, and weights
+# live on what is left: the first steps of training would throw such a start far off.
+STRAIN: Final = 10.0
 STARTS: Final = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # penalties, on features with a root mean square of 1
 WARM_ROWS: Final = 10_000  # training rows that a start is solved on at most; a probe takes all
 HELD_ROWS: Final = 2_000  # validation rows that choose a start at most
@@ -105,6 +109,7 @@ class Start:
         readings: of the candidates, in their order.
         probe: nothing but this layer would train.
         seconds: that features and solution took.
+        strain: see `STRAIN`.
     """
 
     layer: nn.Linear
@@ -112,6 +117,7 @@ class Start:
     readings: tuple[Reading, ...]
     probe: bool
     seconds: float
+    strain: float
 
     def put(self) -> None:
         """Give the live layer the solved values."""
@@ -224,12 +230,14 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         "loss": best.loss,
         "gain": gain,
         "penalty": choice.layer.penalty,
-        "warm": float(gain >= GAIN),
+        "strain": start.strain,
+        "warm": float(gain >= GAIN and start.strain <= STRAIN),
     }
-    if wanted is None and gain < GAIN:
+    if wanted is None and not (gain >= GAIN and start.strain <= STRAIN):
         logger.info(
-            "the head starts cold: solved as things are, %s on %s, it takes away %.0f %% of the blind loss",
+            "the head starts cold: solved as things are, %s on %s, it takes away %.0f %% of the blind loss%s",
             *(_score(choice, best), on, 100 * gain),
+            f", by small differences between large features (strain {start.strain:.0f})" if gain >= GAIN else "",
         )
         return None, said
     start.put()
@@ -280,7 +288,15 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     choice = solve.chosen(
         train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
     )
-    return Start(layer, choice, readings, alone, time.monotonic() - began), remark
+    strain = _strain(choice.layer, train[:, choice.place])
+    return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
+
+
+def _strain(layer: solve.Solved, read: Tensor) -> float:
+    """How far the answers of a layer move with its features, against how far they lie apart; see `STRAIN`."""
+    size = read.square().mean().sqrt()
+    apart = layer.logits(read).std(0, unbiased=False)
+    return float(layer.weight.norm() * size / apart.norm().clamp_min(1e-30))
 
 
 def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> States:

@@ -256,7 +256,12 @@ def train(side: Side, folder: Path, resume: bool, ready: Callable[[], None] = la
     start = _Start(ready)
     trainer.add_callback(start)
     trainer.train(resume_from_checkpoint=True if resume else None)
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    timed = {"tokens_per_second"}  # no two runs have it alike
+    logged = [
+        {name: value for name, value in entry.items() if name not in timed}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     losses = hashlib.sha256(json.dumps(logged, sort_keys=True).encode()).hexdigest()
     began = start.step if start.step >= 0 else trainer.state.global_step  # a finished run does not begin again
     return Answer(digest(side.state(adapted)), losses, began)

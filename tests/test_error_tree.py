@@ -30,10 +30,16 @@ LABELS = hostile.LABELS
 # Raised on purpose without being of the tree: what a protocol of Python or of a library demands.
 PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
+    ("chunked.py", "TypeError"): "what a slice that cannot be raises",
     ("cli.py", "SystemExit"): "the exit code",
+    ("crew.py", "Ended"): "ends a thread's task, and is caught there",
     ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
+    ("forms.py", "ValueError"): "what is no form; it is computed again",
+    ("handing.py", "TypeError"): "a block that cannot be passed over; whoever tries it says so",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
+    ("readout.py", "_Reached"): "ends a pass at the output layer, and is caught there",
     ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
+    ("states.py", "ValueError"): "a state of no dimension, which no row has",
     ("stops.py", "SystemExit"): "what a signal ends the process with",
     ("rendering.py", "ValueError"): "what a template says; whoever knows the row names it",
     ("schema.py", "ValueError"): "what a validator of pydantic raises",

@@ -356,7 +356,10 @@ def test_a_run_keeps_its_contract_where_the_head_reads_elsewhere(
     adapted = adapted_on(folders["distilbert"], strategy, "mean", 2)
     start = {name: tensor.clone() for name, tensor in adapted.state().items()}
     trainer = adapters.Trainer(
-        adapted, {"output_dir": str(tmp_path / "run"), **QUIET}, tiny.rows(24), tiny.rows(12, seed=1)
+        adapted,
+        {"output_dir": str(tmp_path / "run"), **QUIET, "warm_head": False},  # a solved start may be the best already
+        tiny.rows(24),
+        tiny.rows(12, seed=1),
     )
     trainer.train()
     assert all(not torch.equal(tensor, start[name]) for name, tensor in adapted.state().items())
