@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GAIN: Final = 1 / 4  # of the blind loss that a start has to take away (measured: docs/benchmarks.md, "Warm heads")
-# Of a start: how far its answers would move if every feature changed by its own size at random, as a multiple of how far
-# they lie apart. About 1 to 3 where features tell rows apart; over 100 where all rows have nearly the same, and weights
-# live on what is left: the first steps of training would throw such a start far off.
+# Of a start: how far its answers would move if every feature changed by its own size at random, as a multiple of how
+# far they lie apart. About 1 to 3 where features tell rows apart; over 100 where all rows have nearly the same, and
+# weights live on what is left: the first steps of training would throw such a start far off.
 STRAIN: Final = 10.0
 STARTS: Final = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # penalties, on features with a root mean square of 1
 WARM_ROWS: Final = 10_000  # training rows that a start is solved on at most; a probe takes all

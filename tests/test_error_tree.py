@@ -33,6 +33,7 @@ PROTOCOLS = {
     ("chunked.py", "TypeError"): "what a slice that cannot be raises",
     ("cli.py", "SystemExit"): "the exit code",
     ("crew.py", "Ended"): "ends a thread's task, and is caught there",
+    ("crew.py", "faults[0]"): "a thread's first fault, in the thread that waits for it",
     ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
     ("forms.py", "ValueError"): "what is no form; it is computed again",
     ("handing.py", "TypeError"): "a block that cannot be passed over; whoever tries it says so",
