@@ -224,11 +224,11 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 
 def test_help_names_every_task_and_strategy() -> None:
-    from adapters import cli
+    from adapters import console
     from adapters.adapt import STRATEGIES
     from adapters.tasks import TASKS
 
-    for known, said in ((TASKS, cli.TASK_NAMES), (STRATEGIES, cli.STRATEGY_NAMES)):
+    for known, said in ((TASKS, console.TASK_NAMES), (STRATEGIES, console.STRATEGY_NAMES)):
         assert set(re.sub(r" \(.*?\)", "", said).split(", ")) == set(known)
 
 

@@ -108,8 +108,11 @@ FLOORS = {
     "trainer": 10,
     "recipe": 11,
     "quickstart": 12,
-    "cli": 13,
-    "__main__": 14,
+    "yamltext": 1,
+    "console": 2,
+    "commands": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

@@ -14,8 +14,9 @@ import tiny
 import yaml
 
 import adapters
-from adapters import recipe as recipes
+from adapters import yamltext
 from adapters.errors import AdaptersError, DataError, RequestError
+from adapters.recipe import changed
 
 ROOT = Path(adapters.__file__).parents[1]
 QUICK: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
@@ -90,7 +91,7 @@ def weights(folder: Path | str) -> str:
     ],
 )
 def test_yaml_means_what_it_says(text: str, value: Any) -> None:
-    found = recipes.parse_yaml(f"key: {text}", "here")["key"]
+    found = yamltext.parse_yaml(f"key: {text}", "here")["key"]
     assert found == value
     assert type(found) is type(value)
 
@@ -106,7 +107,7 @@ def test_yaml_means_what_it_says(text: str, value: Any) -> None:
 )
 def test_a_key_that_stands_twice_is_refused_with_its_line(text: str, line: int) -> None:
     with pytest.raises(RequestError, match=rf"stands twice \(here, line {line}\)"):
-        recipes.parse_yaml(text, "here")
+        yamltext.parse_yaml(text, "here")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(text: str, line: int) 
 )
 def test_broken_yaml_is_one_line_that_says_where(text: str) -> None:
     with pytest.raises(RequestError, match="here") as caught:
-        recipes.parse_yaml(text, "here")
+        yamltext.parse_yaml(text, "here")
     assert "\n" not in str(caught.value)
 
 
@@ -251,7 +252,7 @@ def test_changes_go_over_what_the_file_says(tmp_path: Path) -> None:
 
 def test_a_key_without_keys_of_its_own_cannot_be_reached_into() -> None:
     with pytest.raises(RequestError, match="'model' has no keys"):
-        recipes.changed({"model": "a"}, {"model.name": "b"})
+        changed({"model": "a"}, {"model.name": "b"})
 
 
 @pytest.mark.parametrize(

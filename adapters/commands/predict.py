@@ -1,0 +1,67 @@
+"""`adapters predict`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from adapters.console import Folder, Json, out, pairs, say
+from adapters.errors import RequestError, message
+
+
+def predict(
+    folder: Folder,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer, or files of pictures.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file of rows instead.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
+    ] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What an adapter answers to texts, or to the rows of a file."""
+    from adapters.data import read
+    from adapters.formats import arrange
+    from adapters.predict import predict as answer
+    from adapters.storage import load
+
+    if bool(texts) == bool(data):
+        raise RequestError(message("texts or --data, one of them", where="predict"))
+    adapted = load(folder, model)
+    rows: Any = texts
+    if data is not None:
+        renamed = {k: str(v) for k, v in pairs(columns or [], "--column").items()}
+        rows, remark = arrange(read(data, say)["train"], renamed, adapted.task.columns)
+        if remark:
+            say(remark)
+    answers = answer(adapted, rows)
+    if as_json:
+        out({"predictions": answers})
+        return
+    shown = texts if texts else list(rows[next(c for c in adapted.task.columns if c in rows.column_names)])
+    for number, (row, found) in enumerate(zip(shown, answers, strict=True)):
+        row = _cell(row, number)
+        if isinstance(found, list) and found and isinstance(found[0], dict) and set(found[0]) == {"label", "score"}:
+            found = found[0]  # labels in order: the best stands for them
+        label, score = (
+            (found.get("label", found.get("labels", found.get("answer"))), found.get("score"))
+            if isinstance(found, dict)
+            else (None, None)
+        )
+        if label is None and score is None:
+            print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")
+        else:
+            print(f"{'' if label is None else label}\t{'' if score is None else f'{score:.4f}'}\t{row}")
+
+
+def _cell(value: Any, number: int) -> str:
+    """A row's first column as a line shows it; words with spaces, a picture by its file, or by its number."""
+    if isinstance(value, Mapping):
+        return str(value.get("path") or f"row {number}")
+    if isinstance(value, list):
+        plain = all(isinstance(part, str) for part in value)
+        return " ".join(value) if plain else json.dumps(value, ensure_ascii=False)
+    return " ".join(str(value).split())

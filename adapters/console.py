@@ -1,0 +1,61 @@
+"""What the commands share: how they speak, what they print, and how they read `key=value`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, final
+
+import typer
+
+from adapters.errors import RequestError, message
+from adapters.yamltext import parse_yaml
+
+# The keys of TASKS and STRATEGIES, whose modules a line of help is not worth importing; a test compares them.
+TASK_NAMES = (
+    "text-classification (unless another is named), token-classification, question-answering, next-sentence, "
+    "image-classification, causal-lm, masked-lm, seq2seq, denoising"
+)
+STRATEGY_NAMES = (
+    "lora (unless another is named), qlora, dora, rslora, pissa, full, freeze, probe, bitfit, "
+    "ia3, oft, boft, loha, lokr, hra, peft"
+)
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
+Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one on the hub.")]
+
+
+_SAID: set[str] = set()
+
+
+def say(line: str) -> None:
+    """A line of progress; what was said already, when it was found, is not news when it is summed up."""
+    if line not in _SAID:
+        _SAID.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+@final
+class Progress(logging.Handler):
+    """What the library logs is progress, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        say(self.format(record))
+
+
+def out(document: Mapping[str, Any]) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def pairs(entries: list[str], option: str) -> dict[str, Any]:
+    """`key=value` entries; values are read as YAML."""
+    result = {}
+    for entry in entries:
+        key, sign, value = entry.partition("=")
+        if not sign or not key:
+            raise RequestError(message(f"{entry!r} is not key=value", where=option))
+        result[key] = parse_yaml(value, f"{option} {key}") if value else ""
+    return result
