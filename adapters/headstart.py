@@ -200,7 +200,7 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
     """
     sets = [part for part in (rows.train, rows.held) if part is not None]
     known = all("length" in (getattr(part, "column_names", None) or ()) and len(part) for part in sets)
-    layer = new_layer(adapted, rows) if known else None
+    layer = new_layer(adapted, rows) if known and (probe or wanted is not False) else None
     if layer is None:
         return None, []
     said: list[str] = []
