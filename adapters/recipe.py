@@ -216,7 +216,7 @@ def _steps(
 ) -> dict[str, Any]:
     import sys
 
-    from adapters import data, division, formats, manifest, shards, storage
+    from adapters import data, deferred, division, formats, manifest, shards, storage
     from adapters.adapt import adapt, task_class
     from adapters.predict import evaluate
 
@@ -246,7 +246,9 @@ def _steps(
         splits["train"] = division.sample(
             splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
         )
-    # torch and transformers take seconds to import: the data has spoken before.
+    # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
+    # Trainer imports it with bitsandbytes.
+    deferred.import_peft()
     from adapters.arguments import check_fields
     from adapters.trainer import Trainer
 
