@@ -22,6 +22,7 @@ from adapters import features, heads, kept, pooling, reading, relocation, solve
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
+from adapters.memory import free_memory
 from adapters.options import field_names
 from adapters.prefix import batches, row_keys
 from adapters.reading import OWN, Reading
@@ -260,7 +261,7 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     began = time.monotonic()
     alone, remark = bool(readings), ""
     readings = readings or (Reading(),)
-    width, room = 4 * layer.in_features * len(rows.train), _free_memory() // BUDGET
+    width, room = 4 * layer.in_features * len(rows.train), free_memory() // BUDGET
     if len(readings) > 1 and width * len(readings) > room:
         tried = readings[:: -(-len(readings) // max(1, room // width))]
         remark = f"{len(tried)} of {len(readings)} places to read are tried: more features would not fit into memory"
@@ -324,12 +325,6 @@ def _others(start: Start) -> str:
     shown = [f"{start.readings[one.place]} {_score(choice, one)}" for one in choice.tried[1:]]
     tried = f"of {len(start.readings)} places"
     return f"{tried}, next {', '.join(shown)}" if shown else "no other place was tried"
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def moved(adapted: Adapted, start: Start) -> Reading:

@@ -23,6 +23,7 @@ from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import strategy_of, task_of
@@ -405,9 +406,9 @@ def _with_fidelity(
     report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
 ) -> MergeReport:
     """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = _free_memory()
+    free = free_memory()
     need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if free is not None and need > free:
+    if need > free:
         return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
     request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
     root = str(Path(__file__).resolve().parents[1])
@@ -441,12 +442,3 @@ def _with_fidelity(
 
 def _replaced(report: MergeReport, **changes: Any) -> MergeReport:
     return MergeReport(**{**asdict(report), **changes})
-
-
-def _free_memory() -> int | None:
-    """Bytes that a new process can have, None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

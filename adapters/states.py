@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from adapters import locks, shards
 from adapters.errors import FolderError, message
+from adapters.memory import free_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,13 +60,6 @@ def room_for(folder: Path, gigabytes: float | None) -> int:
         return int(gigabytes * 10**9)
     there = next(place for place in (folder, *folder.parents) if place.exists())
     return min(MOST, shutil.disk_usage(there).free // 10)
-
-
-def free_memory() -> int:
-    """Bytes of memory that a process could still take."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 @final
