@@ -89,7 +89,7 @@ class Recipe(BaseModel):
             except RequestError as fault:
                 faults.append(str(fault))
         if faults:
-            raise RequestError(" ".join(faults))
+            raise RequestError(*faults)
         divide_options(self.options, kinds)
         return self
 

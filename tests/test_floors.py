@@ -40,6 +40,8 @@ FLOORS = {
     "images": 1,
     "labels": 1,
     "options": 1,
+    "installed": 1,
+    "settings": 2,
     "anatomy": 1,
     "data": 2,
     "division": 3,
@@ -108,11 +110,15 @@ FLOORS = {
     "trainer": 10,
     "recipe": 11,
     "quickstart": 12,
+    "doctor": 1,
+    "validation": 12,
+    "drafting": 13,
+    "push": 5,
     "yamltext": 1,
     "console": 2,
-    "commands": 13,
-    "cli": 14,
-    "__main__": 15,
+    "commands": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

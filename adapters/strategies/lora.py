@@ -146,7 +146,7 @@ class Lora:
         ]
         wrong = [message("a wrong value", where=w, expected=e, found=repr(f)) for fine, w, e, f in faults if not fine]
         if wrong:
-            raise RequestError("; ".join(wrong))
+            raise RequestError(*wrong)
 
     def _check_start(self) -> None:
         from adapters.errors import RequestError, message

@@ -72,7 +72,7 @@ class CausalLM:
             found = repr(self.chat_template)[:80]
             faults.append(message("an unknown template", where="chat_template", expected=known, found=found))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     # ------------------------------------------------------------------ the model
 

@@ -78,7 +78,7 @@ class ImageClassification:
             remedy = nearest(self.augment, AUGMENTS)
             faults.append(message(f"unknown augment {self.augment!r}", where="augment", remedy=remedy))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     @property
     def _classes(self) -> Classes:
