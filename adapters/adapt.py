@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, heads, reading
+from adapters import deferred, heads, reading, trial
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -195,6 +195,31 @@ def _strategy_and_task(
     return chosen, own, quantization, goal, goals
 
 
+def requested(
+    model: Any,
+    strategy: str | Strategy | Any,
+    task: str | Task | None,
+    labels: Any,
+    quantization: str | None,
+    options: Mapping[str, Any],
+) -> tuple[Strategy, Task, str | None]:
+    """Strategy, task and quantization of a request, each option with the one that it belongs to; nothing is loaded.
+
+    Raises:
+        RequestError: unknown names, options that nobody takes, values of a wrong type.
+    """
+    if task is None:
+        task = task_of(model) if live_model(model) else "text-classification"
+    if labels is not None:
+        options = {**options, "labels": labels}
+    chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
+    if isinstance(chosen, Row):
+        chosen = chosen.make(own, f"strategy {strategy!r}")
+    if isinstance(goal, type):
+        goal = make(goal, goals, f"task {task!r}")
+    return chosen, goal, quantization
+
+
 def adapt(
     model: str | Path | PreTrainedModel,
     strategy: str | Strategy | Any = "lora",
@@ -232,16 +257,7 @@ def adapt(
 
     Source: LoRA, Hu et al. 2021; QLoRA, Dettmers et al. 2023; BitFit, Ben Zaken et al. 2022.
     """
-    live = not isinstance(model, str | Path)
-    if task is None:
-        task = task_of(model) if live else "text-classification"
-    if labels is not None:
-        options["labels"] = labels
-    chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
-    if isinstance(chosen, Row):
-        chosen = chosen.make(own, f"strategy {strategy!r}")
-    if isinstance(goal, type):
-        goal = make(goal, goals, f"task {task!r}")
+    chosen, goal, quantization = requested(model, strategy, task, labels, quantization, options)
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
 
 
@@ -272,8 +288,8 @@ def assemble(
     import torch
 
     from adapters import pooling
-    from adapters.anatomy import backbone_state, never_saved, own_name, passed_over, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
+    from adapters.anatomy import backbone_state, never_saved, own_name, saved_names
+    from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
@@ -295,19 +311,12 @@ def assemble(
         unread = undone.enter_context(pooling.tried(net, reading.of(task)))
 
         # Tried without memory first: every check speaks before the first module changes.
-        ghost = skeleton(net)
-        if storage.quantization is not None:
-            vars(ghost)["is_loaded_in_4bit"] = True  # as packing will leave it on the live model
-        strategy = strategy.resolve(ghost, head)
-        trial = {own_name(name) for name in strategy.apply(ghost)}
-        pooling.refuse_unread(trial, unread, passed_over(net), reading.of(task))
-        trial -= unread
-        maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
-        refuse_nothing(maps, storage)
+        found = trial.tried(net, strategy, head, unread, reading.of(task), storage)
+        strategy, ghost, chosen, maps = found.strategy, found.ghost, found.names, found.maps
         if packed_modules(net):
             refuse_unlike(net, maps, quantization)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
-        if own & (trial | head):
+        if own & (chosen | head):
             _refuse_half(net)
 
         spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
@@ -321,7 +330,7 @@ def assemble(
             shapes = {
                 strategy.key(name): tuple(parameter.shape)
                 for name, parameter in ghost.named_parameters()
-                if own_name(name) in trial | (head - unread)
+                if own_name(name) in chosen | (head - unread)
             }
             accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})

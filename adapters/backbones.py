@@ -80,7 +80,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
-        with _hushed():
+        with hushed():
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (
         *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
@@ -125,6 +125,13 @@ def check_folder(folder: Path) -> None:
         FolderError: links, a config that is too large or no JSON, one that names other files or code to be fetched, or
             safetensors weights that are not whole or lie elsewhere.
     """
+    check_config(folder)
+    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
+        shards.read_directory(folder)
+
+
+def check_config(folder: Path) -> None:
+    """The same of a folder's config alone."""
     places.refuse_strays(folder, deep=False)
     file = folder / "config.json"
     config = shards.read_json(file, MAX_CONFIG)
@@ -135,8 +142,6 @@ def check_folder(folder: Path) -> None:
     fetched = next(_fetched(config), None)
     if fetched is not None:
         raise FolderError(message("a config that names code to be fetched", where=str(file), found=fetched))
-    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
-        shards.read_directory(folder)
 
 
 def _fetched(config: Any) -> Iterator[str]:
@@ -149,7 +154,7 @@ def _fetched(config: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
     from transformers.utils import logging as hub_logging
 

@@ -52,11 +52,16 @@ def plan(model: nn.Module, device: torch.device) -> Plan:
         model: with peft's layers in it.
         device: on which it will train.
     """
+    return planned(model, free_memory(device)) if native(device) else Plan()
+
+
+def planned(model: nn.Module, room: int) -> Plan:
+    """The same on a device that multiplies bfloat16 natively and has so many bytes left."""
     large = [layer.get_base_layer() for layer in _layers(model) if _is_large(layer.get_base_layer())]
-    if not large or not native(device):
+    if not large:
         return Plan()
     copies = sum(2 * base.weight.numel() for base in large if not is_packed(base))
-    keep = copies <= free_memory(device) // 4
+    keep = copies <= room // 4
     return Plan(
         torch.bfloat16,
         keep,
