@@ -320,7 +320,7 @@ def drawn(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Dataset
             splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
             if remark:
                 say(f"{name}: {remark}")
-        task, options = _checked(recipe, splits)
+        task, options = checked(recipe, splits)
     splits, remarks = _divided(recipe, splits, task)
     if recipe.limit is not None:
         splits["train"] = division.sample(
@@ -350,7 +350,7 @@ def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: boo
     return all(ours > other if greater else ours < other for other in others)
 
 
-def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
+def checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
     """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
 
     Raises:
