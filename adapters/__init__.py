@@ -41,6 +41,7 @@ _HOMES = {
     "merge_on_disk": "merge",
     "MergeReport": "merge",
     "Recipe": "recipe",
+    "Sweep": "sweep",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from adapters.recipe import Recipe as Recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
+    from adapters.sweep import Sweep as Sweep
     from adapters.tasks import TASKS as TASKS
     from adapters.trainer import Trainer as Trainer
 

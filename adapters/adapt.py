@@ -18,6 +18,7 @@ from adapters import deferred, heads, reading, trial
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
+from adapters.lent import Lent
 from adapters.options import ALIASES, divide_options, field_names, make
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
@@ -46,12 +47,14 @@ class Row:
         quantization: how its frozen rest is stored unless said otherwise.
         options: fields of the strategy that come with the name; the caller's own go on top.
         method: a method of peft, whose options are given by peft's names and become the strategy's `config`.
+        solved: nothing but an output layer trains, so a run solves it unless steps are asked for.
     """
 
     strategy: type[Any]
     quantization: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = ""
+    solved: bool = False
 
     def names(self) -> set[str]:
         """The options that a caller may give."""
@@ -74,7 +77,7 @@ class Row:
 STRATEGIES: dict[str, Row | type[Any]] = {
     "full": Row(Full),
     "freeze": Row(Freeze),
-    "probe": Row(Probe),
+    "probe": Row(Probe, solved=True),
     "bitfit": Row(BitFit),
     "lora": Row(Lora),
     "qlora": Row(Lora, quantization="nf4"),
@@ -221,7 +224,7 @@ def requested(
 
 
 def adapt(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | Lent,
     strategy: str | Strategy | Any = "lora",
     *,
     task: str | Task | None = None,
@@ -262,7 +265,7 @@ def adapt(
 
 
 def assemble(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | Lent,
     strategy: Strategy,
     task: Task,
     quantization: str | None,
@@ -278,6 +281,7 @@ def assemble(
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
     Args:
+        model: what `adapt` takes, or a backbone that is lent to one adaptation after another.
         accept: called with the resolved strategy, the backbone's fingerprint and the shapes that will train, by their
             keys in the adapter file, before anything changes; raises where they are not the right ones.
             None for a new adapter, which begins at its strategy's first values.
@@ -295,10 +299,11 @@ def assemble(
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
-            net, new, processor = open_model(model, task, load, processor)
+            opened = model.begin() if isinstance(model, Lent) else open_model(model, task, load, processor)
         except RequestError:
             refuse_classless(model, task, load)
             raise
+        net, new, processor = opened
         _refuse_adapted(net)
         refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
@@ -325,7 +330,11 @@ def assemble(
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
             storage = Storage(packed_kind(net))
-        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full, claimed=claimed)
+        known = model.prints if isinstance(model, Lent) else {}
+        fingerprint = known.get(head) or identify(
+            net, head, folder, trust=not live_model(model), full=full, claimed=claimed
+        )
+        known[head] = fingerprint
         if accept is not None:
             shapes = {
                 strategy.key(name): tuple(parameter.shape)

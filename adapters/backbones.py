@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 from adapters import places, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
+from adapters.lent import Lent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend"
 
 
 def live_model(model: object) -> bool:
-    """Whether `adapt` was given a model, not a name."""
-    return not isinstance(model, str | Path)
+    """Whether `adapt` was given a model, not a name or what was opened by one."""
+    return not isinstance(model, str | Path | Lent)
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
         None, gt=0, description="train on this many rows, drawn at random, each class in proportion"
     )
     seed: int = Field(0, description="of the split, the new tensors and the training order")
+    split_seed: int | None = Field(None, description="of the split, where it is to stay while the seed moves")
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -216,8 +217,8 @@ def _steps(
 ) -> dict[str, Any]:
     import sys
 
-    from adapters import data, deferred, division, formats, manifest, shards, storage
-    from adapters.adapt import adapt, task_class
+    from adapters import deferred, manifest, shards, storage
+    from adapters.adapt import adapt
     from adapters.predict import evaluate
 
     started = time.monotonic()
@@ -232,20 +233,7 @@ def _steps(
         )
     if interrupted and not resume:
         shards.remove(work)
-    splits = data.read(recipe.data, say)
-    if "train" not in splits:
-        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    with _task_named(recipe, splits["train"]):
-        for name, rows in splits.items():
-            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-            if remark:
-                say(f"{name}: {remark}")
-        task, options = _checked(recipe, splits)
-    splits, remarks = _divided(recipe, splits, task)
-    if recipe.limit is not None:
-        splits["train"] = division.sample(
-            splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
-        )
+    splits, task, options, remarks = drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     deferred.import_peft()
@@ -314,6 +302,35 @@ def _steps(
     }
 
 
+def drawn(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
+    """The rows of a recipe, looked at and divided, before anything is loaded.
+
+    Returns:
+        The parts, the task with what it read off the rows, the strategy's options, and remarks to be said.
+
+    Raises:
+        DataError: naming the part, the row and the column.
+    """
+    from adapters import data, division, formats
+    from adapters.adapt import task_class
+
+    splits = data.read(recipe.data, say)
+    if "train" not in splits:
+        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
+    with _task_named(recipe, splits["train"]):
+        for name, rows in splits.items():
+            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+            if remark:
+                say(f"{name}: {remark}")
+        task, options = checked(recipe, splits)
+    splits, remarks = _divided(recipe, splits, task)
+    if recipe.limit is not None:
+        splits["train"] = division.sample(
+            splits["train"], recipe.limit, seed=_split_seed(recipe), by=_stratum(task, splits["train"])
+        )
+    return splits, task, options, remarks
+
+
 @contextlib.contextmanager
 def _task_named(recipe: Recipe, rows: Dataset) -> Iterator[None]:
     """Rows that the default task cannot take may be right for another, which has to be named."""
@@ -335,7 +352,7 @@ def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: boo
     return all(ours > other if greater else ours < other for other in others)
 
 
-def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
+def checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
     """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
 
     Raises:
@@ -375,9 +392,13 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[di
     inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
     remarks = division.shared(given, inputs)
     if parts:
-        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
+        drawn, lacking = division.split(train, parts, seed=_split_seed(recipe), by=_stratum(task, train), text=apart)
         splits, remarks = {**splits, **drawn}, remarks + lacking
     return {name: splits[name] for name in order if name in splits}, remarks
+
+
+def _split_seed(recipe: Recipe) -> int:
+    return recipe.seed if recipe.split_seed is None else recipe.split_seed
 
 
 def _stratum(task: Task, rows: Dataset) -> str | None:

@@ -27,6 +27,7 @@ PUBLIC = {
     "STRATEGIES",
     "SpentError",
     "Strategy",
+    "Sweep",
     "TASKS",
     "Task",
     "Trainer",
