@@ -35,7 +35,9 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in value]
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
+    if value is None or isinstance(value, bool | int):
         return value
     item = getattr(value, "item", None)  # numbers of numpy and torch
     return plain(item()) if callable(item) else str(value)

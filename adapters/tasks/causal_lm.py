@@ -283,7 +283,9 @@ class CausalLM:
         self, raw: Dataset, processor: Any, model: PreTrainedModel
     ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
         """The first rows: plain texts by their first half, prompts and conversations up to the last answer."""
-        form, rows, told = form_of(raw, labelled=True), [], []
+        form = form_of(raw, labelled=True)
+        rows: list[dict[str, Any]] = []
+        told: list[tuple[str, str]] = []
         for row in raw.select(range(min(SAMPLES, len(raw)))):
             if form == "messages":
                 turns = list(row["messages"])

@@ -283,9 +283,7 @@ class QuestionAnswering:
         given = [entry["answer"] for entry in self._spans(found, rows)]
         return metrics.answers(given, [right for _, right in _questions(rows)])
 
-    def findings(
-        self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any
-    ) -> dict[str, Any]:
+    def findings(self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any) -> dict[str, Any]:
         """Scores by length of the right answer and by kind of question, calibration, and the surest wrong answers."""
         import numpy as np
 

@@ -218,9 +218,7 @@ class Seq2Seq:
         self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
     ) -> dict[str, Any]:
         """How the loss is spread over the rows, and the rows that surprised the model most."""
-        from adapters import findings
-
-        from adapters import generation
+        from adapters import findings, generation
 
         said = generation.texts(found[3], processor) if len(found) > 3 else None
 

@@ -260,9 +260,7 @@ class TokenClassification:
         sides = ([[spelt[tag] for tag in row] for row in side] for side in (filled, truth))
         return {**metrics.entities(*sides), "accuracy": float((flat == right).mean()) if len(right) else 0.0}
 
-    def findings(
-        self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any
-    ) -> dict[str, Any]:
+    def findings(self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any) -> dict[str, Any]:
         """Scores of each kind of entity, the matrix of kinds over words, calibration, and the sentences most wrong."""
         import numpy as np
 
