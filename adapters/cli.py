@@ -14,6 +14,7 @@ from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
 from adapters.commands.predict import predict
 from adapters.commands.quickstart import quickstart
+from adapters.commands.report import report
 from adapters.commands.sweep import sweep
 from adapters.commands.train import train
 from adapters.console import Progress
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (quickstart, train, sweep, evaluate, predict, inspect, merge):  # in the order of the help
+for command in (quickstart, train, sweep, evaluate, predict, inspect, report, merge):  # in the order of the help
     app.command()(command)
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.

@@ -215,11 +215,12 @@ def _steps(
     output: Path,
     work: Path,
 ) -> dict[str, Any]:
+    import shlex
     import sys
 
-    from adapters import deferred, manifest, shards, storage
+    from adapters import deferred, journal, manifest, shards, storage
     from adapters.adapt import adapt
-    from adapters.predict import evaluate
+    from adapters.predict import evaluate, measure
 
     started = time.monotonic()
     interrupted = any(work.glob("checkpoint-*"))
@@ -237,6 +238,7 @@ def _steps(
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     deferred.import_peft()
+    from adapters import census, machine, report
     from adapters.arguments import check_fields
     from adapters.trainer import Trainer
 
@@ -244,53 +246,81 @@ def _steps(
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
-    adapted = adapt(
-        recipe.model,
-        recipe.strategy,
-        task=task,
-        quantization=recipe.quantization,
-        load=recipe.load,
-        processor=recipe.processor or None,
-        seed=recipe.seed,
-        added_tokens=recipe.added_tokens,
-        **options,
-    )
+    events = journal.Journal(work / journal.FILE)
+    if interrupted:
+        events.resume()
+    else:
+        events.begin(task=recipe.task, strategy=recipe.strategy, model=recipe.model, command=shlex.join(sys.argv))
+    events.write("phase", name="reading the data", took=round(time.monotonic() - started, 3), **journal.memory())
+    with events.phase("loading the model"):
+        adapted = adapt(
+            recipe.model,
+            recipe.strategy,
+            task=task,
+            quantization=recipe.quantization,
+            load=recipe.load,
+            processor=recipe.processor or None,
+            seed=recipe.seed,
+            added_tokens=recipe.added_tokens,
+            **options,
+        )
     say(str(adapted))
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
-    trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
+    with events.phase("preparing the rows"):
+        trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
+        prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
+    trainer.journal = events
+    events.write("machine", **machine.machine())
+    events.write("data", **census.census(splits, trainer.train_dataset, recipe.options.get("problem", "")))
     _narrate(trainer, say)
     results: dict[str, Any] = {}
-    test = splits.get("test")
-    if test is not None:
-        test = trainer.prepared(test)
-        results["majority"] = adapted.task.baseline(trainer.train_dataset, test, adapted.processor)
-        results["untrained"] = evaluate(adapted, test)
+    if prepared is not None:
+        with events.phase("measuring the baselines"):
+            results["majority"] = adapted.task.baseline(trainer.train_dataset, prepared, adapted.processor)
+            results["untrained"] = evaluate(adapted, prepared)
     begin = time.monotonic()
     trainer.stops.onward = onward
-    trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
+    with events.phase("training"):
+        trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
     seconds = time.monotonic() - begin
-    if test is not None:
-        results["test"] = evaluate(adapted, test)
+    shown: dict[str, Any] = {}
+    if prepared is not None:
+        with events.phase("testing"):
+            measured = measure(adapted, prepared)
+        results["test"] = measured.numbers
         record.metrics |= results
+        for part, numbers in results.items():
+            events.write("evaluation", part=part, numbers=numbers)
+        with _reporting(say, "the answers"), events.phase("looking at the answers"):
+            shown = report.findings(adapted, measured, splits["test"])
     for remark in record.notes:
         if remark not in remarks:
             say(remark)
-    storage.save(adapted, output)
+        events.write("note", text=remark)
+    with events.phase("saving"):
+        storage.save(adapted, output)
+    events.write("end")
+    events.close()
+    with _reporting(say, "the report"):
+        if events.file.is_file():
+            shards.copy(events.file, output / journal.FILE)
+        report.write(output, shown)
     shards.remove(work)
     metric, greater = adapted.task.best_metric
     document = manifest.read_manifest(output)
     return {
         "output": str(output),
+        "report": str(output / report.FILE) if (output / report.FILE).is_file() else None,
         "task": adapted.task.name,
         "strategy": adapted.strategy.name,
         "metric": metric,
         "rows": {name: len(rows) for name, rows in splits.items()},
         **results,
         "notes": list(record.notes),
-        "beat_baseline": _beats(results, metric, greater) if test is not None else None,
+        "beat_baseline": _beats(results, metric, greater) if prepared is not None else None,
         "validation": record.metrics.get("validation"),
         "trained_parameters": adapted.trained_count,
         "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
@@ -329,6 +359,17 @@ def drawn(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Dataset
             splits["train"], recipe.limit, seed=_split_seed(recipe), by=_stratum(task, splits["train"])
         )
     return splits, task, options, remarks
+
+
+@contextlib.contextmanager
+def _reporting(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """What goes wrong with a report is said and costs no run."""
+    try:
+        yield
+    except Exception as fault:
+        logger.debug("a report failed", exc_info=True)
+        found = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+        say(f"{what} could not be shown ({found}); the adapter is not touched by this: adapters report makes it again")
 
 
 @contextlib.contextmanager

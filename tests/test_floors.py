@@ -12,6 +12,14 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "journal": 1,
+    "machine": 1,
+    "charts": 0,
+    "findings": 2,
+    "witness": 2,
+    "census": 3,
+    "dossier": 6,
+    "report": 8,
     "identity": 1,
     "modes": 0,
     "handing": 0,
