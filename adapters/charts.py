@@ -90,7 +90,12 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def lines(
-    series: Sequence[Mapping[str, Any]], floors: Sequence[tuple[str, float]] = (), *, x: str, y: str
+    series: Sequence[Mapping[str, Any]],
+    floors: Sequence[tuple[str, float]] = (),
+    *,
+    x: str,
+    y: str,
+    ends: tuple[float, float] | None = None,
 ) -> dict[str, Any] | None:
     """A picture of lines over one axis; None where there is nothing to draw.
 
@@ -98,15 +103,16 @@ def lines(
         series: each with "name", "look" (a class of the page's style), "points", and perhaps "dots" (drawn too).
         floors: horizontal lines with their names.
         x, y: what the axes show.
+        ends: of the upright axis; None for as far as the values go, logarithmic where they go far apart.
     """
     drawn = [entry for entry in series if entry["points"]]
     values = [point[1] for entry in drawn for point in entry["points"]]
     if not values:
         return None
     values += [value for _, value in floors]
-    log = min(values) > 0 and max(values) / min(values) > SPREAD
+    log = ends is None and min(values) > 0 and max(values) / min(values) > SPREAD
     across = Axis([p[0] for entry in drawn for p in entry["points"]], LEFT, WIDTH - RIGHT, exact=True)
-    up = Axis(values, HEIGHT - BOTTOM, TOP, log=log)
+    up = Axis(ends or values, HEIGHT - BOTTOM, TOP, log=log, exact=ends is not None)
 
     def place(point: Point) -> str:
         return f"{across(point[0])} {up(point[1])}"
