@@ -16,7 +16,8 @@ def short(value: float) -> str:
     """A number as an axis shows it."""
     size = abs(value)
     if size >= 1e6 or (size and size < 1e-3):
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
     return f"{value:.4g}"
@@ -227,7 +228,7 @@ def matrix(cells: Sequence[Sequence[int]], size: int) -> dict[str, Any]:
                 "right": right,
                 "said": said,
                 "rows": rows,
-                "share": round(0.15 + 0.85 * rows / sums[right], 2),
+                "share": round(0.25 + 0.75 * rows / sums[right], 2),
                 "hit": right == said,
             }
             for right, said, rows in cells
