@@ -16,7 +16,8 @@ def short(value: float) -> str:
     """A number as an axis shows it."""
     size = abs(value)
     if size >= 1e6 or (size and size < 1e-3):
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
     return f"{value:.4g}"
@@ -90,7 +91,12 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def lines(
-    series: Sequence[Mapping[str, Any]], floors: Sequence[tuple[str, float]] = (), *, x: str, y: str
+    series: Sequence[Mapping[str, Any]],
+    floors: Sequence[tuple[str, float]] = (),
+    *,
+    x: str,
+    y: str,
+    ends: tuple[float, float] | None = None,
 ) -> dict[str, Any] | None:
     """A picture of lines over one axis; None where there is nothing to draw.
 
@@ -98,15 +104,16 @@ def lines(
         series: each with "name", "look" (a class of the page's style), "points", and perhaps "dots" (drawn too).
         floors: horizontal lines with their names.
         x, y: what the axes show.
+        ends: of the upright axis; None for as far as the values go, logarithmic where they go far apart.
     """
     drawn = [entry for entry in series if entry["points"]]
     values = [point[1] for entry in drawn for point in entry["points"]]
     if not values:
         return None
     values += [value for _, value in floors]
-    log = min(values) > 0 and max(values) / min(values) > SPREAD
+    log = ends is None and min(values) > 0 and max(values) / min(values) > SPREAD
     across = Axis([p[0] for entry in drawn for p in entry["points"]], LEFT, WIDTH - RIGHT, exact=True)
-    up = Axis(values, HEIGHT - BOTTOM, TOP, log=log)
+    up = Axis(ends or values, HEIGHT - BOTTOM, TOP, log=log, exact=ends is not None)
 
     def place(point: Point) -> str:
         return f"{across(point[0])} {up(point[1])}"
@@ -221,7 +228,7 @@ def matrix(cells: Sequence[Sequence[int]], size: int) -> dict[str, Any]:
                 "right": right,
                 "said": said,
                 "rows": rows,
-                "share": round(0.15 + 0.85 * rows / sums[right], 2),
+                "share": round(0.25 + 0.75 * rows / sums[right], 2),
                 "hit": right == said,
             }
             for right, said, rows in cells

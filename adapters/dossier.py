@@ -85,8 +85,8 @@ def headline(metrics: Mapping[str, Any], metric: str, greater: bool) -> dict[str
         beaten = all(ours > other if greater else ours < other for other in others.values())
     positive = [abs(value) for value in values.values()]
     most = max([*positive, 1e-12])
-    log = bool(positive) and min(positive) > 0 and most / min(positive) > charts.SPREAD
     whole = 1.0 if greater and most <= 1 else most
+    log = not greater and bool(positive) and min(positive) > 0 and most / min(positive) > charts.SPREAD
 
     def share(value: float) -> float:
         if log:
@@ -124,13 +124,13 @@ def table(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curves(
-    events: Sequence[journal.Event], metric: str, floor: float | None
+    events: Sequence[journal.Event], metric: str, greater: bool, floor: float | None
 ) -> list[tuple[str, dict[str, Any] | None]]:
     """Loss, metric and learning rate over the steps.
 
     Args:
         events: the journal's.
-        metric: that counts.
+        metric: that counts; greater: is better.
         floor: its value without a look at the input.
     """
     steps = [event for event in events if event["event"] == "step"]
@@ -152,7 +152,9 @@ def curves(
     line: list[dict[str, Any]] = [{"name": "validation", "look": "two", "points": points(flat, metric), "dots": True}]
     floors = [("without a look at the input", floor)] if floor is not None and len(line[0]["points"]) else []
     name = metric_name(metric)
-    found.append((name[:1].upper() + name[1:], charts.lines(line, floors, x="step", y=name)))
+    share = greater and all(0 <= value <= 1 for _, value in [*floors, *line[0]["points"]])
+    chart = charts.lines(line, floors, x="step", y=name, ends=(0.0, 1.0) if share else None)
+    found.append((name[:1].upper() + name[1:], chart))
     rates = points(steps, "learning_rate")
     if len({rate for _, rate in rates}) > 1:
         line = [{"name": "learning rate", "look": "one", "points": rates}]

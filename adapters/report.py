@@ -161,7 +161,7 @@ def html(folder: Path, found: Mapping[str, Any], *, rows: bool = True) -> str:
             head=dossier.headline(metrics, metric, greater),
             table=dossier.table(metrics),
             run=metrics.get("train") or {},
-            curves=[(name, chart) for name, chart in dossier.curves(events, metric, floor) if chart],
+            curves=[(name, chart) for name, chart in dossier.curves(events, metric, greater, floor) if chart],
             trained=dossier.trained(document, described),
             rows=dossier.rows_of(dossier.first(events, "data")),
             phases=dossier.phases(events),
@@ -188,8 +188,10 @@ def html(folder: Path, found: Mapping[str, Any], *, rows: bool = True) -> str:
 
 
 def _name(document: Mapping[str, Any]) -> str:
+    """The backbone as a title names it; a folder called "model" says nothing without its parent."""
     name = document["backbone"]["name"]
-    return Path(name).name if name else document["backbone"]["model_class"]
+    parts = Path(name).parts if name else (document["backbone"]["model_class"],)
+    return "/".join(parts[-2:] if len(parts[-1]) < 8 else parts[-1:])
 
 
 def _pictures(found: Mapping[str, Any]) -> dict[str, Any]:

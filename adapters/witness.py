@@ -55,7 +55,8 @@ class Witness(TrainerCallback):
         if tokens > self._tokens and reading > self._reading:
             facts["tokens_per_second"] = round((tokens - self._tokens) / (reading - self._reading), 1)
         now = time.monotonic()
-        self._journal.write("step", **facts, took=round(now - self._began, 4), **memory())
+        peaks = {name: value for name, value in memory().items() if name.startswith("peak")}
+        self._journal.write("step", **facts, took=round(now - self._began, 4), **peaks)
         self._losses, self._began = [], now
         self._tokens, self._reading = tokens, reading
 

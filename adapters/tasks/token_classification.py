@@ -271,7 +271,8 @@ class TokenClassification:
         sure = [[0.0 if score < 0 else float(score) for score in row] for row in _by_word(found[1], rows)]
         right = [list(row) for row in _truth(rows)]
         flat, truth = (np.asarray([tag for row in side for tag in row], dtype=int) for side in (said, right))
-        hits = flat == truth
+        hits, certain = flat == truth, np.asarray([score for row in sure for score in row])
+        seen = certain > 0  # a word that was cut off, or became no token, was answered without a certainty
         weights = [
             sum(s for tag, wanted, s in zip(*row, strict=True) if tag != wanted)
             for row in zip(said, right, sure, strict=True)
@@ -288,7 +289,7 @@ class TokenClassification:
 
         shown_errors = findings.worst(np.asarray(weights), bad, shown)
         result = {
-            "calibration": findings.calibration(np.asarray([s for row in sure for s in row]), hits, "words"),
+            "calibration": findings.calibration(certain[seen], hits[seen], "words"),
             "errors": {**shown_errors, "title": "Sentences that are most wrong", "noun": "sentences"},
         }
         if not self._marks_entities:
