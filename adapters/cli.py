@@ -15,6 +15,7 @@ from adapters.commands.merge import merge
 from adapters.commands.predict import predict
 from adapters.commands.quickstart import quickstart
 from adapters.commands.train import train
+from adapters.commands.validate import validate
 from adapters.console import Progress
 from adapters.errors import AdaptersError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (quickstart, train, evaluate, predict, inspect, merge):  # in the order of the help
+for command in (quickstart, validate, train, evaluate, predict, inspect, merge):  # in the order of the help
     app.command()(command)
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.

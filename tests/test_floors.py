@@ -111,14 +111,17 @@ FLOORS = {
     "recipe": 11,
     "quickstart": 12,
     "doctor": 1,
-    "validation": 12,
-    "drafting": 13,
+    "survey": 2,
+    "fitness": 7,
+    "soundness": 12,
+    "validation": 13,
+    "drafting": 14,
     "push": 5,
     "yamltext": 1,
     "console": 2,
-    "commands": 14,
-    "cli": 15,
-    "__main__": 16,
+    "commands": 16,
+    "cli": 17,
+    "__main__": 18,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
