@@ -48,6 +48,8 @@ class Row:
         options: fields of the strategy that come with the name; the caller's own go on top.
         method: a method of peft, whose options are given by peft's names and become the strategy's `config`.
         solved: nothing but an output layer trains, so a run solves it unless steps are asked for.
+        needs: what a backbone must have for it, as far as its config and file headers tell without torch: "a head"
+            that a task brings, "biases", "own blocks" (that share no weights), "linear maps" (no Conv1D).
     """
 
     strategy: type[Any]
@@ -55,6 +57,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = ""
     solved: bool = False
+    needs: str = ""
 
     def names(self) -> set[str]:
         """The options that a caller may give."""
@@ -76,20 +79,20 @@ class Row:
 # What is saved is the strategy with its options, so an adapter opens without the row that made it.
 STRATEGIES: dict[str, Row | type[Any]] = {
     "full": Row(Full),
-    "freeze": Row(Freeze),
-    "probe": Row(Probe, solved=True),
-    "bitfit": Row(BitFit),
+    "freeze": Row(Freeze, needs="own blocks"),
+    "probe": Row(Probe, needs="a head", solved=True),
+    "bitfit": Row(BitFit, needs="biases"),
     "lora": Row(Lora),
     "qlora": Row(Lora, quantization="nf4"),
     "dora": Row(Lora, options={"use_dora": True}),
     "rslora": Row(Lora, options={"use_rslora": True}),
     "pissa": Row(Lora, options={"init_lora_weights": "pissa"}),
     "ia3": Row(Peft, method="IA3"),
-    "oft": Row(Peft, method="OFT"),
-    "boft": Row(Peft, method="BOFT"),
-    "loha": Row(Peft, method="LOHA"),
-    "lokr": Row(Peft, method="LOKR"),
-    "hra": Row(Peft, method="HRA"),
+    "oft": Row(Peft, method="OFT", needs="linear maps"),
+    "boft": Row(Peft, method="BOFT", needs="linear maps"),
+    "loha": Row(Peft, method="LOHA", needs="linear maps"),
+    "lokr": Row(Peft, method="LOKR", needs="linear maps"),
+    "hra": Row(Peft, method="HRA", needs="linear maps"),
     "peft": Row(Peft),
 }
 

@@ -179,20 +179,14 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
         )
     if not name or (quiet and not Path(name).is_dir()):
         return None
-    kind, what, files = task.processor, *PROCESSORS[task.processor]
+    kind, what = task.processor, PROCESSORS[task.processor][0]
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in files):
+    lacking = processor_fault(kind, folder, name)
+    if lacking:
         # transformers would make an empty tokenizer up, for which all texts are the same.
         if quiet:
             return None
-        raise RequestError(
-            message(
-                f"the backbone has no {what}",
-                where=name,
-                expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
-            )
-        )
+        raise RequestError(lacking)
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         opened = open_processor(kind, name, {**kept, **changes})
@@ -224,6 +218,19 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
             )
         )
     return opened
+
+
+def processor_fault(kind: str, folder: Path, name: str) -> str:
+    """The fault of a backbone's folder that holds no file of its tokenizer or image processor; empty for none."""
+    what, files = PROCESSORS[kind]
+    if not folder.is_dir() or any((folder / file).exists() for file in files):
+        return ""
+    return message(
+        f"the backbone has no {what}",
+        where=name,
+        expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
+        remedy=f"Pass processor={kind}.from_pretrained(...).",
+    )
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:

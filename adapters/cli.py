@@ -17,6 +17,7 @@ from adapters.commands.quickstart import quickstart
 from adapters.commands.report import report
 from adapters.commands.sweep import sweep
 from adapters.commands.train import train
+from adapters.commands.validate import validate
 from adapters.console import Progress
 from adapters.errors import AdaptersError
 
@@ -28,7 +29,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (quickstart, train, sweep, evaluate, predict, inspect, report, merge):  # in the order of the help
+for command in (  # in the order of the help
+    quickstart,
+    validate,
+    train,
+    sweep,
+    evaluate,
+    predict,
+    inspect,
+    report,
+    merge,
+):
     app.command()(command)
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.

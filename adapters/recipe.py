@@ -104,7 +104,7 @@ class Recipe(BaseModel):
         try:
             return cls(**document)
         except ValidationError as fault:
-            lines = [_line(error, cls) for error in fault.errors()]
+            lines = [fault_line(error, cls) for error in fault.errors()]
             raise RequestError(f"{where}: " + "; ".join(lines)) from fault
 
     @classmethod
@@ -119,16 +119,24 @@ class Recipe(BaseModel):
             RequestError: no such file, YAML that is not a plain mapping, keys twice, unknown keys.
         """
         path = Path(file)
-        if not path.is_file():
-            raise RequestError(message("there is no such recipe", where=str(path)))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as fault:
-            raise RequestError(message("not utf-8 text", where=str(path), found=fault)) from fault
-        document = parse_yaml(text, str(path))
+        document = parse_yaml(cls.text_of(path), str(path))
         if not isinstance(document, dict):
             raise RequestError(message("not a recipe", where=str(path), expected="keys and values"))
         return cls.make(changed(document, changes or {}), str(path))
+
+    @staticmethod
+    def text_of(path: Path) -> str:
+        """The text of a recipe's file.
+
+        Raises:
+            RequestError: no such file, or not utf-8.
+        """
+        if not path.is_file():
+            raise RequestError(message("there is no such recipe", where=str(path)))
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as fault:
+            raise RequestError(message("not utf-8 text", where=str(path), found=fault)) from fault
 
     def run(
         self,
@@ -157,7 +165,8 @@ class Recipe(BaseModel):
         return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
 
-def _line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
+def fault_line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
+    """A complaint of pydantic in words, with the right name of an unknown key."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         right = KEY_ALIASES.get(path)
@@ -440,6 +449,11 @@ def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[di
 
 def _split_seed(recipe: Recipe) -> int:
     return recipe.seed if recipe.split_seed is None else recipe.split_seed
+
+
+def divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
+    """The parts that a run of the recipe would have, and what is to be said about them."""
+    return _divided(recipe, splits, task)
 
 
 def _stratum(task: Task, rows: Dataset) -> str | None:

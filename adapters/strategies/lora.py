@@ -89,6 +89,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check()
+        self._check_start()
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Find the target modules in the model's graph and check every option against them.
@@ -99,8 +101,6 @@ class Lora:
         from adapters.anatomy import shortest_suffixes
         from adapters.injection import candidates, check_patterns, choose, layout, whole_modules
 
-        self._check()
-        self._check_start()
         every_layer = choose(model, head, patterns=self.target_modules, exclude=self.exclude_modules)
         chosen = choose(
             model,
