@@ -9,7 +9,7 @@ worst case: padding is there, every label that can be learnt is learnt.
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 from adapters import fused, prefix, readout
-from adapters.anatomy import copied, never_saved, own_name
+from adapters.anatomy import never_saved, own_name, skeleton
 from adapters.contracts import Task
 from adapters.devices import Device
 from adapters.footprint import Footprint
@@ -44,6 +44,7 @@ OF_TOKENS: Final = (
     "AutoModelForMaskedLM",
 )
 OF_TARGETS: Final = ("AutoModelForSeq2SeqLM",)
+VOCABULARY: Final = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
 DRAWN: Final = ("masked-lm", "denoising", "next-sentence")  # tasks whose training rows are others in every epoch
 
 
@@ -129,13 +130,15 @@ class Imitation:
         self._quiet_paths = [paths[id(module)] for module in quiet]
         cut = prefix.cut_of(ghost, trained) if self._keeps_prefix() else None
 
+        bare = skeleton(self._drawn.model)
+        hollow(bare, self._trial.maps, self._storage)
+        strategy.apply(bare)
+
         stack = self._stack
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(self._foot)
         self._foot.mark()
-        self.model = model = copied(self._drawn.model, _hollow)
-        hollow(model, self._trial.maps, self._storage)
-        strategy.apply(model)
+        self.model = model = _unfilled(bare)
         self.trained = {name: p for name, p in model.named_parameters() if name in trained}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.trained)
@@ -153,6 +156,9 @@ class Imitation:
                 tuple(model.get_submodule(paths[id(module)]) for module in cut.passed),
             )
         self.weights = self._foot.now
+        wanted = self._how.own.get("chunked_loss")
+        self._readout = readout.Readout(model, self.task, None, lambda _: None, wanted=wanted)
+        self._readout.settle(fits=self._reads_plainly())
         self.gradients = sum(p.numel() * p.element_size() for p in self.trained.values())
         self._kept = [
             [torch.empty_like(p) for p in self.trained.values()] for _ in range(1 + bool(self._how.evaluated))
@@ -246,6 +252,14 @@ class Imitation:
                 self._up_to_cut(inputs)
         return self._foot.peak
 
+    def state_bytes(self, batch: Batch) -> int:
+        """Bytes of what is kept of the frozen prefix of a batch."""
+        inputs = self._inputs(batch)
+        inputs.pop("labels")
+        states = self._up_to_cut(inputs)
+        kept = torch.bfloat16 if self._how.own.get("prefix_cache") == "bfloat16" else states.dtype
+        return states.numel() * kept.itemsize
+
     @property
     def resting(self) -> int:
         """Bytes that are alive between passes."""
@@ -269,17 +283,10 @@ class Imitation:
         share = getattr(self.task, "mask_share", 1.0)
         return share if self.task.auto_class in OF_TOKENS + OF_TARGETS else 1 / max(1, batch.length)
 
-    @functools.cached_property
-    def _readout(self) -> readout.Readout:
-        wanted = self._how.own.get("chunked_loss")
-        found = readout.Readout(self.model, self.task, None, lambda _: None, wanted=wanted)
-        found.settle(fits=self._reads_plainly())
-        return found
-
     def _reads_plainly(self) -> bool:
         """Whether the logits are what the output layer gave, and not something made of it."""
         layer = readout.output_layer(self.model)
-        if layer is None or self.task.auto_class not in (*OF_TOKENS, *OF_TARGETS):
+        if layer is None or self.task.auto_class not in VOCABULARY:
             return False
         calls: list[Tensor] = []
         handle = layer.register_forward_hook(lambda _m, _i, output: calls.append(output))
@@ -366,6 +373,31 @@ class Imitation:
 def _made_up(found: Tensor) -> Any:
     """A number in the place of one that nobody knows: of a truth, the worse one."""
     return False if found.dtype == torch.bool else 1.0 if found.is_floating_point() else 1
+
+
+def _unfilled(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model on the meta device, of tensors that have a device and no memory."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        new = nn.Parameter(_hollow(parameter), requires_grad=parameter.requires_grad)
+        if getattr(parameter, "quant_state", None) is not None:
+            for name, value in vars(parameter).items():
+                setattr(new, name, _state(value) if name == "quant_state" else value)
+        new._backward_hooks = parameter._backward_hooks  # what a strategy holds still by a gradient hook
+        memo[id(parameter)] = new
+    memo |= {id(buffer): _hollow(buffer) for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _state(packed: Any) -> Any:
+    """The scales of a packed weight, in the same way."""
+    new = copy.copy(packed)
+    for name, value in vars(packed).items():
+        if isinstance(value, Tensor):
+            setattr(new, name, _hollow(value))
+        elif name == "state2" and value is not None:
+            new.state2 = _state(value)
+    return new
 
 
 def _hollow(tensor: Tensor) -> Tensor:
