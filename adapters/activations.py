@@ -45,6 +45,7 @@ OF_TOKENS: Final = (
 )
 OF_TARGETS: Final = ("AutoModelForSeq2SeqLM",)
 VOCABULARY: Final = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+TRIED: Final = 8  # tokens of a row that is passed to see what a pass leaves behind
 DRAWN: Final = ("masked-lm", "denoising", "next-sentence")  # tasks whose training rows are others in every epoch
 
 
@@ -94,6 +95,7 @@ class Imitation:
         weights, gradients, optimizer, copies: bytes that stay: the model with its adapters, one gradient for each
             trained tensor, the optimizer's state, and what the run keeps of the trained tensors beside them (as they
             were at the start, and the best ones).
+        cast: bytes of the frozen weights' copies in bfloat16, which training multiplies.
         cut: where the frozen prefix ends that the run would keep; None where it computes everything.
     """
 
@@ -104,6 +106,7 @@ class Imitation:
         self._stack = contextlib.ExitStack()
         self._foot = Footprint(
             {
+                torch.ops.prim.device.default: lambda tensor: tensor.fake_device,  # asked for twice an operation
                 aten._local_scalar_dense.default: _made_up,
                 aten.nonzero.default: self._nonzero,
                 aten.index.Tensor: self._index,
@@ -111,7 +114,7 @@ class Imitation:
                 aten.equal.default: lambda *_: True,
             }
         )
-        self.weights = self.gradients = self.optimizer = self.copies = 0
+        self.weights = self.gradients = self.optimizer = self.copies = self.cast = 0
         self.cut: prefix.Cut | None = None
         self.form: Any = None
 
@@ -167,6 +170,16 @@ class Imitation:
         if self.trained:
             self._begin_optimizer()
         self.optimizer = self._foot.now - self.weights - self.copies
+        how = self._matmuls()
+        if how is not None:
+            stack.enter_context(fused.fused(model, how))
+        if how is not None and how.dtype is not None:
+            self._learn()
+            before = self._foot.now
+            self._passed(Batch(1, TRIED, TRIED))  # frozen weights that are multiplied in bfloat16 are copied here
+            for parameter in self.trained.values():
+                parameter.grad = None
+            self.cast = self._foot.now - before
         return self
 
     def __exit__(
@@ -193,28 +206,24 @@ class Imitation:
 
     def step(self, batch: Batch) -> int:
         """The most bytes at once in an optimizer step over batches of this size."""
-        self.model.train()
-        for module in self._quiet:
-            vars(module)["training"] = False
-        start = self._foot.mark()
+        self._learn()
+        self._foot.mark()
         try:
-            with self._fused():
-                for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                    self._passed(batch)
-                if self.trained:
-                    if self._how.args.max_grad_norm:
-                        torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
-                    self._optimizer.step()
-                    self._optimizer.zero_grad()
-                # copies in bfloat16 stand from the first step on: only a second one has them all
-                if self._foot.now > start:
-                    self._foot.mark()
-                    for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                        self._passed(batch)
+            for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
+                self._passed(batch)
+            if self.trained:
+                if self._how.args.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
+                self._optimizer.step()
             return self._foot.peak
         finally:
             for parameter in self.trained.values():
                 parameter.grad = None
+
+    def _learn(self) -> None:
+        self.model.train()
+        for module in self._quiet:
+            vars(module)["training"] = False
 
     def _passed(self, batch: Batch) -> None:
         inputs = self._inputs(batch)
@@ -263,7 +272,7 @@ class Imitation:
     @property
     def resting(self) -> int:
         """Bytes that are alive between passes."""
-        return self.weights + self.copies + self.optimizer
+        return self.weights + self.copies + self.optimizer + self.cast
 
     # ------------------------------------------------------------------ what a pass runs in
 
@@ -290,7 +299,7 @@ class Imitation:
             return False
         calls: list[Tensor] = []
         handle = layer.register_forward_hook(lambda _m, _i, output: calls.append(output))
-        inputs = self._inputs(Batch(2, 8, 8))
+        inputs = self._inputs(Batch(2, TRIED, TRIED))
         inputs.pop("labels")
         try:
             with evaluating(self.model), torch.no_grad():
@@ -312,15 +321,16 @@ class Imitation:
             return contextlib.nullcontext()
         return torch.autocast("cpu", self._how.autocast)
 
-    def _fused(self) -> contextlib.AbstractContextManager[Any]:
+    def _matmuls(self) -> fused.Plan | None:
+        """How the adapted matmuls are computed; None for peft's own way."""
         wanted = self._how.own.get("fused", True)
         if not wanted or self._how.args.torch_compile:
-            return contextlib.nullcontext()
-        device, how = self._how.device, fused.Plan()
-        if wanted != "float32" and self._how.autocast is None and device.bfloat16:
-            room = max(0, (device.room or (1 << 62)) - self._foot.now)  # of a CPU, the free memory beside the model
-            how = fused.planned(self.model, room)
-        return fused.fused(self.model, how)
+            return None
+        device = self._how.device
+        if wanted == "float32" or self._how.autocast is not None or not device.bfloat16:
+            return fused.Plan()
+        room = max(0, (device.room or (1 << 62)) - self._foot.now)  # of a CPU, the free memory beside the model
+        return fused.planned(self.model, room)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """A batch as the task's `collate` makes it, with padding, of tensors without memory."""
@@ -371,8 +381,8 @@ class Imitation:
 
 
 def _made_up(found: Tensor) -> Any:
-    """A number in the place of one that nobody knows: of a truth, the worse one."""
-    return False if found.dtype == torch.bool else 1.0 if found.is_floating_point() else 1
+    """A number in the place of one that nobody knows; a truth is true (a layer that may be dropped is not)."""
+    return True if found.dtype == torch.bool else 1.0 if found.is_floating_point() else 1
 
 
 def _unfilled(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MARGIN: Final = 0.1  # by which a real peak may lie above a planned one (docs/planning.md), left free where it must fit
 LENGTH: Final = 512  # tokens of a row where nobody says, or as many as the model takes
 ROWS: Final = 1000  # training rows where nobody says: what is kept of them grows with their number
+CLOSE: Final = 64
 MOST: Final = 1024  # rows of a batch that is looked for
 LABELS: Final = ("0", "1")  # of a classifier where nobody names any
 
@@ -55,7 +56,7 @@ class Line:
         file: the adapter file, to the byte; checkpoint: about, of each checkpoint on disk.
         batch: rows of a training batch; evaluated: rows of an evaluation batch.
         largest: the most rows of a training batch that fit the device; 0 for none, None where no memory was named.
-        largest_evaluated: the same of an evaluation batch.
+        largest_evaluated: the rows of an evaluation batch as it was planned, or the most that fit.
         fits: whether the run fits as it is planned; None where no memory was named.
     """
 
@@ -371,8 +372,12 @@ def _counted(
         fits: bool | None = None
         if where.room is not None:
             room = int(where.room / (1 + MARGIN))
-            largest = most(lambda number: run.step(of(number)), room, {batch: step})
-            largest_evaluated = most(lambda number: run.evaluation(of(number)), room, {evaluated: evaluation})
+            rest = run.resting + run.gradients
+            largest = most(lambda number: run.step(of(number)), room, {0: rest, batch: step})
+            largest_evaluated = evaluated
+            if evaluation > room:
+                counted = {0: run.resting, evaluated: evaluation}
+                largest_evaluated = most(lambda number: run.evaluation(of(number)), room, counted)
             fits = max(step, evaluation, features) <= room
         copies, optimizer, gradients, weights = run.copies, run.optimizer, run.gradients, run.weights
     file = file_bytes(adapted)
@@ -466,39 +471,29 @@ def file_bytes(adapted: Adapted) -> int:
     return len(header) + sum(size for _, _, size in entries.values())
 
 
-def most(count: Any, room: int, known: dict[int, int]) -> int:
-    """The most rows whose count stays within the room; 0 for none, `MOST` where even so many do.
+def most(count: Callable[[int], int], room: int, known: Mapping[int, int]) -> int:
+    """About the most rows whose count stays within the room; 0 for none, `MOST` where even so many do.
 
-    Memory grows about evenly with the rows, so that a line through two counts tells the next to look at.
+    Memory grows evenly with the rows, piece by piece, so a line through two counts tells where to look. The answer has
+    been counted; a number above it by more than a row in `CLOSE` has been too, or the line rules it out.
+
+    Args:
+        count: bytes of so many rows; room: that there are; known: what has been counted; 0 rows may be among it.
     """
-    known = dict(known)
-
-    def fits(rows: int) -> bool:
-        if rows not in known:
-            known[rows] = count(rows)
-        return known[rows] <= room
-
-    if not fits(1):
-        return 0
-    low, high = 1, MOST + 1  # fits, does not
-    while high - low > 1:
-        points = sorted(known)[-2:] if len(known) > 1 else [1, 2]
-        guess = (low + high) // 2
-        if len(known) > 1:
-            one, two = points
-            slope = max(1.0, (known[two] - known[one]) / (two - one))
-            guess = one + int((room - known[one]) / slope)
-            guess = guess if fits_between(guess, low, high) else guess - 1 if guess >= high else guess + 1
+    found = dict(known)
+    low, high = 0, MOST + 1  # fits, does not
+    while True:
+        low = max((rows for rows, size in found.items() if size <= room), default=-1)
+        high = min((rows for rows, size in found.items() if size > room), default=MOST + 1)
+        if low < 0 or high - low <= 1 + low // CLOSE:
+            return max(0, min(low, MOST))
+        near, far = sorted(found, key=lambda rows: (abs(found[rows] - room), rows))[:2]
+        slope = max(1.0, (found[far] - found[near]) / (far - near))
+        guess = near + int((room - found[near]) // slope)
+        if guess == low > 0 and low != min(known):
+            return low
         guess = min(max(guess, low + 1), high - 1)
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-    return min(low, MOST)
-
-
-def fits_between(guess: int, low: int, high: int) -> bool:
-    return low < guess < high
+        found[guess] = count(guess)
 
 
 def _remarks(lines: Sequence[Line], rows: int | None) -> Iterator[str]:
