@@ -9,7 +9,7 @@ worst case: padding is there, every label that can be learnt is learnt.
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 from adapters import fused, prefix, readout
-from adapters.anatomy import copied, never_saved, own_name
+from adapters.anatomy import never_saved, own_name, skeleton
 from adapters.contracts import Task
 from adapters.devices import Device
 from adapters.footprint import Footprint
@@ -44,6 +44,8 @@ OF_TOKENS: Final = (
     "AutoModelForMaskedLM",
 )
 OF_TARGETS: Final = ("AutoModelForSeq2SeqLM",)
+VOCABULARY: Final = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+TRIED: Final = 8  # tokens of a row that is passed to see what a pass leaves behind
 DRAWN: Final = ("masked-lm", "denoising", "next-sentence")  # tasks whose training rows are others in every epoch
 
 
@@ -93,6 +95,7 @@ class Imitation:
         weights, gradients, optimizer, copies: bytes that stay: the model with its adapters, one gradient for each
             trained tensor, the optimizer's state, and what the run keeps of the trained tensors beside them (as they
             were at the start, and the best ones).
+        cast: bytes of the frozen weights' copies in bfloat16, which training multiplies.
         cut: where the frozen prefix ends that the run would keep; None where it computes everything.
     """
 
@@ -103,6 +106,7 @@ class Imitation:
         self._stack = contextlib.ExitStack()
         self._foot = Footprint(
             {
+                torch.ops.prim.device.default: lambda tensor: tensor.fake_device,  # asked for twice an operation
                 aten._local_scalar_dense.default: _made_up,
                 aten.nonzero.default: self._nonzero,
                 aten.index.Tensor: self._index,
@@ -110,7 +114,7 @@ class Imitation:
                 aten.equal.default: lambda *_: True,
             }
         )
-        self.weights = self.gradients = self.optimizer = self.copies = 0
+        self.weights = self.gradients = self.optimizer = self.copies = self.cast = 0
         self.cut: prefix.Cut | None = None
         self.form: Any = None
 
@@ -129,13 +133,15 @@ class Imitation:
         self._quiet_paths = [paths[id(module)] for module in quiet]
         cut = prefix.cut_of(ghost, trained) if self._keeps_prefix() else None
 
+        bare = skeleton(self._drawn.model)
+        hollow(bare, self._trial.maps, self._storage)
+        strategy.apply(bare)
+
         stack = self._stack
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(self._foot)
         self._foot.mark()
-        self.model = model = copied(self._drawn.model, _hollow)
-        hollow(model, self._trial.maps, self._storage)
-        strategy.apply(model)
+        self.model = model = _unfilled(bare)
         self.trained = {name: p for name, p in model.named_parameters() if name in trained}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.trained)
@@ -153,6 +159,9 @@ class Imitation:
                 tuple(model.get_submodule(paths[id(module)]) for module in cut.passed),
             )
         self.weights = self._foot.now
+        wanted = self._how.own.get("chunked_loss")
+        self._readout = readout.Readout(model, self.task, None, lambda _: None, wanted=wanted)
+        self._readout.settle(fits=self._reads_plainly())
         self.gradients = sum(p.numel() * p.element_size() for p in self.trained.values())
         self._kept = [
             [torch.empty_like(p) for p in self.trained.values()] for _ in range(1 + bool(self._how.evaluated))
@@ -161,6 +170,16 @@ class Imitation:
         if self.trained:
             self._begin_optimizer()
         self.optimizer = self._foot.now - self.weights - self.copies
+        how = self._matmuls()
+        if how is not None:
+            stack.enter_context(fused.fused(model, how))
+        if how is not None and how.dtype is not None:
+            self._learn()
+            before = self._foot.now
+            self._passed(Batch(1, TRIED, TRIED))  # frozen weights that are multiplied in bfloat16 are copied here
+            for parameter in self.trained.values():
+                parameter.grad = None
+            self.cast = self._foot.now - before
         return self
 
     def __exit__(
@@ -187,28 +206,24 @@ class Imitation:
 
     def step(self, batch: Batch) -> int:
         """The most bytes at once in an optimizer step over batches of this size."""
-        self.model.train()
-        for module in self._quiet:
-            vars(module)["training"] = False
-        start = self._foot.mark()
+        self._learn()
+        self._foot.mark()
         try:
-            with self._fused():
-                for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                    self._passed(batch)
-                if self.trained:
-                    if self._how.args.max_grad_norm:
-                        torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
-                    self._optimizer.step()
-                    self._optimizer.zero_grad()
-                # copies in bfloat16 stand from the first step on: only a second one has them all
-                if self._foot.now > start:
-                    self._foot.mark()
-                    for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                        self._passed(batch)
+            for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
+                self._passed(batch)
+            if self.trained:
+                if self._how.args.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
+                self._optimizer.step()
             return self._foot.peak
         finally:
             for parameter in self.trained.values():
                 parameter.grad = None
+
+    def _learn(self) -> None:
+        self.model.train()
+        for module in self._quiet:
+            vars(module)["training"] = False
 
     def _passed(self, batch: Batch) -> None:
         inputs = self._inputs(batch)
@@ -246,10 +261,18 @@ class Imitation:
                 self._up_to_cut(inputs)
         return self._foot.peak
 
+    def state_bytes(self, batch: Batch) -> int:
+        """Bytes of what is kept of the frozen prefix of a batch."""
+        inputs = self._inputs(batch)
+        inputs.pop("labels")
+        states = self._up_to_cut(inputs)
+        kept = torch.bfloat16 if self._how.own.get("prefix_cache") == "bfloat16" else states.dtype
+        return states.numel() * kept.itemsize
+
     @property
     def resting(self) -> int:
         """Bytes that are alive between passes."""
-        return self.weights + self.copies + self.optimizer
+        return self.weights + self.copies + self.optimizer + self.cast
 
     # ------------------------------------------------------------------ what a pass runs in
 
@@ -269,21 +292,14 @@ class Imitation:
         share = getattr(self.task, "mask_share", 1.0)
         return share if self.task.auto_class in OF_TOKENS + OF_TARGETS else 1 / max(1, batch.length)
 
-    @functools.cached_property
-    def _readout(self) -> readout.Readout:
-        wanted = self._how.own.get("chunked_loss")
-        found = readout.Readout(self.model, self.task, None, lambda _: None, wanted=wanted)
-        found.settle(fits=self._reads_plainly())
-        return found
-
     def _reads_plainly(self) -> bool:
         """Whether the logits are what the output layer gave, and not something made of it."""
         layer = readout.output_layer(self.model)
-        if layer is None or self.task.auto_class not in (*OF_TOKENS, *OF_TARGETS):
+        if layer is None or self.task.auto_class not in VOCABULARY:
             return False
         calls: list[Tensor] = []
         handle = layer.register_forward_hook(lambda _m, _i, output: calls.append(output))
-        inputs = self._inputs(Batch(2, 8, 8))
+        inputs = self._inputs(Batch(2, TRIED, TRIED))
         inputs.pop("labels")
         try:
             with evaluating(self.model), torch.no_grad():
@@ -305,15 +321,16 @@ class Imitation:
             return contextlib.nullcontext()
         return torch.autocast("cpu", self._how.autocast)
 
-    def _fused(self) -> contextlib.AbstractContextManager[Any]:
+    def _matmuls(self) -> fused.Plan | None:
+        """How the adapted matmuls are computed; None for peft's own way."""
         wanted = self._how.own.get("fused", True)
         if not wanted or self._how.args.torch_compile:
-            return contextlib.nullcontext()
-        device, how = self._how.device, fused.Plan()
-        if wanted != "float32" and self._how.autocast is None and device.bfloat16:
-            room = max(0, (device.room or (1 << 62)) - self._foot.now)  # of a CPU, the free memory beside the model
-            how = fused.planned(self.model, room)
-        return fused.fused(self.model, how)
+            return None
+        device = self._how.device
+        if wanted == "float32" or self._how.autocast is not None or not device.bfloat16:
+            return fused.Plan()
+        room = max(0, (device.room or (1 << 62)) - self._foot.now)  # of a CPU, the free memory beside the model
+        return fused.planned(self.model, room)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """A batch as the task's `collate` makes it, with padding, of tensors without memory."""
@@ -364,8 +381,33 @@ class Imitation:
 
 
 def _made_up(found: Tensor) -> Any:
-    """A number in the place of one that nobody knows: of a truth, the worse one."""
-    return False if found.dtype == torch.bool else 1.0 if found.is_floating_point() else 1
+    """A number in the place of one that nobody knows; a truth is true (a layer that may be dropped is not)."""
+    return True if found.dtype == torch.bool else 1.0 if found.is_floating_point() else 1
+
+
+def _unfilled(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model on the meta device, of tensors that have a device and no memory."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        new = nn.Parameter(_hollow(parameter), requires_grad=parameter.requires_grad)
+        if getattr(parameter, "quant_state", None) is not None:
+            for name, value in vars(parameter).items():
+                setattr(new, name, _state(value) if name == "quant_state" else value)
+        new._backward_hooks = parameter._backward_hooks  # what a strategy holds still by a gradient hook
+        memo[id(parameter)] = new
+    memo |= {id(buffer): _hollow(buffer) for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _state(packed: Any) -> Any:
+    """The scales of a packed weight, in the same way."""
+    new = copy.copy(packed)
+    for name, value in vars(packed).items():
+        if isinstance(value, Tensor):
+            setattr(new, name, _hollow(value))
+        elif name == "state2" and value is not None:
+            new.state2 = _state(value)
+    return new
 
 
 def _hollow(tensor: Tensor) -> Tensor:

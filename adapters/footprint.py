@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +63,10 @@ class Footprint(TorchDispatchMode):
     ) -> Any:
         """Let the operation happen, and count what it made."""
         found = self._stand_ins.get(function, function)(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
+        if isinstance(found, Tensor):
+            self._count(found)
+        elif isinstance(found, tuple | list):
+            for leaf in tree_leaves(found):
+                if isinstance(leaf, Tensor):
+                    self._count(leaf)
         return found

@@ -1,0 +1,513 @@
+"""`plan()`: what a run would take, before a byte of the backbone's weights is read.
+
+Every strategy is resolved and applied as `adapt` does it, on a copy without memory; a run over it is then made on
+tensors without memory, and counted (see `activations`). What does not fit this model stands in the table with its
+reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from adapters.adapt import STRATEGIES, requested
+from adapters.devices import Device, device as found_device
+from adapters.errors import AdaptersError, RequestError, message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from adapters.activations import Imitation
+    from adapters.blueprint import Blueprint
+    from adapters.contracts import Adapted, Strategy, Task
+    from adapters.trial import Trial
+
+MARGIN: Final = 0.1  # by which a real peak may lie above a planned one (docs/planning.md), left free where it must fit
+LENGTH: Final = 512  # tokens of a row where nobody says, or as many as the model takes
+ROWS: Final = 1000  # training rows where nobody says: what is kept of them grows with their number
+CLOSE: Final = 64
+MOST: Final = 1024  # rows of a batch that is looked for
+LABELS: Final = ("0", "1")  # of a classifier where nobody names any
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """What one strategy would take. All sizes in bytes; 0 throughout where it is refused.
+
+    Attributes:
+        strategy: its name, as it was asked for.
+        refused: why this model cannot have it; empty where it can.
+        trained: parameters that train; total: of the model, with the adapters.
+        weights: the model as it is kept, adapters and 4-bit scales included.
+        gradients: one of each trained tensor.
+        optimizer: its state.
+        copies: of the trained tensors, kept beside them: as they were at the start, and the best so far.
+        activations: what a training step holds beside all that, at its peak.
+        step: the peak of a training step; evaluation: of evaluating a batch; features: of passing the rows once before
+            the first step (a frozen prefix, or the features that a new head is solved on); 0 where none is passed.
+        loading: main memory while the backbone is opened: in full precision, before it is packed.
+        cache: on disk (or in memory, with prefix_cache_gb=0): the kept prefix of all rows.
+        file: the adapter file, to the byte; checkpoint: about, of each checkpoint on disk.
+        batch: rows of a training batch; evaluated: rows of an evaluation batch.
+        largest: the most rows of a training batch that fit the device; 0 for none, None where no memory was named.
+        largest_evaluated: the rows of an evaluation batch as it was planned, or the most that fit.
+        fits: whether the run fits as it is planned; None where no memory was named.
+    """
+
+    strategy: str
+    refused: str = ""
+    trained: int = 0
+    total: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    copies: int = 0
+    activations: int = 0
+    step: int = 0
+    evaluation: int = 0
+    features: int = 0
+    loading: int = 0
+    cache: int = 0
+    file: int = 0
+    checkpoint: int = 0
+    batch: int = 0
+    evaluated: int = 0
+    largest: int | None = None
+    largest_evaluated: int | None = None
+    fits: bool | None = None
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors at once in the whole run."""
+        return max(self.step, self.evaluation, self.features)
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What the strategies would take on one model, task, length, batch and device.
+
+    Attributes:
+        model, task: as they were asked for.
+        length: tokens of a row; 0 for pictures.
+        device: its name; memory: its bytes, None where nobody said.
+        lines: one a strategy.
+        notes: what was taken for granted.
+    """
+
+    model: str
+    task: str
+    length: int
+    device: str
+    memory: int | None
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fitting(self) -> tuple[Line, ...]:
+        """The strategies that fit, the smallest peak first."""
+        return tuple(sorted((line for line in self.lines if line.fits), key=lambda line: line.peak))
+
+    @property
+    def cheapest(self) -> Line | None:
+        """The strategy that fits and takes the least memory; None where none does."""
+        return next(iter(self.fitting), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, sizes in bytes."""
+        lines = [{**dataclasses.asdict(line), "peak": line.peak} for line in self.lines]
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lines"},
+            "notes": list(self.notes),
+            "lines": lines,
+            "fitting": [line.strategy for line in self.fitting],
+            "cheapest": self.cheapest.strategy if self.cheapest else None,
+            "margin": MARGIN,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self.said())
+
+    def said(self) -> list[str]:
+        """The plan in plain lines: a table, then the verdict."""
+        head = ("strategy", "trained", "weights", "grads", "optim", "activ.", "peak", "file", "largest batch", "fits")
+        rows = [head, *(_cells(line) for line in self.lines)]
+        short = [row for row in rows if len(row) > 2]
+        widths = [max(len(row[column]) for row in short) for column in range(len(head))]
+        told = []
+        for row in rows:
+            if len(row) == 2:
+                told.append(f"{row[0]:<{widths[0]}}  {row[1]}")
+            else:
+                cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+                told.append("  ".join(cells).rstrip())
+        return [self.title(), "", *told, "", *self.verdict()]
+
+    def title(self) -> str:
+        """What the plan is of."""
+        batch = next((line.batch for line in self.lines if not line.refused), 0)
+        size = f"{self.length} tokens a row, " if self.length else ""
+        where = f"{self.device}" + (f" ({gigabytes(self.memory)})" if self.memory is not None else "")
+        return f"{self.model}, {self.task}: {size}{batch} rows a batch, on {where}"
+
+    def verdict(self) -> list[str]:
+        """What fits, what is cheapest, and what was taken for granted."""
+        told = []
+        if self.memory is not None:
+            fitting = ", ".join(line.strategy for line in self.fitting) or "nothing"
+            told.append(f"fits      {fitting}  (peak and {MARGIN:.0%} on top)")
+            if self.cheapest is not None:
+                told.append(f"cheapest  {self.cheapest.strategy}: {gigabytes(self.cheapest.peak)} at its peak")
+            for line in self.lines:
+                if line.fits is False and line.largest and line.largest_evaluated:
+                    smaller = {
+                        "per_device_train_batch_size": min(line.largest, line.batch),
+                        "per_device_eval_batch_size": min(line.largest_evaluated, line.evaluated),
+                    }
+                    how = ", ".join(f"{name}={rows}" for name, rows in smaller.items())
+                    told.append(f"smaller   {line.strategy} fits with {how}")
+        loading = max((line.loading for line in self.lines if line.loading > line.weights), default=0)
+        if loading:
+            told.append(f"loading   {gigabytes(loading)} of main memory while a backbone is opened that is then packed")
+        return told + [f"note      {note}" for note in self.notes]
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    if line.refused:
+        return line.strategy, f"- {line.refused}"
+    largest = "" if line.largest is None else str(line.largest) if line.largest < MOST else f"{MOST}+"
+    fits = "" if line.fits is None else "yes" if line.fits else "no"
+    sizes = (line.weights, line.gradients, line.optimizer, line.activations, line.peak, line.file)
+    return (line.strategy, f"{line.trained:,}", *map(gigabytes, sizes), largest, fits)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes for people: 10^9 a GB."""
+    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= width:
+            return f"{size / width:.{1 if size < 100 * width else 0}f} {unit}"
+    return f"{size} B"
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    strategy: str | Strategy | Sequence[str] | None = None,
+    *,
+    task: str | Task | None = None,
+    labels: Any = None,
+    quantization: str | None = None,
+    load: Mapping[str, Any] | None = None,
+    length: int | None = None,
+    batch: int | None = None,
+    rows: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    memory: str | float | None = None,
+    **options: Any,
+) -> Plan:
+    """What a run would take: memory of every kind, file sizes, what fits; nothing is trained, no weights are read.
+
+    Args:
+        model: an id, a folder (its config.json is enough), or a live model, which is not touched.
+        strategy: a name, several, or a strategy object; None for every strategy in `STRATEGIES`.
+        task, labels, quantization, load, options: as for `adapt`; labels may be their number.
+        length: tokens of a row; None for `max_length`, else 512 or as many as the model takes.
+        batch: rows of a training batch; None for `args`' own.
+        rows: training rows, as far as what is kept of them counts; None for 1000.
+        args: training settings by transformers' names: batch sizes, optim, activation_checkpointing, bf16 ...
+        device: a card ("rtx 4090"), "cuda" or "cpu"; None for the one here.
+        memory: of it ("24GB"), where no card is named or it is known better.
+
+    Returns:
+        The plan: one line a strategy; a strategy that the model refuses stands there with its reason.
+
+    Raises:
+        RequestError: unknown names (the known ones are listed), a length over the model's positions, no config.
+    """
+    from adapters import blueprint
+
+    where = found_device(device, memory)
+    names = [strategy] if strategy is not None and not _several(strategy) else list(strategy or _all())  # type: ignore[arg-type]
+    settings = dict(args or {})
+    if batch is not None:
+        settings["per_device_train_batch_size"] = batch
+    notes: list[str] = []
+    labels, note = _labels(model, task, labels, options)
+    notes += [note] if note else []
+    lines, drawn, size = [], None, 0
+    for name in names:
+        known = _own(name, options, alone=len(names) == 1)
+        chosen, goal, packed = requested(model, name, task, labels, quantization, known)
+        if drawn is None:
+            drawn = blueprint.drawn(model, goal, dict(load or {}))
+            size = _length(drawn, length)
+            notes += [drawn.note] if drawn.note else []
+        lines.append(_line(name, chosen, packed, drawn, size, rows or ROWS, settings, where, load or {}))
+    assert drawn is not None
+    if length is None and size:
+        notes.append(f"rows of {size} tokens; length says otherwise")
+    notes += _remarks(lines, rows)
+    return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes))
+
+
+def _several(strategy: object) -> bool:
+    return isinstance(strategy, Sequence) and not isinstance(strategy, str)
+
+
+def _all() -> list[str]:
+    """Every strategy that needs no option to be named."""
+    return [name for name in STRATEGIES if name != "peft"]
+
+
+def _own(name: Any, options: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
+    """Options of one strategy among several: those that it takes; of one alone all, so that wrong ones are said."""
+    if alone or not isinstance(name, str):
+        return dict(options)
+    from adapters.adapt import row_of
+
+    others = set().union(*(row_of(other).names() for other in _all()))
+    return {key: value for key, value in options.items() if key in row_of(name).names() or key not in others}
+
+
+def _labels(model: Any, task: Any, labels: Any, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The label names; where nobody says, two for a backbone that brings no head of its own."""
+    from adapters.adapt import task_class
+    from adapters.backbones import live_model
+    from adapters.options import field_names
+
+    if isinstance(labels, int) and not isinstance(labels, bool):
+        return [str(number) for number in range(labels)], ""
+    if labels is not None or not isinstance(task, str | None) or live_model(model) or "labels" in options:
+        return labels, ""
+    if "labels" not in field_names(task_class(task or "text-classification")):
+        return None, ""
+    if options.get("problem") == "regression":
+        return None, ""
+    return list(LABELS), f"{len(LABELS)} labels are taken for granted; labels says otherwise"
+
+
+def _length(drawn: Blueprint, length: int | None) -> int:
+    """Tokens of a row, held to the model's positions; 0 for pictures.
+
+    Raises:
+        RequestError: more than the model has positions for.
+    """
+    from adapters.anatomy import counted_from
+
+    if drawn.model.main_input_name == "pixel_values":
+        return 0
+    positions = getattr(drawn.model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else None
+    offset = counted_from(drawn.model)
+    if most is not None and offset is not None:
+        most -= offset + 1
+    asked = length if length is not None else getattr(drawn.task, "max_length", None)
+    if asked is None:
+        return min(LENGTH, most or LENGTH)
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        raise RequestError(message("a wrong value", where="length", expected="a number of tokens", found=repr(asked)))
+    if most is not None and asked > most:
+        where = f"length on {type(drawn.model).__name__}"
+        raise RequestError(message("more tokens than the model has positions", where=where, expected=f"at most {most}", found=asked))
+    return asked
+
+
+def _line(
+    name: Any,
+    strategy: Strategy,
+    packed: str | None,
+    drawn: Blueprint,
+    length: int,
+    rows: int,
+    settings: Mapping[str, Any],
+    where: Device,
+    load: Mapping[str, Any],
+) -> Line:
+    """The line of one strategy."""
+    from adapters import reading, trial
+    from adapters.quantize import Storage
+
+    shown = name if isinstance(name, str) else strategy.name
+    storage = Storage(packed)
+    with quiet():
+        try:
+            found = trial.tried(drawn.model, strategy, drawn.head, drawn.unread, reading.of(drawn.task), storage)
+        except AdaptersError as fault:
+            return Line(shown, refused=str(fault))
+        return _counted(shown, found, storage, drawn, length, rows, settings, where)
+
+
+def _counted(
+    shown: str,
+    found: Trial,
+    storage: Any,
+    drawn: Blueprint,
+    length: int,
+    rows: int,
+    settings: Mapping[str, Any],
+    where: Device,
+) -> Line:
+    from adapters.activations import Batch, Conditions, Imitation
+    from adapters.anatomy import count
+
+    adapted = imagined(found, storage, drawn)
+    args, own, autocast = arguments_of(adapted, settings)
+    how = Conditions(args, own, where, autocast)
+    target = max(1, length)
+
+    def of(number: int) -> Batch:
+        return Batch(number, max(1, length), target)
+
+    batch, evaluated = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    with Imitation(drawn, found, storage, how) as run:
+        step, evaluation = run.step(of(batch)), run.evaluation(of(evaluated))
+        features, cache = before(run, adapted, drawn, of, rows)
+        largest = largest_evaluated = None
+        fits: bool | None = None
+        if where.room is not None:
+            room = int(where.room / (1 + MARGIN))
+            rest = run.resting + run.gradients
+            largest = most(lambda number: run.step(of(number)), room, {0: rest, batch: step})
+            largest_evaluated = evaluated
+            if evaluation > room:
+                counted = {0: run.resting, evaluated: evaluation}
+                largest_evaluated = most(lambda number: run.evaluation(of(number)), room, counted)
+            fits = max(step, evaluation, features) <= room
+        copies, optimizer, gradients, weights = run.copies, run.optimizer, run.gradients, run.weights
+    file = file_bytes(adapted)
+    return Line(
+        shown,
+        trained=adapted.trained_count,
+        total=count(found.ghost.parameters()),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        copies=copies,
+        activations=max(0, step - weights - copies - optimizer - gradients),
+        step=step,
+        evaluation=evaluation,
+        features=features,
+        loading=max(weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
+        cache=cache,
+        file=file,
+        checkpoint=file + optimizer + gradients,
+        batch=batch,
+        evaluated=evaluated,
+        largest=largest,
+        largest_evaluated=largest_evaluated,
+        fits=fits,
+    )
+
+
+def before(run: Imitation, adapted: Adapted, drawn: Blueprint, of: Any, rows: int) -> tuple[int, int]:
+    """What passing all rows once takes before the first step, and what is kept of a frozen prefix, in bytes."""
+    from adapters.options import field_names
+    from adapters.prefix import ROWS as most_rows
+    from adapters.prefix import TOKENS
+
+    solved = "layer" in field_names(type(drawn.task)) and bool(drawn.new)
+    if run.cut is None and not solved:
+        return 0, 0
+    one = of(1)
+    passed = min(rows, most_rows, max(1, TOKENS // one.length))
+    return run.forward(of(passed)), rows * run.state_bytes(one) if run.cut is not None else 0
+
+
+def imagined(found: Trial, storage: Any, drawn: Blueprint) -> Adapted:
+    """The record that `adapt` would give, around the copy without memory."""
+    from adapters.adapt import live_names
+    from adapters.anatomy import never_saved
+    from adapters.contracts import Adapted, Record
+    from adapters.fingerprint import Fingerprint
+
+    names = (live_names(found.ghost, found.names | drawn.head)) - never_saved(found.ghost)
+    record = Record(unread=drawn.unread, new=tuple(sorted(drawn.new)))
+    nobody = Fingerprint({}, "")
+    return Adapted(
+        found.ghost, found.strategy, drawn.task, None, storage, tuple(sorted(names)), drawn.head, nobody, {}, record
+    )
+
+
+def arguments_of(adapted: Adapted, given: Mapping[str, Any]) -> tuple[TrainingArguments, dict[str, Any], Any]:
+    """The training arguments that a run would have, our own settings, and the dtype of mixed precision.
+
+    What only a GPU has is taken out first: transformers refuses it on a machine without one.
+    """
+    import torch
+
+    from adapters import arguments
+
+    plain = {name: value for name, value in given.items() if name not in ("bf16", "fp16", "tf32", *MANY)}
+    optim = str(getattr(plain.get("optim"), "value", plain.get("optim", "")))
+    if optim.startswith("paged_"):
+        plain["optim"] = optim.removeprefix("paged_")
+        plain["optim"] = {"adamw_32bit": "adamw_torch"}.get(plain["optim"], plain["optim"])
+    args, own = arguments.settings(adapted, {"output_dir": "unused", **plain}, evaluated=True, own_metrics=False)
+    autocast = torch.bfloat16 if given.get("bf16") else torch.float16 if given.get("fp16") else None
+    if given.get("bf16") is False and own.get("fused", True):
+        own["fused"] = "float32"
+    return args, own, autocast
+
+
+MANY: Final = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend")  # settings of many processes
+
+
+def file_bytes(adapted: Adapted) -> int:
+    """The size of the adapter file, header included."""
+    from adapters import shards
+    from adapters.manifest import FORMAT
+
+    entries = {}
+    for key, tensor, _ in sorted(adapted.places()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries[key] = (dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+    header = shards.header_bytes(entries, {"format": "pt", "holdfast": str(FORMAT)})
+    return len(header) + sum(size for _, _, size in entries.values())
+
+
+def most(count: Callable[[int], int], room: int, known: Mapping[int, int]) -> int:
+    """About the most rows whose count stays within the room; 0 for none, `MOST` where even so many do.
+
+    Memory grows evenly with the rows, piece by piece, so a line through two counts tells where to look. The answer has
+    been counted; a number above it by more than a row in `CLOSE` has been too, or the line rules it out.
+
+    Args:
+        count: bytes of so many rows; room: that there are; known: what has been counted; 0 rows may be among it.
+    """
+    found = dict(known)
+    low, high = 0, MOST + 1  # fits, does not
+    while True:
+        low = max((rows for rows, size in found.items() if size <= room), default=-1)
+        high = min((rows for rows, size in found.items() if size > room), default=MOST + 1)
+        if low < 0 or high - low <= 1 + low // CLOSE:
+            return max(0, min(low, MOST))
+        near, far = sorted(found, key=lambda rows: (abs(found[rows] - room), rows))[:2]
+        slope = max(1.0, (found[far] - found[near]) / (far - near))
+        guess = near + int((room - found[near]) // slope)
+        if guess == low > 0 and low != min(known):
+            return low
+        guess = min(max(guess, low + 1), high - 1)
+        found[guess] = count(guess)
+
+
+def _remarks(lines: Sequence[Line], rows: int | None) -> Iterator[str]:
+    if any(line.cache for line in lines) and rows is None:
+        yield f"what is kept of the frozen prefix is that of {ROWS} rows; rows says otherwise"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What the library says of a real run is no news of a plan."""
+    logger = logging.getLogger("adapters")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
