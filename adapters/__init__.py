@@ -41,6 +41,7 @@ _HOMES = {
     "merge_on_disk": "merge",
     "MergeReport": "merge",
     "Recipe": "recipe",
+    "run_recipe": "script",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.recipe import Recipe as Recipe
+    from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.tasks import TASKS as TASKS

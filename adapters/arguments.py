@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from adapters import processes
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message, nearest
 from adapters.order import frozen_below
@@ -130,7 +131,7 @@ def check_fields(given: Mapping[str, Any], *, own_metrics: bool = False) -> None
 
 
 def _refuse(given: Mapping[str, Any], own_metrics: bool) -> None:
-    faults = []
+    faults = processes.sharding(given)
     for name, value in given.items():
         holds, remedy = SETTLED.get(name, (value, ""))
         if value != holds and not (own_metrics and remedy == _WHOLE):

@@ -41,7 +41,8 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     Args:
         source: a `Dataset` or `DatasetDict`, a list of dicts, a mapping of split names to these, a file (csv, tsv,
             json, jsonl, parquet: tables; txt: a row a paragraph; conll, iob, bio: tokens and tags; .gz too), a folder
-            with train/validation/test files, a folder of pictures by class or with a metadata file, or a hub id.
+            with train/validation/test files, a folder of pictures by class or with a metadata file, or a hub id;
+            id:subset where it has several.
         say: takes one line at a time about what was chosen or left out; None logs it.
 
     Returns:
@@ -227,15 +228,16 @@ def _looks_like_id(text: str) -> bool:
 def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
     from datasets import DatasetDict, load_dataset
 
+    place, _, subset = name.partition(":")
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(place, subset or None)
     except Exception as fault:  # the loaders raise whatever their parsers and the network raise
         raise RequestError(
             message(
                 f"neither a file nor a data set that can be loaded: {name!r}",
                 where="data",
                 found=" ".join(str(fault).split())[:300],
-                remedy="Give a file that is there, or the id of a data set on the hub.",
+                remedy="Give a file that is there, or a hub id (id:subset where a data set has several).",
             )
         ) from fault
     if not isinstance(loaded, DatasetDict):

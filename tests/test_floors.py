@@ -112,7 +112,9 @@ FLOORS = {
     "console": 2,
     "commands": 13,
     "cli": 14,
+    "script": 15,
     "__main__": 15,
+    "processes": 1,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

@@ -39,6 +39,7 @@ PUBLIC = {
     "merge_on_disk",
     "predict",
     "pseudo_perplexity",
+    "run_recipe",
     "save",
 }
 
