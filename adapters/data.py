@@ -228,9 +228,8 @@ def _looks_like_id(text: str) -> bool:
 def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
     from datasets import DatasetDict, load_dataset
 
-    place, _, subset = name.partition(":")
     try:
-        loaded = load_dataset(place, subset or None)
+        loaded = load_dataset(*name.split(":", 1))  # the id, and the name of a subset
     except Exception as fault:  # the loaders raise whatever their parsers and the network raise
         raise RequestError(
             message(
@@ -250,7 +249,7 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
         elif (
             label is None or SPLIT_NAMES[part] == "train"
         ):  # a task that needs the labels refuses such rows to train on
-            splits[_split_name(str(part))] = rows
+            splits[_split_name(str(part))] = _paragraphs(rows, f"{name}, {part}", say)
         else:
             say(f"{name}: left out the split {part!r}, whose column {label!r} holds no labels")
     if "train" not in splits:
@@ -264,6 +263,17 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
             )
         )
     return splits
+
+
+def _paragraphs(rows: Dataset, where: str, say: Callable[[str], None]) -> Dataset:
+    """Plain text line by line, as corpora stand on the hub, without the empty lines: they divide, as in a .txt file."""
+    if rows.column_names != ["text"]:
+        return rows
+    kept = [index for index, text in enumerate(rows["text"]) if text is None or text.strip()]
+    if 0 < len(kept) < len(rows):
+        say(f"{where}: left out {len(rows) - len(kept)} of {len(rows)} lines, which are empty")
+        return rows.select(kept)
+    return rows
 
 
 def _is_blank(rows: Dataset, column: str) -> bool:
