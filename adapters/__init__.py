@@ -42,6 +42,7 @@ _HOMES = {
     "MergeReport": "merge",
     "Recipe": "recipe",
     "Sweep": "sweep",
+    "run_recipe": "script",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.recipe import Recipe as Recipe
+    from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -58,22 +59,46 @@ def main() -> NoReturn:
 
     The exit code tells whose fault it was: 2 the request's, 3 the data's, 4 the numbers'; 130 and 143: a signal's.
     """
+    ran(app, sys.argv[1:] or ["--help"], "adapters")
+    raise SystemExit(0)
+
+
+def single(command: Callable[..., Any]) -> typer.Typer:
+    """A program that is one command alone."""
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    program.command()(command)
+    return program
+
+
+def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = None) -> None:
+    """Run a program of commands; returns where it went well.
+
+    Args:
+        program: its commands.
+        given: the words of the command line.
+        name: what the program is called.
+        obj: what the command finds in its context.
+
+    Raises:
+        SystemExit: it did not go well; one line on standard error has said why.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[Progress()])
     for name, said in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    debug = "--debug" in given
+    arguments = [argument for argument in given if argument != "--debug"]
     try:
-        code = app(args=arguments, prog_name="adapters", standalone_mode=False)
+        code = program(args=arguments, prog_name=name, standalone_mode=False, obj=obj)
     except AdaptersError as fault:
         if debug:
             raise
         print(f"adapters: {fault}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
-        print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
+        print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
     if code == 130:  # typer turns Ctrl-C into this code and says nothing
         print("adapters: interrupted", file=sys.stderr)
-    raise SystemExit(code if isinstance(code, int) else 0)
+    if isinstance(code, int) and code != 0:
+        raise SystemExit(code)

@@ -36,6 +36,11 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def forget() -> None:
+    """Another run begins: what the last one said may be news again."""
+    _SAID.clear()
+
+
 @final
 class Progress(logging.Handler):
     """What the library logs is progress, too."""

@@ -183,7 +183,7 @@ def merge_on_disk(
     document = read_manifest(adapter)
     where = str(adapter)
     target = Path(out).expanduser()
-    _refuse_output(target)
+    refuse_output(target)
     _refuse_config(document, where)
     with single_threaded():
         edits = _edits(document, read_tensors(adapter, document), where)
@@ -316,7 +316,12 @@ def _refuse_rows(rows: list[Any] | None) -> None:
         ) from fault
 
 
-def _refuse_output(target: Path) -> None:
+def refuse_output(target: Path) -> None:
+    """Refuse to write a merged model over anything but an earlier one.
+
+    Raises:
+        FolderError: the folder holds something else, or is no folder.
+    """
     content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     ours = is_standalone(target)
     if "config.json" in content:

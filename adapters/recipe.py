@@ -67,6 +67,7 @@ class Recipe(BaseModel):
     )
     seed: int = Field(0, description="of the split, the new tensors and the training order")
     split_seed: int | None = Field(None, description="of the split, where it is to stay while the seed moves")
+    merge: str | None = Field(None, description="folder for the backbone with the adapter merged in, a plain model")
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -92,6 +93,8 @@ class Recipe(BaseModel):
         if faults:
             raise RequestError(*faults)
         divide_options(self.options, kinds)
+        if self.merge is not None and Path(self.merge) == Path(self.output):
+            raise RequestError(message("one folder for two things", where="output, merge", found=self.merge))
         return self
 
     @classmethod
@@ -201,10 +204,17 @@ def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import locks, shards, storage
+    from adapters import locks, processes, shards, storage
 
+    faults = processes.faults(recipe.train)
+    if faults:
+        raise RequestError(" ".join(faults))
     output = Path(recipe.output).expanduser()
     storage.refuse_foreign(output)
+    if recipe.merge is not None:
+        from adapters.merge import refuse_output
+
+        refuse_output(Path(recipe.merge).expanduser())
     work = output.with_name(f".{output.name}.run")
     with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
         try:
@@ -318,6 +328,13 @@ def _steps(
             shards.copy(events.file, output / journal.FILE)
         report.write(output, shown)
     shards.remove(work)
+    merged: dict[str, Any] = {}
+    if recipe.merge is not None:
+        from adapters.merge import merge_on_disk
+
+        say(f"merging into {recipe.merge} ...")
+        outcome = merge_on_disk(output, recipe.merge)
+        merged = {"merged": outcome.output, "merged_agreement": outcome.agreement}
     metric, greater = adapted.task.best_metric
     document = manifest.read_manifest(output)
     return {
@@ -338,6 +355,7 @@ def _steps(
         ),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
+        **merged,
     }
 
 

@@ -146,7 +146,9 @@ FLOORS = {
     "console": 2,
     "commands": 16,
     "cli": 17,
+    "script": 18,
     "__main__": 18,
+    "processes": 1,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

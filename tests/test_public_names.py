@@ -40,6 +40,7 @@ PUBLIC = {
     "merge_on_disk",
     "predict",
     "pseudo_perplexity",
+    "run_recipe",
     "save",
 }
 
