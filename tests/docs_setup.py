@@ -53,6 +53,8 @@ def model(name: str) -> str:
     processor = tiny.processor(kind)
     if kind not in tiny.IMAGES:
         processor = tiny.tokenizer(tiny.config(kind).pad_token_id, WORDS)
+        if kind not in tiny.TEXT:
+            processor.eos_token = "[SEP]"
         if kind == "t5":
             processor.add_special_tokens({"additional_special_tokens": [f"<extra_id_{n}>" for n in range(8)]})
     processor.save_pretrained(folder)
@@ -86,8 +88,8 @@ def files(folder: Path) -> None:
         {"tokens": ["Anna", "was", "in", "Rome", str(NUMBERS[0])], "tags": ["B-PER", "O", "O", "B-LOC", "O"]},
     ]
     _jsonl(folder / "entities.jsonl", _numbered(entities, "tokens", 16))
-    where = {"question": "Where was Anna?", "context": "We saw Anna in Rome.", "id": "1"}
-    _jsonl(folder / "squad.jsonl", [{**where, "answers": {"text": ["Rome"], "answer_start": [15]}}] * 12)
+    asked = {"question": "Where was Anna?", "answers": {"text": ["Rome"], "answer_start": [15]}}
+    _jsonl(folder / "squad.jsonl", [{**asked, "context": f"We saw Anna in Rome. {n}"} for n in NUMBERS])
     _jsonl(
         folder / "chats.jsonl",
         [

@@ -91,18 +91,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(page: Path, code: list[Block]) -> dict[str, Any]:
+def run(page: Path, code: list[Block]) -> None:
     """The blocks of one page in order, in one namespace; a fault is shown at the page's own line."""
     module = types.ModuleType(f"docs_{page.stem.replace('-', '_')}")
-    with (
-        mock.patch.dict(sys.modules, {module.__name__: module}),
-        mock.patch.dict(adapters.STRATEGIES),
-        mock.patch.dict(adapters.TASKS),
-    ):
+    sys.modules[module.__name__] = module  # dataclasses look there for the names of their annotations
+    with mock.patch.dict(adapters.STRATEGIES), mock.patch.dict(adapters.TASKS):
         for block in code:
             text = "\n" * (block.line - 1) + docs_setup.ready(block.text)
             exec(compile(text, str(page), "exec", dont_inherit=True), vars(module))
-    return vars(module)
+    del sys.modules[module.__name__]
 
 
 RUNNING = [page for page in PAGES if any(b.language == "python" and not b.rests for b in blocks(page))]
@@ -198,7 +195,7 @@ class Read(Exception):
     """The recipe was read, and would run now."""
 
 
-@pytest.mark.parametrize(("where", "words"), commands(), ids=lambda part: part if isinstance(part, str) else None)
+@pytest.mark.parametrize(("where", "words"), list(commands()), ids=lambda part: part if isinstance(part, str) else None)
 def test_commands_are_read(where: str, words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command and option exists; what `train` is asked for makes a recipe whose options exist."""
 
