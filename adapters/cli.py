@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 
+from adapters import console, interrupts, progress
 from adapters.commands.evaluate import evaluate
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
@@ -18,16 +21,33 @@ from adapters.commands.train import train
 from adapters.console import Progress
 from adapters.errors import AdaptersError
 
+
+def unwound(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with Ctrl-C as the exit that it is: typer would drop what it says was kept."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt as fault:
+            ended = SystemExit(130)
+            ended.__notes__ = interrupts.notes(fault)
+            raise ended from None
+
+    return run
+
+
 app = typer.Typer(
     name="adapters",
-    help="Adapt pretrained models: train a small file beside a frozen backbone, test it, merge it.",
+    help="Adapt pretrained models: train a small file beside a frozen backbone, test it, merge it. "
+    "With --quiet no progress is shown, with --debug a fault's whole traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
 for command in (quickstart, train, evaluate, predict, inspect, merge):  # in the order of the help
-    app.command()(command)
+    app.command()(unwound(command))
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.
 NOISE = {
@@ -49,11 +69,16 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[Progress()])
     for name, said in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    debug, quiet = "--debug" in sys.argv, "--quiet" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--debug", "--quiet")] or ["--help"]
+    if quiet:
+        console.hush()
+    else:
+        progress.show()
     try:
         code = app(args=arguments, prog_name="adapters", standalone_mode=False)
     except AdaptersError as fault:
+        progress.end()
         if debug:
             raise
         print(f"adapters: {fault}", file=sys.stderr)
@@ -61,6 +86,21 @@ def main() -> NoReturn:
     except USAGE as fault:
         print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
         raise SystemExit(2) from None
-    if code == 130:  # typer turns Ctrl-C into this code and says nothing
-        print("adapters: interrupted", file=sys.stderr)
+    except SystemExit as ended:
+        _interrupted(ended)
+        raise
+    finally:
+        progress.end()
+    if code == 130:  # typer turns a Ctrl-C that comes before the command into this code and says nothing
+        _interrupted(SystemExit(code))
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(ended: SystemExit) -> None:
+    """One line that says what is left."""
+    interrupts.last()
+    progress.end()
+    lines = interrupts.notes(ended)
+    fresh = [line for line in lines if not console.said(line)]
+    if fresh or not lines:
+        print(f"adapters: interrupted; {'; '.join(fresh) or 'nothing was written'}", file=sys.stderr)

@@ -191,18 +191,29 @@ def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import locks, shards, storage
+    from adapters import interrupts, locks, shards, storage
 
     output = Path(recipe.output).expanduser()
     storage.refuse_foreign(output)
     work = output.with_name(f".{output.name}.run")
-    with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+    left = interrupts.leaving(lambda: _left(work, output, onward))
+    with left, locks.held(output.with_name(f".{output.name}.lock"), str(output)):
         try:
             return _steps(recipe, say, resume, override, onward, output, work)
         except BaseException:
             if not any(work.glob("checkpoint-*")):
                 shards.remove(work)
             raise
+
+
+def _left(work: Path, output: Path, onward: str) -> str:
+    """What an interrupt leaves of a run that did not stop by itself."""
+    from adapters import checkpoints
+
+    steps = [checkpoints.step_of(folder) for folder in work.glob("checkpoint-*")]
+    if steps:
+        return f"step {max(steps)} is kept in {work}; go on with {onward}"
+    return f"nothing was written to {output}; the same command begins anew"
 
 
 def _steps(
@@ -214,9 +225,7 @@ def _steps(
     output: Path,
     work: Path,
 ) -> dict[str, Any]:
-    import sys
-
-    from adapters import data, division, formats, manifest, shards, storage
+    from adapters import data, division, formats, manifest, progress, shards, storage
     from adapters.adapt import adapt, task_class
     from adapters.predict import evaluate
 
@@ -269,7 +278,7 @@ def _steps(
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
-    checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
+    checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown(), **recipe.train}
     trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
     _narrate(trainer, say)
     results: dict[str, Any] = {}

@@ -12,6 +12,11 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "interrupts": 0,
+    "screen": 0,
+    "progress": 1,
+    "gauge": 2,
+    "bars": 2,
     "identity": 1,
     "modes": 0,
     "handing": 0,
