@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import places, shards
+from adapters import bars, places, progress, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
 from adapters.lent import Lent
@@ -81,7 +81,8 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
-        with hushed():
+        with _loading(name, local=path.is_dir()):
+            options |= {"tqdm_class": bars.Bar}
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (
         *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
@@ -152,6 +153,20 @@ def _fetched(config: Any) -> Iterator[str]:
             yield f"{key}={value!r}"
         elif isinstance(value, dict | list):
             yield from _fetched(value)
+
+
+@contextlib.contextmanager
+def _loading(name: str, *, local: bool) -> Iterator[None]:
+    """Within it a backbone is fetched and read, as jobs of ours instead of transformers' and the hub's bars."""
+    from transformers.utils import logging as hub_logging
+
+    job = progress.Job(f"loading {Path(name).name}") if local else bars.downloading(name)
+    with job, hushed():
+        before = hub_logging.set_tqdm_hook(bars.tensors)
+        try:
+            yield
+        finally:
+            hub_logging.set_tqdm_hook(before)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adapters import features, heads, kept, pooling, reading, relocation, solve
+from adapters import features, heads, interrupts, kept, pooling, progress, reading, relocation, solve
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
 from adapters.memory import free_memory
 from adapters.options import field_names
 from adapters.prefix import batches, row_keys
+from adapters.progress import Job
 from adapters.reading import OWN, Reading
 from adapters.states import States
 
@@ -78,6 +79,12 @@ class Rows:
             picks = sorted(order[:most].tolist())
         for indices in batches([lengths[pick] for pick in picks]):
             yield self._batch(self.collate([rows[picks[index]] for index in indices]))
+
+    def counted(self, rows: Any, most: int | None) -> Iterator[dict[str, Any]]:
+        """The same; when the next batch is asked for, the last one counts as done for the job at hand."""
+        for batch in self.batches(rows, most):
+            yield batch
+            progress.count(len(batch["labels"]))
 
     def first(self) -> dict[str, Any]:
         """The first training rows."""
@@ -268,12 +275,15 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
         readings = tried
     extract = features.Extract(adapted.model, layer, readings)
     most = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
-    with rows.computing():
+    parts = zip((rows.train, rows.held or ()), most, strict=True)
+    sizes = [min(len(part), limit or len(part)) for part, limit in parts]
+    with rows.computing(), Job("reading features", sum(sizes), "rows"):
         states = _kept_features(adapted, rows, layer, readings)
-        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]), states, row_keys)
-        held = None
-        if rows.held is not None:
-            held = features.of_rows(extract, rows.batches(rows.held, most[1]), states, row_keys)
+        with interrupts.leaving(states.left):
+            train, labels = features.of_rows(extract, rows.counted(rows.train, most[0]), states, row_keys)
+            held = None
+            if rows.held is not None:
+                held = features.of_rows(extract, rows.counted(rows.held, most[1]), states, row_keys)
         states.flush()
     if not all(bool(torch.isfinite(part).all()) for part in (train, *(held or ())[:1])):
         return None, "nothing is solved: the backbone's features are not finite"
@@ -286,9 +296,10 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     bias = layer.bias is not None
     # A start must bear that the features change: no weight may live on a small difference between large numbers.
     how: dict[str, Any] = {} if alone else {"even": True, "penalties": STARTS}
-    choice = solve.chosen(
-        train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
-    )
+    with Job("solving the head", len(STARTS if not alone else solve.PENALTIES), "penalties"):
+        choice = solve.chosen(
+            train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
+        )
     strain = _strain(choice.layer, train[:, choice.place])
     return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
 

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
-from adapters import disk, parts, shards, standalone
+from adapters import bars, disk, interrupts, parts, progress, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
@@ -192,7 +192,7 @@ def merge_on_disk(
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
-    with disk.staged(target) as stage, single_threaded() as threads:
+    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
         place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
         verified = rewrite(place, steps, source, document, threads)
         _write_config(place, source, adapter, document, dtype, shape)
@@ -363,7 +363,8 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None))
+        with bars.downloading(name):
+            return Path(snapshot_download(name, revision=revision or None, tqdm_class=cast("Any", bars.Bar)))
     except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
         raise RequestError(
             message(
@@ -417,14 +418,15 @@ def _with_fidelity(
         return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
     request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
     root = str(Path(__file__).resolve().parents[1])
-    child = subprocess.run(
-        [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )
+    with progress.Job("comparing logits"):
+        child = subprocess.run(
+            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        )
     if child.returncode != 0:
         raise AdaptersError(
             message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from adapters.adapt import STRATEGIES, requested
-from adapters.devices import Device, device as found_device
+from adapters.devices import Device
+from adapters.devices import device as found_device
 from adapters.errors import AdaptersError, RequestError, message
 
 if TYPE_CHECKING:
@@ -314,7 +315,9 @@ def _length(drawn: Blueprint, length: int | None) -> int:
         raise RequestError(message("a wrong value", where="length", expected="a number of tokens", found=repr(asked)))
     if most is not None and asked > most:
         where = f"length on {type(drawn.model).__name__}"
-        raise RequestError(message("more tokens than the model has positions", where=where, expected=f"at most {most}", found=asked))
+        raise RequestError(
+            message("more tokens than the model has positions", where=where, expected=f"at most {most}", found=asked)
+        )
     return asked
 
 

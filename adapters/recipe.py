@@ -204,7 +204,7 @@ def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import locks, processes, shards, storage
+    from adapters import interrupts, locks, processes, shards, storage
 
     faults = processes.faults(recipe.train)
     if faults:
@@ -216,13 +216,24 @@ def _run(
 
         refuse_output(Path(recipe.merge).expanduser())
     work = output.with_name(f".{output.name}.run")
-    with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+    left = interrupts.leaving(lambda: _left(work, output, onward))
+    with left, locks.held(output.with_name(f".{output.name}.lock"), str(output)):
         try:
             return _steps(recipe, say, resume, override, onward, output, work)
         except BaseException:
             if not any(work.glob("checkpoint-*")):
                 shards.remove(work)
             raise
+
+
+def _left(work: Path, output: Path, onward: str) -> str:
+    """What an interrupt leaves of a run that did not stop by itself."""
+    from adapters import checkpoints
+
+    steps = [checkpoints.step_of(folder) for folder in work.glob("checkpoint-*")]
+    if steps:
+        return f"step {max(steps)} is kept in {work}; go on with {onward}"
+    return f"nothing was written to {output}; the same command begins anew"
 
 
 def _steps(
@@ -237,7 +248,7 @@ def _steps(
     import shlex
     import sys
 
-    from adapters import deferred, journal, manifest, shards, storage
+    from adapters import deferred, journal, manifest, progress, shards, storage
     from adapters.adapt import adapt
     from adapters.predict import evaluate, measure
 
@@ -287,7 +298,7 @@ def _steps(
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
-    checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
+    checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown(), **recipe.train}
     with events.phase("preparing the rows"):
         trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
         prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it

@@ -157,6 +157,13 @@ class States:
         except OSError as fault:
             self._refused(fault)
 
+    def left(self) -> str:
+        """After an interrupt: what is waiting goes to the folder, where the next run finds it; a line that says so."""
+        self.flush()
+        if self.folder is None or not len(self):
+            return ""
+        return f"what was computed of {len(self)} rows is kept; the same command begins anew and takes it up"
+
     def forget(self) -> None:
         """Drop what waits in memory."""
         self._waiting.clear()

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
+import docs_setup
 import pytest
 import typer.main
 import yaml
 
 import adapters
-import docs_setup
 from adapters.cli import app
 from adapters.recipe import Recipe
 
