@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
-from adapters import identity, manifest, recipe, shards, storage, trials, watermark
+from adapters import identity, manifest, portions, shards, storage, trials, watermark
 from adapters.adapt import adapt, row_of, task_class
 from adapters.backbones import local_folder, open_model
 from adapters.errors import RequestError, message, nearest
@@ -57,7 +57,7 @@ class Ground:
         seed = _division(one)
         if seed not in self._parts:
             moved = self.base.model_copy(update={"split_seed": seed})
-            splits, _, _, remarks = recipe.drawn(moved, self.say)
+            splits, _, _, remarks = portions.drawn(moved, self.say)
             self._parts[seed] = splits
             self.remarks += [remark for remark in remarks if remark not in self.remarks]
             for remark in remarks:
@@ -71,7 +71,7 @@ class Ground:
         named = {name: value for name, value in one.options.items() if name in known}
         key = json.dumps([_division(one), named], sort_keys=True, default=str)
         if key not in self._tasks:
-            self._tasks[key], _ = recipe.checked(one, self.parts(one))
+            self._tasks[key], _ = portions.checked(one, self.parts(one))
         return self._tasks[key], {name: value for name, value in one.options.items() if name not in known}
 
     def inputs(self, one: Recipe, part: str, adapted: Adapted) -> tuple[Dataset, list[str]]:

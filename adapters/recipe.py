@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adapters.errors import DataError, RequestError, message, nearest
+from adapters.errors import RequestError, message, nearest
 from adapters.options import divide_options
 from adapters.yamltext import parse_yaml
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from adapters.contracts import Task
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +246,7 @@ def _steps(
     import shlex
     import sys
 
-    from adapters import deferred, journal, manifest, progress, shards, storage
+    from adapters import deferred, journal, manifest, portions, progress, shards, storage
     from adapters.adapt import adapt
     from adapters.predict import evaluate, measure
 
@@ -264,7 +262,7 @@ def _steps(
         )
     if interrupted and not resume:
         shards.remove(work)
-    splits, task, options, remarks = drawn(recipe, say)
+    splits, task, options, remarks = portions.drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     deferred.import_peft()
@@ -370,35 +368,6 @@ def _steps(
     }
 
 
-def drawn(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
-    """The rows of a recipe, looked at and divided, before anything is loaded.
-
-    Returns:
-        The parts, the task with what it read off the rows, the strategy's options, and remarks to be said.
-
-    Raises:
-        DataError: naming the part, the row and the column.
-    """
-    from adapters import data, division, formats
-    from adapters.adapt import task_class
-
-    splits = data.read(recipe.data, say)
-    if "train" not in splits:
-        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    with _task_named(recipe, splits["train"]):
-        for name, rows in splits.items():
-            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-            if remark:
-                say(f"{name}: {remark}")
-        task, options = checked(recipe, splits)
-    splits, remarks = _divided(recipe, splits, task)
-    if recipe.limit is not None:
-        splits["train"] = division.sample(
-            splits["train"], recipe.limit, seed=_split_seed(recipe), by=_stratum(task, splits["train"])
-        )
-    return splits, task, options, remarks
-
-
 @contextlib.contextmanager
 def _reporting(say: Callable[[str], None], what: str) -> Iterator[None]:
     """What goes wrong with a report is said and costs no run."""
@@ -410,84 +379,10 @@ def _reporting(say: Callable[[str], None], what: str) -> Iterator[None]:
         say(f"{what} could not be shown ({found}); the adapter is not touched by this: adapters report makes it again")
 
 
-@contextlib.contextmanager
-def _task_named(recipe: Recipe, rows: Dataset) -> Iterator[None]:
-    """Rows that the default task cannot take may be right for another, which has to be named."""
-    from adapters.tasks import TASKS
-
-    columns = {*rows.column_names, *recipe.columns}
-    try:
-        yield
-    except DataError as fault:
-        if "task" in recipe.model_fields_set or {"text", "label"} <= columns:
-            raise
-        others = ", ".join(name for name in TASKS if name != recipe.task)
-        raise DataError(f"{fault} No task was named, so it is {recipe.task}; the others are {others}.") from fault
-
-
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
     ours = results["test"][metric]
     others = [results[name][metric] for name in ("majority", "untrained") if metric in results[name]]
     return all(ours > other if greater else ours < other for other in others)
-
-
-def checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
-    """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
-
-    Raises:
-        DataError: naming the part, the row and the column.
-    """
-    from adapters.adapt import task_class
-    from adapters.options import field_names, make
-
-    kind = task_class(recipe.task)
-    known = field_names(kind)
-    own = {name: value for name, value in recipe.options.items() if name in known}
-    if recipe.labels is not None:
-        own["labels"] = recipe.labels
-    task: Task = make(kind, own, f"task {recipe.task!r}").with_rows(splits["train"])
-    for name, rows in splits.items():
-        try:
-            task.check(rows, labelled=True)
-        except DataError as fault:
-            raise DataError(f"{name} part: {fault}") from fault
-    task.with_data(splits["train"])  # one label alone is said before anything is loaded
-    return task, {name: value for name, value in recipe.options.items() if name not in known}
-
-
-def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
-    """The splits that the data has, and those that are missing drawn from the training rows."""
-    from adapters import division
-
-    parts = {}
-    if "validation" not in splits:
-        parts["validation"] = recipe.validation
-    if "test" not in splits and recipe.test:
-        parts["test"] = recipe.test
-    order = ("train", "validation", "test")
-    given = {name: splits[name] for name in order if name in splits}
-    train = splits["train"]
-    apart = next((column for column in task.apart if column in train.column_names), None)
-    inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
-    remarks = division.shared(given, inputs)
-    if parts:
-        drawn, lacking = division.split(train, parts, seed=_split_seed(recipe), by=_stratum(task, train), text=apart)
-        splits, remarks = {**splits, **drawn}, remarks + lacking
-    return {name: splits[name] for name in order if name in splits}, remarks
-
-
-def _split_seed(recipe: Recipe) -> int:
-    return recipe.seed if recipe.split_seed is None else recipe.split_seed
-
-
-def divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
-    """The parts that a run of the recipe would have, and what is to be said about them."""
-    return _divided(recipe, splits, task)
-
-
-def _stratum(task: Task, rows: Dataset) -> str | None:
-    """The column whose classes are kept in proportion."""
-    return task.stratum if task.stratum in rows.column_names else None
 
 
 def _narrate(trainer: Any, say: Callable[[str], None]) -> None:

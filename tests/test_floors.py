@@ -128,6 +128,7 @@ FLOORS = {
     "merge": 8,
     "objective": 9,
     "trainer": 10,
+    "portions": 7,
     "recipe": 11,
     "axes": 2,
     "watermark": 1,
