@@ -179,9 +179,7 @@ def _headers(folder: Path | None) -> Mapping[str, shards.Slot] | None:
         return None
 
 
-def _dtype(
-    wanted: Any, config: PreTrainedConfig, slots: Mapping[str, shards.Slot] | None
-) -> torch.dtype:
+def _dtype(wanted: Any, config: PreTrainedConfig, slots: Mapping[str, shards.Slot] | None) -> torch.dtype:
     """The dtype that loading would give: what was asked for, the config's, or the checkpoint's first floating one."""
     if isinstance(wanted, torch.dtype):
         return wanted
@@ -199,4 +197,3 @@ def _dtype(
             if kind.is_floating_point:
                 return kind
     return torch.float32
-

@@ -12,6 +12,7 @@ import typer
 from adapters.commands.evaluate import evaluate
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
+from adapters.commands.plan import plan
 from adapters.commands.predict import predict
 from adapters.commands.quickstart import quickstart
 from adapters.commands.train import train
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (quickstart, train, evaluate, predict, inspect, merge):  # in the order of the help
+for command in (quickstart, plan, train, evaluate, predict, inspect, merge):  # in the order of the help
     app.command()(command)
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.

@@ -114,7 +114,12 @@ def device(name: str | None = None, memory: str | float | None = None) -> Device
         return Device("cpu", "cpu", given or _memory(), _cpu_bfloat16())
     if plain in ("cuda", "gpu"):
         return _present(given)
-    for spelt in (plain, re.sub(r" \d+gb$", "", plain), f"rtx {plain}", plain.removesuffix(" sxm").removesuffix(" pcie")):
+    for spelt in (
+        plain,
+        re.sub(r" \d+gb$", "", plain),
+        f"rtx {plain}",
+        plain.removesuffix(" sxm").removesuffix(" pcie"),
+    ):
         card = CARDS.get(spelt)
         if card is not None and _said(plain, card[0]):
             return Device(spelt, "cuda", given or card[0] * MIB, card[1])
