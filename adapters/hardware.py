@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from adapters.budget import Line, Plan, gigabytes
 from adapters.devices import CARDS, CONTEXT, MIB, here
 from adapters.errors import AdaptersError, RequestError, message
-from adapters.plan import MANY, plan
+from adapters.plan import MANY, plan, quiet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from adapters.contracts import Task
 
 NEARER: Final = (
     "qlora",
     "probe",
 )  # tried where the recipe's own strategy does not fit: the least weights, the least steps
 SHOWN: Final = 3  # cards that a line lists
+LOOKED_AT: Final = 256  # rows
 
 
 def needs(recipe: Mapping[str, Any]) -> list[str]:
@@ -99,6 +105,30 @@ def of_recipe(
         say=say,
         **(recipe.get("options") or {}),
     )
+
+
+def longest(recipe: Mapping[str, Any], task: Task, rows: Dataset) -> int | None:
+    """Tokens of the longest training row as the task prepares it, by the backbone's own tokenizer.
+
+    Only the `LOOKED_AT` rows with the most characters are prepared. None where there is no tokenizer, or no text.
+    """
+    from adapters import blueprint
+    from adapters.backbones import open_processor, plan_padding
+
+    if task.processor != "AutoTokenizer" or not len(rows):
+        return None
+    try:
+        processor = open_processor(task.processor, str(recipe["model"]), {})
+    except (AdaptersError, OSError, ValueError, KeyError, TypeError):
+        return None
+    drawn = blueprint.drawn(recipe["model"], task, recipe.get("load") or {})
+    padding = plan_padding(drawn.model, processor)
+    if padding is not None:
+        padding.settle(drawn.model, processor)
+    size = sorted(range(len(rows)), key=lambda row: len(str(rows[row])), reverse=True)
+    with quiet():
+        prepared, _ = task.prepare(rows.select(size[:LOOKED_AT]), processor, drawn.model, labelled=True)
+    return max(prepared["length"]) if len(prepared) else None
 
 
 def refuse_absent(recipe: Mapping[str, Any], labels: Any = None) -> None:

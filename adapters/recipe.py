@@ -21,6 +21,7 @@ from adapters.yamltext import parse_yaml
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from adapters.budget import Plan
     from adapters.contracts import Task
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,33 @@ class Recipe(BaseModel):
         """
         return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
+    def plan(
+        self, say: Callable[[str], None] | None = None, *, device: str | None = None, memory: str | float | None = None
+    ) -> Plan:
+        """What the run would take: the rows are read and checked, no weights are, and nothing is trained or written.
+
+        Args:
+            say: takes a line of progress at a time; None logs it.
+            device, memory: where it is to run, as for `adapters.plan`; None for this machine.
+
+        Raises:
+            AdaptersError: whatever is wrong with recipe or data.
+        """
+        from adapters import hardware
+        from adapters.arguments import check_fields
+
+        splits, task, _, _ = _read(self, say or (lambda line: logger.info(line)))
+        fields = self.model_dump(exclude_unset=True)
+        check_fields(hardware.without(fields)["train"])
+        return hardware.of_recipe(
+            fields,
+            labels=list(getattr(task, "labels", ())) or None,
+            rows=len(splits["train"]),
+            length=hardware.longest(fields, task, splits["train"]),
+            device=device,
+            memory=memory,
+        )
+
 
 def _line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
     path = ".".join(str(part) for part in error["loc"])
@@ -216,8 +244,8 @@ def _steps(
 ) -> dict[str, Any]:
     import sys
 
-    from adapters import data, division, formats, manifest, shards, storage
-    from adapters.adapt import adapt, task_class
+    from adapters import hardware, manifest, shards, storage
+    from adapters.adapt import adapt
     from adapters.predict import evaluate
 
     started = time.monotonic()
@@ -232,24 +260,12 @@ def _steps(
         )
     if interrupted and not resume:
         shards.remove(work)
-    splits = data.read(recipe.data, say)
-    if "train" not in splits:
-        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    with _task_named(recipe, splits["train"]):
-        for name, rows in splits.items():
-            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-            if remark:
-                say(f"{name}: {remark}")
-        task, options = _checked(recipe, splits)
-    splits, remarks = _divided(recipe, splits, task)
-    if recipe.limit is not None:
-        splits["train"] = division.sample(
-            splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
-        )
+    splits, task, options, remarks = _read(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before.
     from adapters.arguments import check_fields
     from adapters.trainer import Trainer
 
+    hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
     check_fields(recipe.train)
     for remark in remarks:
         say(remark)
@@ -310,6 +326,28 @@ def _steps(
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _read(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
+    """The rows of each part, looked at one by one; the task with its labels, the strategy's options, and remarks."""
+    from adapters import data, division, formats
+    from adapters.adapt import task_class
+
+    splits = data.read(recipe.data, say)
+    if "train" not in splits:
+        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
+    with _task_named(recipe, splits["train"]):
+        for name, rows in splits.items():
+            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+            if remark:
+                say(f"{name}: {remark}")
+        task, options = _checked(recipe, splits)
+    splits, remarks = _divided(recipe, splits, task)
+    if recipe.limit is not None:
+        splits["train"] = division.sample(
+            splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
+        )
+    return splits, task, options, remarks
 
 
 @contextlib.contextmanager

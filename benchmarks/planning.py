@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import CACHE, ChildError, in_child, say, serve
+from benchmarks.harness import CACHE, ChildError, append, in_child, say, serve
 
 KEPT = CACHE / "planning.jsonl"
 SIZES: dict[str, dict[str, Any]] = {
@@ -50,8 +50,8 @@ TASKS = {"bert": "text-classification", "gpt2": "causal-lm", "llama": "causal-lm
 WORDS = 12_000  # of the vocabulary
 HEADS = {"text-classification": "AutoModel", "image-classification": "AutoModel"}
 AUTO = {"causal-lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", **HEADS}
-ROWS, LENGTH, BATCH, LABELS = 32, 128, 8, 3
-STEPS = {"num_train_epochs": 2, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 32}
+ROWS, LENGTH, BATCH, LABELS = 16, 128, 8, 3
+STEPS = {"num_train_epochs": 2, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 16}
 
 
 def task_of(family: str) -> str:
@@ -111,8 +111,23 @@ def allocated(found: dict[str, int]) -> Iterator[None]:
     found["peak"] = max(total for _, _, total in at) - (at[0][2] - at[0][1])
 
 
+def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A family's cells, one after another; each is kept as soon as it is there."""
+    for strategy in request["strategies"]:
+        try:
+            row = measured({"family": request["family"], "strategy": strategy}, folder)
+        except Exception as fault:  # one cell's fault is not the others'
+            row = {
+                "family": request["family"],
+                "strategy": strategy,
+                "failed": f"{type(fault).__name__}: {fault}"[:300],
+            }
+        append(row, KEPT)
+    return {}
+
+
 def measured(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One cell, in a process of its own: planned, run, compared."""
+    """One cell: planned, run, compared."""
     import gc
     import logging
 
@@ -203,14 +218,14 @@ def markdown(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         cells = []
         for family in families:
             row = found.get((family, strategy))
-            if row is None or "refused" in row:
-                cells.append("refused" if row else "")
+            if row is None or "peak" not in row:
+                cells.append("refused" if row and "refused" in row else "")
                 continue
             error = 100 * (row["planned"] / row["peak"] - 1)
             worst.append(error)
             cells.append(f"{error:+.1f} % of {row['peak'] / 1e6:.0f} MB")
         lines.append(f"| {strategy} | {' | '.join(cells)} |")
-    exact = [row for row in found.values() if "refused" not in row]
+    exact = [row for row in found.values() if "peak" in row]
     wrong = [row for row in exact if row["trained"][0] != row["trained"][1] or row["file"][0] != row["file"][1]]
     if worst:
         lines += [
@@ -219,6 +234,13 @@ def markdown(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         ]
         lines += [f"Trained parameters and adapter file: exact in {len(exact) - len(wrong)} of {len(exact)} cells."]
     return lines
+
+
+def said(row: dict[str, Any]) -> str:
+    """A cell in one line."""
+    if "peak" in row:
+        return f"planned {row['planned'] / 1e6:.1f} MB, measured {row['peak'] / 1e6:.1f} MB"
+    return str(row.get("refused") or row.get("failed") or "nothing was measured")[:160]
 
 
 def main() -> int:
@@ -234,28 +256,25 @@ def main() -> int:
     options = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
     for family in () if options.table else options.family.split(","):
-        for strategy in options.strategy.split(","):
-            if (family, strategy) in kept() and not options.again:
-                continue
+        there = {} if options.again else kept()
+        missing = [name for name in options.strategy.split(",") if "peak" not in there.get((family, name), {})]
+        missing = [name for name in missing if "refused" not in there.get((family, name), {})]
+        if missing:
             try:
-                row = in_child("benchmarks.planning", {"family": family, "strategy": strategy})
+                in_child("benchmarks.planning", {"family": family, "strategies": missing})
             except ChildError as fault:
-                say(f"{family} {strategy}: {fault}")
-                continue
-            with KEPT.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
-            if "refused" in row:
-                say(f"{family} {strategy}: refused ({row['refused'][:80]})")
-            else:
-                say(f"{family} {strategy}: planned {row['planned'] / 1e6:.1f} MB, measured {row['peak'] / 1e6:.1f} MB")
+                say(f"{family}: {fault}")
+        for name in missing:
+            row = kept().get((family, name), {})
+            say(f"{family} {name}: {said(row)}")
     found = kept()
     print("\n".join(markdown(found)))
-    cells = [row["planned"] / row["peak"] - 1 for row in found.values() if "refused" not in row]
+    cells = [row["planned"] / row["peak"] - 1 for row in found.values() if "peak" in row]
     return int(any(abs(cell) > MARGIN for cell in cells))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and (Path(sys.argv[1]) / "request.json").is_file():
-        serve(measured)
+        serve(answer)
     else:
         sys.exit(main())

@@ -32,6 +32,9 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option(help="With --resume: what is meant to differ from the interrupted run.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the rows, show what the run would take, train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
@@ -46,6 +49,13 @@ def train(
             message("not a recipe", where=recipe, expected="a file in YAML", remedy="A backbone is given as --model.")
         )
     plan = Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")
+    if dry_run:
+        needed = plan.plan(say)
+        if as_json:
+            out(needed.to_json())
+        else:
+            print(needed)
+        return
     onward = shlex.join(["adapters", *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
     results = plan.run(say, resume=resume, override=override or [], onward=f"{onward} --resume")
     if as_json:
