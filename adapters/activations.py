@@ -146,7 +146,7 @@ class Imitation:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.trained)
         if asked:
-            kwargs = dict(self._how.args.activation_checkpointing_kwargs or {})
+            kwargs: dict[str, Any] = dict(self._how.args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
             every, offload = kwargs.pop("every_n_layers", 1), kwargs.pop("offload", False)
             model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=kwargs or None, every_n_layers=every, offload=offload
@@ -233,19 +233,21 @@ class Imitation:
                 outputs = read(self.model(**inputs))
                 loss = self.task.loss(outputs, labels, batch.rows)
             del outputs
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def evaluation(self, batch: Batch) -> int:
         """The most bytes at once in the evaluation of a batch."""
         self._foot.mark()
         inputs = self._inputs(batch)
         labels = inputs.pop("labels")
-        with evaluating(self.model), torch.no_grad(), self._learning(batch, labels, inputs) as read:
-            with self._computing():
-                outputs = read(self.model(**inputs))
-                self.task.loss(outputs, labels, batch.rows)
-                with contextlib.suppress(AttributeError):  # answers that are generated: their cache is not counted
-                    self.task.measured(outputs, {**inputs, "labels": labels}, self.model, None)
+        quiet = evaluating(self.model), torch.no_grad(), self._computing()
+        with contextlib.ExitStack() as stack:
+            for part in quiet:
+                stack.enter_context(part)
+            outputs = stack.enter_context(self._learning(batch, labels, inputs))(self.model(**inputs))
+            self.task.loss(outputs, labels, batch.rows)
+            with contextlib.suppress(AttributeError):  # answers that are generated: their cache is not counted
+                self.task.measured(outputs, {**inputs, "labels": labels}, self.model, None)
         del outputs
         return self._foot.peak
 

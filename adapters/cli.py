@@ -15,6 +15,7 @@ from adapters import console, interrupts, progress
 from adapters.commands.evaluate import evaluate
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
+from adapters.commands.plan import plan
 from adapters.commands.predict import predict
 from adapters.commands.quickstart import quickstart
 from adapters.commands.report import report
@@ -52,6 +53,7 @@ app = typer.Typer(
 for command in (  # in the order of the help
     quickstart,
     validate,
+    plan,
     train,
     sweep,
     evaluate,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @final
-class Footprint(TorchDispatchMode):
+class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is open.
 
     Args:
@@ -28,7 +28,7 @@ class Footprint(TorchDispatchMode):
     """
 
     def __init__(self, stand_ins: dict[Any, Callable[..., Any]] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._stand_ins = stand_ins or {}
         self._alive: dict[int, weakref.ref[Any]] = {}

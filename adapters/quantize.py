@@ -294,7 +294,7 @@ def nbytes(tensor: Tensor) -> int:
         return own
     parts = [state.absmax, state.code]
     parts += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return own + sum(part.numel() * part.element_size() for part in parts)
+    return int(own + sum(part.numel() * part.element_size() for part in parts))
 
 
 @final

@@ -19,7 +19,7 @@ from adapters.options import divide_options
 from adapters.yamltext import parse_yaml
 
 if TYPE_CHECKING:
-    pass
+    from adapters.budget import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,33 @@ class Recipe(BaseModel):
         """
         return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
+    def plan(
+        self, say: Callable[[str], None] | None = None, *, device: str | None = None, memory: str | float | None = None
+    ) -> Plan:
+        """What the run would take: the rows are read and checked, no weights are, and nothing is trained or written.
+
+        Args:
+            say: takes a line of progress at a time; None logs it.
+            device, memory: where it is to run, as for `adapters.plan`; None for this machine.
+
+        Raises:
+            AdaptersError: whatever is wrong with recipe or data.
+        """
+        from adapters import hardware, portions
+        from adapters.arguments import check_fields
+
+        splits, task, _, _ = portions.drawn(self, say or (lambda line: logger.info(line)))
+        fields = self.model_dump(exclude_unset=True)
+        check_fields(hardware.without(fields)["train"])
+        return hardware.of_recipe(
+            fields,
+            labels=list(getattr(task, "labels", ())) or None,
+            rows=len(splits["train"]),
+            length=hardware.longest(fields, task, splits["train"]),
+            device=device,
+            memory=memory,
+        )
+
 
 def fault_line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
     """A complaint of pydantic in words, with the right name of an unknown key."""
@@ -246,7 +273,7 @@ def _steps(
     import shlex
     import sys
 
-    from adapters import deferred, journal, manifest, portions, progress, shards, storage
+    from adapters import deferred, hardware, journal, manifest, portions, progress, shards, storage
     from adapters.adapt import adapt
     from adapters.predict import evaluate, measure
 
@@ -270,6 +297,7 @@ def _steps(
     from adapters.arguments import check_fields
     from adapters.trainer import Trainer
 
+    hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
     check_fields(recipe.train)
     for remark in remarks:
         say(remark)

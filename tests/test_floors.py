@@ -112,6 +112,8 @@ FLOORS = {
     "blueprint": 6,
     "activations": 6,
     "plan": 7,
+    "budget": 1,
+    "hardware": 8,
     "facts": 5,
     "stops": 1,
     "epochs": 5,
