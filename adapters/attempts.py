@@ -215,27 +215,28 @@ def trained(ground: Ground, one: Recipe, folder: Path, onward: str) -> dict[str,
             if value is None:
                 value = evaluate(adapted, held)[metric]
             storage.save(adapted, folder / ADAPTER)
+        document = manifest.read_manifest(folder / ADAPTER)
+        found = {
+            "metric": metric,
+            "validation": float(value),
+            "trained_parameters": adapted.trained_count,
+            "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
+            "seconds": round(before + seconds, 3),
+            "epochs": adapted.record.metrics["train"]["epochs"],
+            "steps": adapted.record.metrics["train"]["steps"],
+            "peak_bytes": mark.bytes,
+            "gpu_bytes": mark.gpu_bytes,
+            "memory": mark.how,
+            "notes": list(adapted.record.notes),
+        }
     except (KeyboardInterrupt, SystemExit):
         _spend(folder, before + time.monotonic() - began)
         raise
     finally:
         ground.back(one, backbone, adapted)
-    document = manifest.read_manifest(folder / ADAPTER)
     shards.remove(run)
     (folder / SPENT).unlink(missing_ok=True)
-    return {
-        "metric": metric,
-        "validation": float(value),
-        "trained_parameters": adapted.trained_count,
-        "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
-        "seconds": round(before + seconds, 3),
-        "epochs": adapted.record.metrics["train"]["epochs"],
-        "steps": adapted.record.metrics["train"]["steps"],
-        "peak_bytes": mark.bytes,
-        "gpu_bytes": mark.gpu_bytes,
-        "memory": mark.how,
-        "notes": list(adapted.record.notes),
-    }
+    return found
 
 
 def tested(ground: Ground, one: Recipe, folder: Path) -> dict[str, float]:

@@ -46,6 +46,11 @@ class Axis:
         """Whether a range is drawn from on a logarithmic scale: both ends above 0, one ten times the other."""
         return self.ranges and self.low > 0 and self.high / self.low >= WIDE
 
+    @property
+    def first(self) -> Any:
+        """One value that it can have."""
+        return (int(self.low) if self.whole else self.low) if self.ranges else self.values[0]
+
     def draw(self, generator: random.Random) -> Any:
         """One value."""
         if not self.ranges:
@@ -74,6 +79,8 @@ def axis(key: str, given: Any) -> Axis:
     Raises:
         RequestError: no value at all, values twice, a range that is none.
     """
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
+        given = given[0]
     ends = RANGE.match(given) if isinstance(given, str) else None
     if ends is not None:
         low, high = float(ends[1]), float(ends[2])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,25 +73,29 @@ class Campaign:
     def whole(self) -> dict[str, Any]:
         """From the plan to the table."""
         terms, say = self.terms, self.say
-        for remark in self.terms.space.check():
+        for remark in terms.space.check():
             say(remark)
-        search.check(terms.search, terms.trials, self.terms.space.over)
+        search.check(terms.search, terms.trials, terms.space.over)
         settings = self._settings()
         pictured = find_spec("matplotlib") is not None
         if not pictured:
             say("no picture will be drawn: matplotlib is not installed (pip install 'holdfast[report]')")
         # torch takes seconds to import: what can be told without it has been told.
         from adapters.arguments import check_fields
-        from adapters.attempts import Ground, check_metric
+        from adapters.attempts import Ground
 
-        for name in {one.key.partition(".")[2] for one in self.terms.space.over if one.key.startswith("train.")}:
-            if name not in terms.space.recipe.train:
-                check_fields(
-                    {name: next(iter(next(o for o in self.terms.space.over if o.key == f"train.{name}").values), 1)}
-                )
-        check_fields(terms.space.recipe.train)
-        began = time.monotonic()
+        varied = {one.key.removeprefix("train."): one for one in terms.space.over if one.key.startswith("train.")}
+        check_fields({**terms.space.recipe.train, **{name: one.first for name, one in varied.items()}})
         self.ground = Ground(terms.space.recipe, say)
+        began = time.monotonic()
+        with _quick_collections():
+            return self._from_here(settings, began, pictured=pictured)
+
+    def _from_here(self, settings: Sequence[Setting], began: float, *, pictured: bool) -> dict[str, Any]:
+        """Rows, trials, tests, table."""
+        from adapters.attempts import check_metric
+
+        terms, say = self.terms, self.say
         first = (settings[0] if settings else self.terms.space.setting({})).seeded(
             self.terms.seeds[0], split=terms.split_by_seed
         )
@@ -108,7 +114,8 @@ class Campaign:
             self._test_all()
             return self._told(baseline, pictured, time.monotonic() - began)
         except (KeyboardInterrupt, SystemExit):
-            say(f"interrupted: {self.done} of {self.planned} trials are done and kept; go on with {self.onward}")
+            done = sum(map(len, self.results.values()))
+            say(f"interrupted: {done} of {self.planned} trials are done and kept; go on with {self.onward}")
             raise
 
     # ------------------------------------------------------------------ plan
@@ -198,6 +205,7 @@ class Campaign:
         self.done += not anew
         if found is None or anew or (self.retry and found["status"] != "done"):
             found = self._made(setting, one, key, folder, found)
+            self.made += not anew
         before = self.results.setdefault(str(setting), [])
         self.settings[str(setting)] = setting
         if all(result["key"] != key for result in before):
@@ -218,6 +226,7 @@ class Campaign:
         }
         facts["recipe"] = one.model_dump(exclude_defaults=True) | {"output": one.output}
         folder.mkdir(parents=True, exist_ok=True)
+        self.say(f"trial {self.done} of {self.planned}: {setting}, seed {one.seed}")
         try:
             facts |= {"status": "done", **attempts.trained(self.ground, one, folder, self.onward)}
             if before is not None and before.get("test"):
@@ -235,14 +244,13 @@ class Campaign:
                 shards.remove(folder / part)
         trials.write_result(folder, facts)
         self.spent += time.monotonic() - begin
-        self.made += 1
-        self.say(self._progress(setting, facts))
+        self.say(self._progress(facts))
         return facts
 
-    def _progress(self, setting: Setting, facts: Mapping[str, Any]) -> str:
-        left = (self.planned - self.done) * self.spent / max(1, self.made)
+    def _progress(self, facts: Mapping[str, Any]) -> str:
+        left = (self.planned - self.done) * self.spent / (self.made + 1)
         ends = f"; about {_duration(left)} left" if left >= 1 else ""
-        head = f"trial {self.done} of {self.planned}: {setting}, seed {facts['seed']}"
+        head = f"trial {self.done} of {self.planned}"
         if facts["status"] != "done":
             return f"{head}: failed: {facts['reason']}{ends}"
         size = standings.sized(facts["adapter_bytes"])
@@ -353,6 +361,20 @@ class Campaign:
 
         for folder in (self.output / "trials").glob("*/"):
             shards.remove(folder / attempts.ADAPTER)
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Within it the garbage collector leaves alone what is there already: torch and transformers, many objects.
+
+    Each trial collects what the one before it left several times.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _lower(metric: str) -> bool:

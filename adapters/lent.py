@@ -102,8 +102,9 @@ class Lent:
         pooling.strip(net)
         for name in FORWARDS:
             vars(net).pop(name, None)
-        if net.is_gradient_checkpointing:
-            net.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+        for module in net.modules():
+            if vars(module).get("gradient_checkpointing"):
+                vars(module)["gradient_checkpointing"] = False
         vars(net.config).update(copy.deepcopy(self._config))
         for parameter in net.parameters():
             parameter.grad = None
