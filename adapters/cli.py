@@ -13,6 +13,7 @@ import typer
 
 from adapters import console, interrupts, progress
 from adapters.commands.evaluate import evaluate
+from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
 from adapters.commands.plan import plan
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 for command in (  # in the order of the help
     quickstart,
+    init,
     validate,
     plan,
     train,

@@ -80,7 +80,9 @@ def plan(
     notes: list[str] = []
     labels, note = _labels(model, task, labels, options)
     notes += [note] if note else []
-    lines, drawn, size = [], None, 0
+    lines: list[Line] = []
+    drawn: blueprint.Blueprint | None = None
+    size = 0
     for name in names:
         known = _own(name, options, alone=len(names) == 1)
         chosen, goal, packed = requested(model, name, task, labels, quantization, known)

@@ -145,6 +145,7 @@ FLOORS = {
     "quickstart": 12,
     "doctor": 1,
     "survey": 2,
+    "roles": 4,
     "fitness": 7,
     "soundness": 12,
     "validation": 13,
