@@ -178,7 +178,7 @@ def bars(counts: Sequence[float], edges: Sequence[float], *, x: str) -> dict[str
             for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
         ],
         "across": across.ticks(6),
-        "up": up.ticks(3),
+        "up": [{"at": up(count), "label": short(count)} for count in ticks(0.0, max(counts), 3) if count == int(count)],
         "x": x,
     }
 

@@ -18,6 +18,7 @@ TEXT = 420  # characters of a row's text
 WORDS = 60  # of a sentence whose tags are shown
 ERRORS, PICTURES = 12, 24  # of the worst rows: texts, pictures
 POINTS = 600  # of a scatter plot
+FEW = 8  # values that are no histogram yet
 BINS = 10  # of a reliability diagram and of a histogram
 
 
@@ -104,11 +105,11 @@ def scatter(predicted: Array, truth: Array) -> dict[str, Any]:
 
 
 def histogram(values: Iterable[float], unit: str, bins: int = 16) -> dict[str, Any] | None:
-    """Counts of values in bins of one width; None for no values."""
+    """Counts of values in bins of one width; None for a handful of values."""
     import numpy as np
 
     found = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
-    if not len(found):
+    if len(found) < FEW:
         return None
     whole = bool((found == found.astype(int)).all())
     span = float(found.max() - found.min())

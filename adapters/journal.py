@@ -75,7 +75,7 @@ class Journal:
 
     def __init__(self, file: Path | str) -> None:
         self.file = Path(file)
-        self._open: int | None = None
+        self._begun = False
         self._broken = False
         self._began = time.monotonic()
 
@@ -102,13 +102,19 @@ class Journal:
         document = {"event": event, "time": moment, "seconds": round(time.monotonic() - self._began, 3), **facts}
         line = json.dumps(plain(document), ensure_ascii=True, allow_nan=False).encode() + b"\n"
         try:
-            if self._open is None:
+            if not self._begun:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                self._open = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-                _mend(self._open)
-            written = os.write(self._open, line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes written")
+            handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                if not self._begun:
+                    _mend(handle)
+                self._begun = True
+                if (written := os.write(handle, line)) != len(line):
+                    raise OSError(f"{written} of {len(line)} bytes written")
+                if event == "end":
+                    os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as fault:
             self._broken = True
             logger.warning("the journal %s cannot be written: %s; the run goes on without it", self.file, fault)
@@ -124,14 +130,6 @@ class Journal:
         finally:
             took = round(time.monotonic() - began, 3)
             self.write("phase", name=name, took=took, **({} if whole else {"whole": False}), **memory())
-
-    def close(self) -> None:
-        """Flush it to the disk and let the file go; a later event opens it again."""
-        if self._open is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._open)
-            os.close(self._open)
-            self._open = None
 
 
 def _mend(handle: int) -> None:

@@ -359,7 +359,6 @@ def _steps(
     with events.phase("saving"):
         storage.save(adapted, output)
     events.write("end")
-    events.close()
     with _reporting(say, "the report"):
         if events.file.is_file():
             shards.copy(events.file, output / journal.FILE)
