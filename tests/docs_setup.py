@@ -30,11 +30,36 @@ MODELS = {
     "google/vit-base-patch16-224": ("vit", "AutoModel"),
     "microsoft/resnet-18": ("resnet", "AutoModel"),
 }
-GOOD = "quiet moving film lovely warm clever story works well again".split()
-BAD = "late broken dull box crushed noisy bland tired story fails".split()
-PLAIN = "the a was and it on in of to is we saw Anna New York Rome Where How many dogs cats parcel order today".split()
-NUMBERS = "one two three four five six seven eight nine ten".split()
-GERMAN = "ein Hund läuft und die Katze schläft heute".split()
+GOOD = ["quiet", "moving", "film", "lovely", "warm", "clever", "story", "works", "well", "again"]
+BAD = ["late", "broken", "dull", "box", "crushed", "noisy", "bland", "tired", "story", "fails"]
+PLAIN = [
+    "the",
+    "a",
+    "was",
+    "and",
+    "it",
+    "on",
+    "in",
+    "of",
+    "to",
+    "is",
+    "we",
+    "saw",
+    "Anna",
+    "New",
+    "York",
+    "Rome",
+    "Where",
+    "How",
+    "many",
+    "dogs",
+    "cats",
+    "parcel",
+    "order",
+    "today",
+]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+GERMAN = ["ein", "Hund", "läuft", "und", "die", "Katze", "schläft", "heute"]
 WORDS = tuple(dict.fromkeys(GOOD + BAD + PLAIN + NUMBERS + GERMAN + list(".?:!,")))
 
 
