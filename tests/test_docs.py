@@ -19,6 +19,7 @@ import typer.main
 import yaml
 
 import adapters
+from adapters import schema
 from adapters.cli import app
 from adapters.recipe import Recipe
 
@@ -34,7 +35,7 @@ COMMAND = typer.main.get_command(app)
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, and the line on which the text begins; whether the page lets it rest."""
+    """One fenced block: its language, its text, the line on which the text begins; whether the page lets it rest."""
 
     language: str
     text: str
@@ -94,6 +95,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(page: Path, code: list[Block]) -> None:
     """The blocks of one page in order, in one namespace; a fault is shown at the page's own line."""
     module = types.ModuleType(f"docs_{page.stem.replace('-', '_')}")
+    vars(module).update(docs_setup.names(page.name))
     sys.modules[module.__name__] = module  # dataclasses look there for the names of their annotations
     with mock.patch.dict(adapters.STRATEGIES), mock.patch.dict(adapters.TASKS):
         for block in code:
@@ -123,6 +125,20 @@ def test_a_fault_is_shown_where_it_stands(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as fault:
         run(page, list(blocks(page)))
     assert fault.traceback[-1].lineno + 1 == 9
+
+
+def test_every_field_of_the_manifest_is_described() -> None:
+    page = (DOCS / "file-format.md").read_text("utf-8")
+    whole = (schema.Manifest, schema.Backbone, schema.Print)
+    forms = (*whole, schema.TensorEntry, schema.FileEntry, schema.VocabularyEntry)
+    missing = [f"{form.__name__}.{name}" for form in forms for name in form.model_fields if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (DOCS / "api.md").read_text("utf-8")
+    missing = [name for name in adapters.__all__ if not re.search(rf"[.`\- ]{name}\b", page)]
+    assert set(missing) <= {"__version__"}
 
 
 # ---------------------------------------------------------------------- links

@@ -187,7 +187,9 @@ plan.run(lambda line: None, resume=None if len(sys.argv) < 5 else True)
 
 def test_a_run_that_is_killed_leaves_whole_lines_and_goes_on_in_them(base: str, rows: str, tmp_path: Path) -> None:
     file = tmp_path / ".out.run" / journal.FILE
-    child = subprocess.Popen([sys.executable, "-c", CHILD, base, rows, str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, base, rows, str(tmp_path / "out")], stderr=subprocess.DEVNULL
+    )
     try:
         until = time.monotonic() + 120
         while time.monotonic() < until:
