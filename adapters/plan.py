@@ -100,8 +100,8 @@ def plan(
     return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes))
 
 
-def _several(strategy: object) -> bool:
-    return isinstance(strategy, Sequence) and not isinstance(strategy, str)
+def _several(asked: object) -> bool:
+    return isinstance(asked, Sequence) and not isinstance(asked, str)
 
 
 def every() -> list[str]:
