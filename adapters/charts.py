@@ -12,15 +12,15 @@ SPREAD = 30.0  # the greatest over the least positive value from which an axis i
 Point = tuple[float, float]
 
 
-def short(value: float) -> str:
-    """A number as an axis shows it."""
+def short(value: float, digits: int = 4) -> str:
+    """A number as an axis shows it, of at most so many digits."""
     size = abs(value)
     if size >= 1e6 or (size and size < 1e-3):
         digits, power = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(power)}"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -78,7 +78,7 @@ class Axis:
     def ticks(self, most: int = 5) -> list[dict[str, Any]]:
         """Places and labels of its ticks."""
         found = decades(self.low, self.high) if self.log else ticks(self.low, self.high, most)
-        return [{"at": self(value), "label": short(value)} for value in found]
+        return [{"at": self(value), "label": short(value, 6)} for value in found]
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
