@@ -144,7 +144,7 @@ def scatter(points: Sequence[Point], *, x: str, y: str) -> dict[str, Any] | None
     """Points in a square whose two axes are one, with the diagonal."""
     if not points:
         return None
-    side = HEIGHT - TOP - BOTTOM + 60
+    side = 350
     values = [value for point in points for value in point]
     across = Axis(values, LEFT, LEFT + side)
     up = Axis(values, TOP + side, TOP)
@@ -185,10 +185,9 @@ def bars(counts: Sequence[float], edges: Sequence[float], *, x: str) -> dict[str
 
 def reliability(bins: Sequence[Mapping[str, float]], of: int) -> dict[str, Any]:
     """A reliability diagram: how often answers were right, by the certainty that they were given with."""
-    side = HEIGHT - TOP - BOTTOM + 10
+    side = 350
     across = Axis([0.0, 1.0], LEFT, LEFT + side, exact=True)
     up = Axis([0.0, 1.0], TOP + side, TOP, exact=True)
-    most = max(entry["rows"] for entry in bins)
     width = side / 10
     return {
         "side": side,
@@ -199,8 +198,6 @@ def reliability(bins: Sequence[Mapping[str, float]], of: int) -> dict[str, Any]:
                 "y": up(entry["accuracy"]),
                 "height": round(up(0.0) - up(entry["accuracy"]), 1),
                 "mark": up(entry["confidence"]),
-                "share": round(LEFT + side + 14 + 46 * entry["rows"] / most, 1),
-                "rows": int(entry["rows"]),
                 "said": f"certainty {entry['confidence']:.2f}: right {entry['accuracy']:.2f} of {entry['rows']:g}",
                 "strong": round(0.35 + 0.65 * math.sqrt(entry["rows"] / max(of, 1)), 2),
             }
