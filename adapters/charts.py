@@ -16,8 +16,8 @@ def short(value: float, digits: int = 4) -> str:
     """A number as an axis shows it, of at most so many digits."""
     size = abs(value)
     if size >= 1e6 or (size and size < 1e-3):
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')}e{int(power)}"
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
     return f"{value:.{digits}g}"
@@ -75,9 +75,11 @@ class Axis:
         )
         return round(self.begin + share * (self.end - self.begin), 1)
 
-    def ticks(self, most: int = 5) -> list[dict[str, Any]]:
-        """Places and labels of its ticks."""
+    def ticks(self, most: int = 5, *, whole: bool = False) -> list[dict[str, Any]]:
+        """Places and labels of its ticks; whole numbers alone where nothing lies between them."""
         found = decades(self.low, self.high) if self.log else ticks(self.low, self.high, most)
+        if whole:
+            found = [value for value in found if value == int(value)]
         return [{"at": self(value), "label": short(value, 6)} for value in found]
 
 
@@ -133,7 +135,7 @@ def lines(
             for entry in drawn
         ],
         "floors": [{"name": name, "at": up(value), "value": short(value)} for name, value in floors],
-        "across": across.ticks(6),
+        "across": across.ticks(6, whole=all(p[0] == int(p[0]) for entry in drawn for p in entry["points"])),
         "up": up.ticks(),
         "x": x,
         "y": f"{y}, logarithmic" if log else y,
@@ -178,7 +180,7 @@ def bars(counts: Sequence[float], edges: Sequence[float], *, x: str) -> dict[str
             for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
         ],
         "across": across.ticks(6),
-        "up": [{"at": up(count), "label": short(count)} for count in ticks(0.0, max(counts), 3) if count == int(count)],
+        "up": up.ticks(3, whole=True),
         "x": x,
     }
 

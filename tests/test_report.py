@@ -364,6 +364,7 @@ def test_a_run_leaves_its_report(run: tuple[Path, dict[str, Any], list[str], int
         assert note in text
     assert "48 rows" in text
     assert len([p for p in page.all("svg") if "by step" in str(p.get("aria-label"))]) == 3
+    assert ("did not beat its baselines" in text) == ("It did not beat its baselines" in text)
     assert ("did not beat its baselines" in text) == (not results["beat_baseline"])
     assert (out / report.FILE).stat().st_size < 200_000
     adapters.load(out)  # the two files are no part of what digests cover
