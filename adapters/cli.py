@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
@@ -28,7 +29,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (quickstart, init, validate, train, evaluate, predict, inspect, merge):  # in the order of the help
+for command in (
+    quickstart,
+    init,
+    validate,
+    train,
+    evaluate,
+    predict,
+    inspect,
+    merge,
+    doctor,
+):  # in the order of the help
     app.command()(command)
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.

@@ -110,7 +110,7 @@ FLOORS = {
     "trainer": 10,
     "recipe": 11,
     "quickstart": 12,
-    "doctor": 1,
+    "doctor": 2,
     "survey": 2,
     "roles": 4,
     "fitness": 7,
