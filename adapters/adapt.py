@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, heads, reading, trial
+from adapters import deferred, heads, reading
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -294,7 +294,7 @@ def assemble(
     """
     import torch
 
-    from adapters import pooling
+    from adapters import pooling, trial
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names
     from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
 
