@@ -256,8 +256,9 @@ def _steps(
             splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
         )
     # torch and transformers take seconds to import: the data has spoken before.
-    from adapters.arguments import check_fields
-    from adapters.trainer import Trainer
+    with progress.Job("importing torch"):
+        from adapters.arguments import check_fields
+        from adapters.trainer import Trainer
 
     check_fields(recipe.train)
     for remark in remarks:

@@ -62,9 +62,9 @@ class Screen:
             if self._foreign:
                 return
             try:
-                room = os.get_terminal_size(self.stream.fileno()).columns - 1
+                room = os.get_terminal_size(self.stream.fileno()).columns - 3  # a terminal echoes ^C behind it
             except (OSError, ValueError):
-                room = 79
+                room = 77
             for count in range(len(tail), -1, -1):
                 text = "  ".join([head, *tail[:count]])
                 left = room - len(text) - 2
