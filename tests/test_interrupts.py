@@ -187,6 +187,8 @@ def test_while_it_trains_the_step_is_saved(number: int, place: Place, run: Calla
     assert f"{name}: the run stops when its next step is saved; a second one stops it at once" in done.err
     assert left_in(tmp_path) == [".out.run"]
     assert [entry.name for entry in (tmp_path / ".out.run").iterdir()] == ["checkpoint-3"]
+    if number != signal.SIGINT:
+        return
     again = run(tmp_path, *options(place), "--resume", "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["output"] == "out"
@@ -215,9 +217,10 @@ def test_after_the_last_step_the_run_is_kept(
     assert line.endswith(" --resume")
     assert left_in(tmp_path) == [".out.run"]
     assert [entry.name for entry in (tmp_path / ".out.run").iterdir()] == ["checkpoint-4"]
-    again = run(tmp_path, *arguments, "--resume")
-    assert again.code == 0, again.err
-    assert left_in(tmp_path) == ["out"]
+    if moment == LATER[-1][0]:
+        again = run(tmp_path, *arguments, "--resume")
+        assert again.code == 0, again.err
+        assert left_in(tmp_path) == ["out"]
 
 
 # ---------------------------------------------------------------------- the other commands
