@@ -316,15 +316,9 @@ def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tup
     if not rows.cache:
         return States(None, 0)
     path = next(path for path, module in adapted.model.named_modules() if module is layer)
-<<<<<<< HEAD
     # What the live model's own place is, its task says: the same name stands for other features there.
     placed = reading.of(adapted.record.task or adapted.task)
     places = " ".join(f"{one.pooling}@{one.layer}" for one in (placed, *readings))
-=======
-    # The places are counted from where the live head reads, which the task may fix.
-    fixed = reading.of(adapted.record.task or adapted.task)
-    places = " ".join(f"{one.pooling}@{one.layer}" for one in (fixed, *readings))
->>>>>>> 31441cec14c7955db23669157d456f5e4167780c
     how: dict[str, Any] = {
         "dtype": torch.float32,
         "device": rows.device,

@@ -152,13 +152,7 @@ def _described(module: nn.Module) -> tuple[str, str]:
         source = getattr(function, "__module__", None) or type(function).__module__
         if function is not None and not f"{source}.".startswith(KNOWN):
             return "", "has a hook or a forward pass of its own"
-<<<<<<< HEAD
     text = f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()}{' hands on' if hands_on(module) else ''}"
-=======
-    text = f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()}"
-    if hands_on(module):
-        text += " hands its input on"
->>>>>>> 31441cec14c7955db23669157d456f5e4167780c
     if not f"{kind.__module__}.".startswith(KNOWN):
         try:
             text += Path(inspect.getfile(kind)).read_text()
