@@ -10,7 +10,7 @@ import base64
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -327,8 +327,12 @@ def _too_large(where: str, found: str) -> DataError:
     )
 
 
-def check(rows: Dataset, column: str = "image") -> str:
+def check(rows: Dataset, column: str = "image", seen: Callable[[int], None] | None = None) -> str:
     """Open every picture of a column.
+
+    Args:
+        rows, column: where they are.
+        seen: told how many more have been opened.
 
     Returns:
         A remark where not all are plain RGB: how many of each mode, of several frames, or not upright.
@@ -354,6 +358,8 @@ def check(rows: Dataset, column: str = "image") -> str:
                     modes[found[0]] += 1
                     several += found[1]
                     turned += found[2]
+            if seen is not None:
+                seen(len(values))
     if faults:
         others = f" {len(faults) - 1} more of {len(rows)} cannot be used." if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}.{others}" if others else str(faults[0])) from faults[0]

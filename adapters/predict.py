@@ -12,6 +12,7 @@ from adapters.data import one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
+from adapters.progress import Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,14 +37,19 @@ def _prepared(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
     raw, remark = arrange(one(source), None, adapted.task.columns)
     if remark:
         logger.info(remark)
-    prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
+    with Job("preparing", len(raw), "rows"):
+        prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
     for remark in remarks:
         logger.warning(remark)
     return prepared
 
 
 def _over_batches(
-    adapted: Adapted, prepared: Dataset, batch_size: int, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+    what: str,
+    adapted: Adapted,
+    prepared: Dataset,
+    batch_size: int,
+    act: Callable[[dict[str, Any]], tuple[Tensor, ...]],
 ) -> tuple[np.ndarray[Any, Any], ...]:
     """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100."""
     import numpy as np
@@ -57,7 +63,7 @@ def _over_batches(
     order = np.argsort(prepared["length"], kind="stable")[::-1]
     places: list[int] = []
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), Job(what, len(order), "rows") as job:
         for start in range(0, len(order), batch_size):
             picks = [int(index) for index in order[start : start + batch_size]]
             batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
@@ -65,6 +71,7 @@ def _over_batches(
             batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
             parts.append(tuple(_array(part) for part in act(batch)))
             places += picks
+            job.advance(len(picks))
     back = np.argsort(places)
     return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
@@ -123,7 +130,7 @@ def predict(
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
         return task.answered(model, {name: value for name, value in batch.items() if name != "labels"}, processor)
 
-    found = _over_batches(adapted, prepared, batch_size, act)
+    found = _over_batches("predicting", adapted, prepared, batch_size, act)
     return task.decode(found, prepared, processor)
 
 
@@ -179,6 +186,6 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
         items += task.items(labels)
         return task.measured(outputs, batch, model, processor)
 
-    found = _over_batches(adapted, prepared, batch_size, act)
+    found = _over_batches("evaluating", adapted, prepared, batch_size, act)
     numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
     return Measured(numbers, task, found, prepared)

@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -27,10 +27,12 @@ from adapters import (
     course,
     fidelity,
     finite,
+    gauge,
     headstart,
     locks,
     manifest,
     memory,
+    progress,
     runs,
     storage,
     vocabulary,
@@ -85,6 +87,10 @@ class Trainer(ObjectiveTrainer):
         )
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
+        self._gauge = gauge.Gauge(self._throughput, self._now)
+        self._bars = self.pop_callback(ProgressCallback) is not None
+        if self._bars or progress.shown():
+            self.add_callback(self._gauge)
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._portions = memory.Portions()
         self._part: Any = None
@@ -150,6 +156,10 @@ class Trainer(ObjectiveTrainer):
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
             return float(self.compute_loss(model, self._prepare_inputs(self._part)))
 
+    def _now(self) -> float | None:
+        """The loss of the last steps, for the bar."""
+        return self._course.lately()
+
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
         return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
@@ -184,6 +194,8 @@ class Trainer(ObjectiveTrainer):
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(progress.showing(wanted=self._bars))
+            stack.callback(self._gauge.close)
             if self.args.should_save:
                 stack.enter_context(locks.held(run / ".lock", str(run)))
                 checkpoints.recover(run)
@@ -332,15 +344,15 @@ class Trainer(ObjectiveTrainer):
         run = Path(str(self.args.output_dir))
         place = run / f"checkpoint-{self.state.global_step}"
         best = run / f"checkpoint-{self.state.best_global_step}"
-        progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
+        place_in = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        facts = {"run": self._run, "terms": self._terms(), "progress": progress}
+        facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
         try:
-            with checkpoints.staged(place, facts) as self._stage:
+            with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:
                 super()._save_checkpoint(model, trial)
                 known = best == place or checkpoints.run_of(best) == self._run
                 self.state.best_model_checkpoint = str(best) if known else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import chats
+from adapters import chats, progress
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
 from adapters.options import check_types
@@ -73,7 +73,7 @@ class CausalLM:
             found = repr(self.chat_template)[:80]
             faults.append(message("an unknown template", where="chat_template", expected=known, found=found))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     # ------------------------------------------------------------------ the model
 
@@ -217,6 +217,7 @@ class CausalLM:
                 first = ids[:1] if ids[0] == processor.bos_token_id and room > 1 else []
                 ids = first + ids[len(ids) - room + len(first) :]
             prepared.append({"input_ids": ids, "asked": json.dumps(given, ensure_ascii=False)})
+            progress.count()
         remark = f"{cut} of {len(rows)} prompts leave no room for an answer: their last {room} tokens are taken"
         return prepared, [remark] if cut else []
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import reading
+from adapters import progress, reading
 from adapters.classes import Classes
 from adapters.data import need_column, pictures
 from adapters.errors import RequestError, message, nearest
@@ -78,7 +78,7 @@ class ImageClassification:
             remedy = nearest(self.augment, AUGMENTS)
             faults.append(message(f"unknown augment {self.augment!r}", where="augment", remedy=remedy))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     @property
     def _classes(self) -> Classes:
@@ -156,7 +156,8 @@ class ImageClassification:
         from adapters import images
 
         need_column(rows, "image")
-        remark = images.check(pictures(rows))
+        with progress.Job("checking pictures", len(rows), "pictures") as job:
+            remark = images.check(pictures(rows), seen=job.advance)
         if labelled:
             self._classes.check(rows)
         return remark

@@ -74,7 +74,7 @@ class QuestionAnswering:
             if not fine:
                 faults.append(message("a wrong value", where=option, expected=expected, found=getattr(self, option)))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     # ------------------------------------------------------------------ the model
 

@@ -65,7 +65,7 @@ class Seq2Seq:
             remedy = nearest(self.scores, SCORES)
             faults.append(message(f"unknown scores {self.scores!r}", where="scores", remedy=remedy))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     # ------------------------------------------------------------------ the model
 

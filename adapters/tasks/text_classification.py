@@ -69,7 +69,7 @@ class TextClassification:
         faults = self._classes.faults() + length_faults(self.max_length)
         faults += reading.faults(self.pooling, self.layer)
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     @property
     def _classes(self) -> Classes:

@@ -65,7 +65,7 @@ class TokenClassification:
         check_types(self)
         faults = self._classes.faults() + length_faults(self.max_length) + reading.faults(None, self.layer)
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
         tags.scheme_of(self.labels)
 
     @property
