@@ -26,7 +26,7 @@ FORMAT: Final = 1
 MAX_RESULT: Final = 1 << 20  # bytes
 STEPS: Final = ("learning_rate", "num_train_epochs", "max_steps")  # settings of steps, which a solved strategy lacks
 # Keys whose change would make two settings answer different questions.
-FIXED: Final = ("data", "columns", "labels", "task", "validation", "test", "limit", "output", "split_seed")
+FIXED: Final = ("data", "columns", "labels", "task", "validation", "test", "limit", "output", "split_seed", "merge")
 
 
 @final
@@ -226,7 +226,7 @@ def key_of(recipe: Recipe, identity: Mapping[str, str]) -> str:
         recipe: with its seed.
         identity: digests of the rows of every part, and of the backbone.
     """
-    beside = {"model", "data", "columns", "output", "validation", "test", "limit", "split_seed"}
+    beside = {"model", "data", "columns", "output", "validation", "test", "limit", "split_seed", "merge"}
     said = recipe.model_dump(exclude=beside)
     said["labels"] = list(said["labels"] or ())
     text = json.dumps({"recipe": said, **identity, "format": FORMAT}, sort_keys=True, default=str)
