@@ -13,12 +13,18 @@ def main() -> NoReturn:
     interrupts.unwind()
     try:
         from adapters.cli import main as command
-
+    except (KeyboardInterrupt, SystemExit) as fault:
+        _interrupted(fault)
+    try:
         command()
-    except KeyboardInterrupt:
-        interrupts.last()
-        print("adapters: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as fault:  # before the command began, or after it had ended
+        _interrupted(fault)
+
+
+def _interrupted(fault: KeyboardInterrupt | SystemExit) -> NoReturn:
+    interrupts.last()
+    print("adapters: interrupted; nothing was written", file=sys.stderr)
+    raise SystemExit(fault.code if isinstance(fault, SystemExit) else 130) from None
 
 
 if __name__ == "__main__":

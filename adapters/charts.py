@@ -12,15 +12,15 @@ SPREAD = 30.0  # the greatest over the least positive value from which an axis i
 Point = tuple[float, float]
 
 
-def short(value: float) -> str:
-    """A number as an axis shows it."""
+def short(value: float, digits: int = 4) -> str:
+    """A number as an axis shows it, of at most so many digits."""
     size = abs(value)
     if size >= 1e6 or (size and size < 1e-3):
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')}e{int(power)}"
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -75,10 +75,12 @@ class Axis:
         )
         return round(self.begin + share * (self.end - self.begin), 1)
 
-    def ticks(self, most: int = 5) -> list[dict[str, Any]]:
-        """Places and labels of its ticks."""
+    def ticks(self, most: int = 5, *, whole: bool = False) -> list[dict[str, Any]]:
+        """Places and labels of its ticks; whole numbers alone where nothing lies between them."""
         found = decades(self.low, self.high) if self.log else ticks(self.low, self.high, most)
-        return [{"at": self(value), "label": short(value)} for value in found]
+        if whole:
+            found = [value for value in found if value == int(value)]
+        return [{"at": self(value), "label": short(value, 6)} for value in found]
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
@@ -133,7 +135,7 @@ def lines(
             for entry in drawn
         ],
         "floors": [{"name": name, "at": up(value), "value": short(value)} for name, value in floors],
-        "across": across.ticks(6),
+        "across": across.ticks(6, whole=all(p[0] == int(p[0]) for entry in drawn for p in entry["points"])),
         "up": up.ticks(),
         "x": x,
         "y": f"{y}, logarithmic" if log else y,
@@ -144,7 +146,7 @@ def scatter(points: Sequence[Point], *, x: str, y: str) -> dict[str, Any] | None
     """Points in a square whose two axes are one, with the diagonal."""
     if not points:
         return None
-    side = HEIGHT - TOP - BOTTOM + 60
+    side = 350
     values = [value for point in points for value in point]
     across = Axis(values, LEFT, LEFT + side)
     up = Axis(values, TOP + side, TOP)
@@ -178,17 +180,16 @@ def bars(counts: Sequence[float], edges: Sequence[float], *, x: str) -> dict[str
             for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
         ],
         "across": across.ticks(6),
-        "up": [{"at": up(count), "label": short(count)} for count in ticks(0.0, max(counts), 3) if count == int(count)],
+        "up": up.ticks(3, whole=True),
         "x": x,
     }
 
 
 def reliability(bins: Sequence[Mapping[str, float]], of: int) -> dict[str, Any]:
     """A reliability diagram: how often answers were right, by the certainty that they were given with."""
-    side = HEIGHT - TOP - BOTTOM + 10
+    side = 350
     across = Axis([0.0, 1.0], LEFT, LEFT + side, exact=True)
     up = Axis([0.0, 1.0], TOP + side, TOP, exact=True)
-    most = max(entry["rows"] for entry in bins)
     width = side / 10
     return {
         "side": side,
@@ -199,8 +200,6 @@ def reliability(bins: Sequence[Mapping[str, float]], of: int) -> dict[str, Any]:
                 "y": up(entry["accuracy"]),
                 "height": round(up(0.0) - up(entry["accuracy"]), 1),
                 "mark": up(entry["confidence"]),
-                "share": round(LEFT + side + 14 + 46 * entry["rows"] / most, 1),
-                "rows": int(entry["rows"]),
                 "said": f"certainty {entry['confidence']:.2f}: right {entry['accuracy']:.2f} of {entry['rows']:g}",
                 "strong": round(0.35 + 0.65 * math.sqrt(entry["rows"] / max(of, 1)), 2),
             }

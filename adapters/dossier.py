@@ -123,16 +123,14 @@ def table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"parts": [NAMES[part] for part in parts], "rows": rows}
 
 
-def curves(
-    events: Sequence[journal.Event], metric: str, greater: bool, floor: float | None
-) -> list[tuple[str, dict[str, Any] | None]]:
+def curves(events: Sequence[journal.Event], metric: str, greater: bool) -> list[tuple[str, dict[str, Any] | None]]:
     """Loss, metric and learning rate over the steps.
 
     Args:
         events: the journal's.
         metric: that counts; greater: is better.
-        floor: its value without a look at the input.
     """
+    floor = number(first(events, "floor").get("numbers") or {}, metric)
     steps = [event for event in events if event["event"] == "step"]
     tests = [e for e in events if e["event"] == "evaluation" and e.get("part") == "validation"]
 

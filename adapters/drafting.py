@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MANY = 40  # labels that a recipe lists at most
 PLACE = 34  # column in which the reasons begin
+WIDTH = 110  # of a line; where it would be longer, the reason stands above
 STRATEGY = "lora"
 # The model of a task where none is named: its id, and what it is. The quickstart's own is taken where it is installed.
 MODELS: Mapping[str, tuple[str, str]] = {
@@ -99,7 +100,7 @@ def draft(
     recipe: dict[str, Any] = {"task": found.task, "data": source}
     reasons = {"task": found.why, "data": ", ".join(f"{len(part)} {name}" for name, part in splits.items()) + " rows"}
     if found.columns:
-        recipe["columns"] = dict(found.columns)
+        recipe["columns"] = {part: found.columns[part] for part in kind.columns if part in found.columns}
     facts = _facts(rows, found, kind, backbone)
     reasons |= facts.reasons
     if facts.labels:
@@ -271,7 +272,14 @@ def _lines(recipe: Mapping[str, Any], reasons: Mapping[str, str]) -> list[str]:
             made += [(f"  {name}: {_scalar(inner)}", reasons.get(f"{key}.{name}", "")) for name, inner in value.items()]
         else:
             made.append((f"{key}: {_scalar(value)}", reasons.get(key, "")))
-    return [f"{line:<{PLACE}}# {_one_line(reason)}" if reason else line for line, reason in made]
+    lines = []
+    for line, reason in made:
+        said = f"# {' '.join(reason.split())}" if reason else ""
+        if len(line) >= PLACE and len(line) + len(said) > WIDTH:
+            lines += [f"{line[: len(line) - len(line.lstrip())]}{said}", line]
+        else:
+            lines.append(f"{line:<{PLACE - 1}} {said}".rstrip())
+    return lines
 
 
 def _hints(kind: Any, strategy: str, recipe: Mapping[str, Any], facts: _Facts) -> list[str]:
@@ -282,7 +290,8 @@ def _hints(kind: Any, strategy: str, recipe: Mapping[str, Any], facts: _Facts) -
         options.append("#   r: 16                         # rank of the factors: more to learn, a larger file")
     if "max_length" in field_names(kind) and "options" not in recipe:
         most = f"95 % of the rows have {facts.high} or fewer" if facts.high else "left out: as many as the model takes"
-        options.append(f"#   max_length: {facts.high or 256:<18}# tokens of a row; {most}")
+        power = next(size for size in (64, 128, 256, 512, 1 << 30) if size >= (facts.high or 256))
+        options.append(f"#   max_length: {min(power, 1024):<18}# tokens of a row; {most}")
     lines = ["# options:", *options] if options and "options" not in recipe else []
     lines += [
         "# train:                          # left out: the strategy's own settings",
@@ -309,7 +318,3 @@ def _item(value: str) -> str:
     """A value inside brackets, where commas and brackets part values."""
     plain = _scalar(value)
     return json.dumps(value, ensure_ascii=False) if plain == value and set(value) & set(",[]{}:\"'") else plain
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -33,6 +33,7 @@ def around(text: str, begin: int, end: int, most: int = TEXT) -> str:
     if len(text) <= most:
         return cut(text, most + 1)
     first = max(0, begin - max(0, most - (end - begin)) // 2)
+    first = text.find(" ", first, begin) + 1 or first  # at a word, where one begins before what is to be seen
     piece = text[first : first + most]
     return f"{'…' if first else ''}{' '.join(piece.split())}{'…' if first + most < len(text) else ''}"
 

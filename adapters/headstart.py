@@ -316,7 +316,9 @@ def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tup
     if not rows.cache:
         return States(None, 0)
     path = next(path for path, module in adapted.model.named_modules() if module is layer)
-    places = " ".join(f"{one.pooling}@{one.layer}" for one in readings)
+    # What the live model's own place is, its task says: the same name stands for other features there.
+    placed = reading.of(adapted.record.task or adapted.task)
+    places = " ".join(f"{one.pooling}@{one.layer}" for one in (placed, *readings))
     how: dict[str, Any] = {
         "dtype": torch.float32,
         "device": rows.device,

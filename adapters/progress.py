@@ -391,4 +391,4 @@ def speed(rate: float, unit: str) -> str:
     if unit == "bytes":
         value, scale = _scaled(rate)
         return f"{value:.1f} {scale}/s"
-    return f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.2g} {unit}/s"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s" if rate >= 1 else f"{rate:.2g} {unit}/s"

@@ -292,10 +292,11 @@ def _steps(
     splits, task, options, remarks = portions.drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
-    deferred.import_peft()
-    from adapters import census, machine, report
-    from adapters.arguments import check_fields
-    from adapters.trainer import Trainer
+    with progress.Job("importing torch"):
+        deferred.import_peft()
+        from adapters import census, machine, report
+        from adapters.arguments import check_fields
+        from adapters.trainer import Trainer
 
     hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
     check_fields(recipe.train)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import charts, dossier, jsontext, manifest, shards, storage
 from adapters.contracts import Adapted, Asking, Showing
 from adapters.errors import AdaptersError, FolderError, message
-from adapters.journal import number, plain
+from adapters.journal import plain
 from adapters.predict import Measured, predict
 
 if TYPE_CHECKING:
@@ -153,7 +153,6 @@ def html(folder: Path, found: Mapping[str, Any], *, rows: bool = True) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     try:
         metrics = document["metrics"]
-        floor = number(metrics.get("majority") or {}, metric)
         return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
             document=document,
             described=described,
@@ -161,7 +160,7 @@ def html(folder: Path, found: Mapping[str, Any], *, rows: bool = True) -> str:
             head=dossier.headline(metrics, metric, greater),
             table=dossier.table(metrics),
             run=metrics.get("train") or {},
-            curves=[(name, chart) for name, chart in dossier.curves(events, metric, greater, floor) if chart],
+            curves=[(name, chart) for name, chart in dossier.curves(events, metric, greater) if chart],
             trained=dossier.trained(document, described),
             rows=dossier.rows_of(dossier.first(events, "data")),
             phases=dossier.phases(events),

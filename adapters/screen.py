@@ -61,10 +61,7 @@ class Screen:
         with self.lock:
             if self._foreign:
                 return
-            try:
-                room = os.get_terminal_size(self.stream.fileno()).columns - 1
-            except (OSError, ValueError):
-                room = 79
+            room = self._columns() - 3  # a terminal echoes ^C behind it
             for count in range(len(tail), -1, -1):
                 text = "  ".join([head, *tail[:count]])
                 left = room - len(text) - 2
@@ -77,6 +74,12 @@ class Screen:
                 text = head[: max(0, room)]
             self._put(f"{CLEAR}{text}")
             self._drawn = True
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80  # some terminals say 0
+        except (OSError, ValueError):
+            return 80
 
     def _bar(self, share: float, cells: int) -> str:
         full = share * cells

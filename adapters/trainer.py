@@ -319,6 +319,8 @@ class Trainer(ObjectiveTrainer):
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
         baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        if self._witness is not None:
+            self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
         remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
         if remark is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, final
 
 from transformers import TrainerCallback
@@ -59,6 +60,10 @@ class Witness(TrainerCallback):
         self._journal.write("step", **facts, took=round(now - self._began, 4), **peaks)
         self._losses, self._began = [], now
         self._tokens, self._reading = tokens, reading
+
+    def floor(self, numbers: Mapping[str, float]) -> None:
+        """What an answer without a look at the input has on the validation rows."""
+        self._journal.write("floor", part="validation", numbers=numbers)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Validation rows were measured; their time is no step's."""

@@ -143,7 +143,7 @@ FLOORS = {
     "campaign": 14,
     "sweep": 15,
     "quickstart": 12,
-    "doctor": 1,
+    "doctor": 2,
     "survey": 2,
     "roles": 4,
     "fitness": 7,

@@ -25,6 +25,7 @@ from adapters.lent import Lent
 from adapters.standings import Spread, Standing
 from adapters.sweep import Sweep
 
+PARTS = ("validation", "test")
 QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
 
 
@@ -370,6 +371,27 @@ def test_a_sweep(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
     assert len(trained) == before
     assert again["table"] == results["table"]
     assert again["trials"] == {"planned": 8, "made": 0, "known": 8}
+
+
+def test_places_to_read_do_not_take_each_others_features(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept features are those of a trial's own pooling and layer: as good as none kept at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    over = {"options.pooling": ["mean", "first"], "options.layer": [1, 3]}
+    numbers = []
+    for cache in (True, False):
+        given = {**recipe, "strategy": "probe", "train": {"prefix_cache": cache}}
+        found = made(given, tmp_path / str(cache), over=over).run(lambda line: None)
+        notes = [
+            note
+            for folder in (tmp_path / str(cache) / "sweep" / "trials").iterdir()
+            for note in (trials.read_result(folder) or {})["notes"]
+            if "solved" in note
+        ]
+        numbers.append([sorted(notes), *({o["name"]: o[part]["mean"] for o in found["standings"]} for part in PARTS)])
+    assert len(numbers[0][0]) == 4
+    assert numbers[0] == numbers[1]
 
 
 def test_a_trial_is_the_run_of_its_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
