@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapters import conversations, corpora, images, squad, tables
+from adapters import conversations, corpora, images, progress, squad, tables
 from adapters.errors import DataError, RequestError, message, nearest
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
                 raise RequestError(message(f"the split {_split_name(str(name))!r} is given twice", where="data"))
             splits[_split_name(str(name))] = one(part, say)
     elif isinstance(source, str | Path):
-        splits = _read_path(source, say)
+        with progress.Job(f"reading {Path(source).name}"):
+            splits = _read_path(source, say)
     elif isinstance(source, Sequence):
         splits = {"train": tables.from_dicts([_plain(row) for row in source], "list of rows")}
     else:
@@ -229,7 +230,8 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
     from datasets import DatasetDict, load_dataset
 
     try:
-        loaded = load_dataset(*name.split(":", 1))  # the id, and the name of a subset
+        with progress.tamed():
+            loaded = load_dataset(*name.split(":", 1))  # the id, and the name of a subset
     except Exception as fault:  # the loaders raise whatever their parsers and the network raise
         raise RequestError(
             message(

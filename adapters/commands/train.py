@@ -37,6 +37,9 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option(help="With --resume: what is meant to differ from the interrupted run.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the rows, show what the run would take, train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
@@ -60,6 +63,13 @@ def train(
     onward = shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
     for plan in plans:
         forget()
+        if dry_run:
+            needed = plan.plan(say)
+            if as_json:
+                out(needed.to_json())
+            else:
+                print(needed)
+            continue
         results = plan.run(say, resume=resume, override=override or [], onward=f"{onward} --resume")
         if as_json:
             out(results)
