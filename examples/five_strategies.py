@@ -53,7 +53,8 @@ for strategy, trains in STRATEGIES.items():
     results = recipe.run(resume=False)
     manifest = json.loads((Path(results["output"]) / "adapter.json").read_text(encoding="utf-8"))
     size = manifest["files"]["adapter_model.safetensors"]["size"]
-    rows.append((strategy, trains, results["test"]["accuracy"], size, results["trained_parameters"], results["seconds"]))
+    accuracy, trained = results["test"]["accuracy"], results["trained_parameters"]
+    rows.append((strategy, trains, accuracy, size, trained, results["seconds"]))
 
 # %% The table.
 print(f"{'strategy':9s} {'what trains':38s} {'accuracy':>8s} {'file':>10s} {'trained':>11s} {'seconds':>8s}")
@@ -78,5 +79,5 @@ figure.savefig(Path(options.output) / "accuracy_and_bytes.png", dpi=110)
 print(f"picture   {Path(options.output) / 'accuracy_and_bytes.png'}")
 
 # %% [markdown]
-# Read it from the left: where the probe is good enough, nothing larger is worth its bytes. `adapters sweep` does the same
-# over ranks, learning rates and seeds, and says whether the probe would have been enough.
+# Read it from the left: where the probe is good enough, nothing larger is worth its bytes. `adapters sweep` does the
+# same over ranks, learning rates and seeds, and says whether the probe would have been enough.

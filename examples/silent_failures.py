@@ -83,14 +83,15 @@ edited.write_text(json.dumps(document), encoding="utf-8")
 refused("a manifest with another lora_alpha", lambda: adapters.load(edited.parent))
 
 # %% [markdown]
-# **The labels masked.** A wrong label column or a bad mask, and the loss is taken over nothing. It would be 0 or NaN, and
-# the run would go on to its end.
+# **The labels masked.** A wrong label column or a bad mask, and the loss is taken over nothing. It would be 0 or NaN,
+# and the run would go on to its end.
 
 # %%
 masked = [{"text": row["text"], "label": None} for row in ROWS]
-refused("rows without labels", lambda: adapters.Trainer(adapters.adapt(MODEL, "lora", labels=LABELS), QUICK, masked))
+fresh = adapters.adapt(MODEL, "lora", labels=LABELS)
+refused("rows without labels", lambda: adapters.Trainer(fresh, QUICK, masked))
 renamed = [{"text": row["text"], "label": row["label"].upper()} for row in ROWS]
-refused("labels of another list", lambda: adapters.Trainer(adapters.adapt(MODEL, "lora", labels=LABELS), QUICK, renamed))
+refused("labels of another list", lambda: adapters.Trainer(fresh, QUICK, renamed))
 
 # %% [markdown]
 # **The head lost.** The low-rank factors alone are no classifier: without the trained head, loading would draw a new one
@@ -105,8 +106,8 @@ safetensors.torch.save_file({name: t for name, t in tensors.items() if "classifi
 refused("an adapter without its head", lambda: adapters.load(headless.parent))
 
 # %% [markdown]
-# **Trained, but nothing moved.** With a learning rate of 0 the loss is logged, checkpoints are written, and the adapter is
-# the one that began. A run is held to a contract: what was to train has moved, and what was frozen has not.
+# **Trained, but nothing moved.** With a learning rate of 0 the loss is logged, checkpoints are written, and the adapter
+# is the one that began. A run is held to a contract: what was to train has moved, and what was frozen has not.
 
 # %%
 still = adapters.adapt(MODEL, "lora", labels=LABELS)
