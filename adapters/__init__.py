@@ -43,6 +43,8 @@ _HOMES = {
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
+    "Sweep": "sweep",
+    "run_recipe": "script",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -72,8 +74,10 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.recipe import Recipe as Recipe
+    from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
+    from adapters.sweep import Sweep as Sweep
     from adapters.tasks import TASKS as TASKS
     from adapters.trainer import Trainer as Trainer
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import places, shards
+from adapters import bars, places, progress, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
+from adapters.lent import Lent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend"
 
 
 def live_model(model: object) -> bool:
-    """Whether `adapt` was given a model, not a name."""
-    return not isinstance(model, str | Path)
+    """Whether `adapt` was given a model, not a name or what was opened by one."""
+    return not isinstance(model, str | Path | Lent)
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
@@ -80,7 +81,8 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
-        with hushed():
+        with _loading(name, local=path.is_dir()):
+            options |= {"tqdm_class": bars.Bar}
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (
         *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
@@ -154,6 +156,20 @@ def _fetched(config: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def _loading(name: str, *, local: bool) -> Iterator[None]:
+    """Within it a backbone is fetched and read, as jobs of ours instead of transformers' and the hub's bars."""
+    from transformers.utils import logging as hub_logging
+
+    job = progress.Job(f"loading {Path(name).name}") if local else bars.downloading(name)
+    with job, hushed():
+        before = hub_logging.set_tqdm_hook(bars.tensors)
+        try:
+            yield
+        finally:
+            hub_logging.set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
 def hushed() -> Iterator[None]:
     """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
     from transformers.utils import logging as hub_logging
@@ -178,20 +194,14 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
         )
     if not name or (quiet and not Path(name).is_dir()):
         return None
-    kind, what, files = task.processor, *PROCESSORS[task.processor]
+    kind, what = task.processor, PROCESSORS[task.processor][0]
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in files):
+    lacking = processor_fault(kind, folder, name)
+    if lacking:
         # transformers would make an empty tokenizer up, for which all texts are the same.
         if quiet:
             return None
-        raise RequestError(
-            message(
-                f"the backbone has no {what}",
-                where=name,
-                expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
-            )
-        )
+        raise RequestError(lacking)
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         opened = open_processor(kind, name, {**kept, **changes})
@@ -223,6 +233,19 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
             )
         )
     return opened
+
+
+def processor_fault(kind: str, folder: Path, name: str) -> str:
+    """The fault of a backbone's folder that holds no file of its tokenizer or image processor; empty for none."""
+    what, files = PROCESSORS[kind]
+    if not folder.is_dir() or any((folder / file).exists() for file in files):
+        return ""
+    return message(
+        f"the backbone has no {what}",
+        where=name,
+        expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
+        remedy=f"Pass processor={kind}.from_pretrained(...).",
+    )
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:

@@ -34,6 +34,10 @@ class Divergence(TrainerCallback):
         """The share of one micro-batch in the loss of the step."""
         self._step += loss
 
+    def lately(self) -> float | None:
+        """The median loss of the last steps; None before the first."""
+        return median(self._losses) if self._losses else None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step more; its loss is the sum over its micro-batches."""
         self._losses.append(self._step)

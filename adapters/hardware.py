@@ -164,11 +164,11 @@ def _nearest(recipe: Mapping[str, Any], asked: Sequence[str], labels: Any) -> st
     plain = without(recipe)
     own = str(recipe.get("strategy", "lora"))
     smallest: Line | None = None
-    for strategy in dict.fromkeys((own, *NEARER)):
-        here_too = {**plain, "quantization": None} if strategy != own else plain
-        known: Any = here_too if strategy == own else {**here_too, "options": {}}
+    for name in dict.fromkeys((own, *NEARER)):
+        here_too = {**plain, "quantization": None} if name != own else plain
+        known: Any = here_too if name == own else {**here_too, "options": {}}
         try:
-            line = of_recipe(known, strategy, labels=labels, device="cpu").lines[0]
+            line = of_recipe(known, name, labels=labels, device="cpu").lines[0]
         except AdaptersError:
             continue
         if line.refused:
@@ -178,13 +178,13 @@ def _nearest(recipe: Mapping[str, Any], asked: Sequence[str], labels: Any) -> st
         rows = min(line.batch, line.largest or 0)
         if not rows or not line.largest_evaluated:
             continue
-        changes = [] if strategy == own else [f"strategy: {strategy}"]
+        changes = [] if name == own else [f"strategy: {name}"]
         if rows < line.batch:
             changes.append(f"train.per_device_train_batch_size: {rows}")
         if line.largest_evaluated < line.evaluated:
             changes.append(f"train.per_device_eval_batch_size: {line.largest_evaluated}")
         so = f" and with {', '.join(changes)}" if changes else ""
         left_out = ", ".join(entry.partition(":")[0] for entry in asked)
-        return f"The nearest that fits here: {strategy} without {left_out}{so} ({gigabytes(line.peak)} planned)."
+        return f"The nearest that fits here: {name} without {left_out}{so} ({gigabytes(line.peak)} planned)."
     least = f" (the least is {gigabytes(smallest.peak)}, {smallest.strategy})" if smallest else ""
     return f"Nothing of this model fits this machine{least}: take a smaller backbone, or a machine with a GPU."

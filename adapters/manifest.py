@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from adapters import places, schema, shards
+from adapters import bars, places, schema, shards
 from adapters.errors import BackboneError, FolderError, RequestError, message
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST = "adapter.json"
 WEIGHTS = "adapter_model.safetensors"
 RECIPE = "run.yaml"
+RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
 MAX_MANIFEST = 64 << 20  # bytes
@@ -356,7 +357,8 @@ def fetch(folder_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        with bars.downloading(name):
+            return Path(snapshot_download(name, tqdm_class=cast("Any", bars.Bar)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as fault:
         raise FolderError(
             message(
@@ -365,3 +367,37 @@ def fetch(folder_or_id: str | Path) -> Path:
                 found=" ".join(str(fault).split())[:200],
             )
         ) from fault
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse an output folder that holds something that is not ours to replace.
+
+    Raises:
+        FolderError: with what was found.
+    """
+    if "\0" in str(target):
+        raise FolderError(message("no name of a folder", where=repr(str(target))))
+    below = next((parent for parent in target.parents if parent.exists()), None)
+    if below is not None and not below.is_dir():
+        raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FolderError(message("the output is not a folder", where=str(target), remedy="Give another output."))
+    content = sorted(entry.name for entry in target.iterdir())
+    if content and MANIFEST not in content and not is_run(target):
+        raise FolderError(
+            message(
+                "the output folder already holds something else",
+                where=str(target),
+                expected="a new folder, or one with an adapter of ours",
+                found=", ".join(content[:5]),
+                remedy="Give another output.",
+            )
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours that has not finished yet."""
+    recipe = folder / RECIPE
+    return recipe.is_file() and recipe.read_text(errors="replace").startswith(RUN_MARK)

@@ -73,14 +73,16 @@ def plan(
     from adapters import blueprint
 
     where = found_device(device, memory)
-    names = [strategy] if strategy is not None and not _several(strategy) else list(strategy or every())  # type: ignore[arg-type]
+    names = _named(strategy)
     settings = dict(args or {})
     if batch is not None:
         settings["per_device_train_batch_size"] = batch
     notes: list[str] = []
     labels, note = _labels(model, task, labels, options)
     notes += [note] if note else []
-    lines, drawn, size = [], None, 0
+    lines: list[Line] = []
+    drawn: blueprint.Blueprint | None = None
+    size = 0
     for name in names:
         known = _own(name, options, alone=len(names) == 1)
         chosen, goal, packed = requested(model, name, task, labels, quantization, known)
@@ -98,8 +100,11 @@ def plan(
     return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes))
 
 
-def _several(strategy: object) -> bool:
-    return isinstance(strategy, Sequence) and not isinstance(strategy, str)
+def _named(asked: Any) -> list[Any]:
+    """The strategies that a caller asks for: one, several, or every one."""
+    if asked is None:
+        return list(every())
+    return list(asked) if isinstance(asked, Sequence) and not isinstance(asked, str) else [asked]
 
 
 def every() -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
 from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
+from adapters.progress import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,11 +203,13 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
     maps = list(maps)
     refuse_nothing(maps, storage)
     done = []
-    for described in maps:
-        module = model.get_submodule(described.path)
-        if not is_packed(module):
-            model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
-        done.append(described.path)
+    with Job("packing", len(maps), "layers") as job:
+        for described in maps:
+            module = model.get_submodule(described.path)
+            if not is_packed(module):
+                model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
+            done.append(described.path)
+            job.advance()
     # On CPUs with AVX512-BF16 bitsandbytes rearranges the weights in place at the first evaluation forward, and
     # everything read from them afterwards (merge, digest, export) is garbage. Switched off: no byte ever changes.
     for packed in packed_modules(model).values():

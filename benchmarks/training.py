@@ -71,7 +71,6 @@ def plain(job: Job, folder: Path) -> dict[str, Any]:
 def ours(job: Job, parts: Parts, folder: Path) -> Ready:
     """adapt and Trainer, no option beside those of the job."""
     import adapters
-    from adapters.arguments import OWN
     from benchmarks.texts import backbone
 
     adapted = adapters.adapt(
@@ -83,8 +82,6 @@ def ours(job: Job, parts: Parts, folder: Path) -> Ready:
         **job.options,
     )
     settings = plain(job, folder)
-    if "warm_head" not in OWN:
-        settings.pop("warm_head", None)
 
     def trainer() -> Any:
         return adapters.Trainer(adapted, settings, parts.train, parts.validation if job.validate else None)
@@ -176,18 +173,35 @@ def trace(clock: Clock, score: Callable[[], float], found: list[tuple[float, flo
     return Trace()
 
 
-def counted(model: Any) -> Callable[[], int]:
-    """How often the lowest block has computed: calls of its first linear map."""
+def counted(model: Any) -> Callable[[], tuple[int, int]]:
+    """How many rows the lowest block has computed, and how many of them for the check of what was saved.
+
+    A hook on the block itself would be part of the model, and its frozen prefix no longer the one that was kept; copies
+    of the graph on the meta device compute nothing and are other modules.
+    """
     import torch
+    from torch.nn.modules.module import register_module_forward_hook
 
-    calls = [0]
+    from adapters import fidelity
+
+    rows, checking = [0, 0], [0]
     lowest = next(module for path, module in model.named_modules() if ".layer.0." in path and _is_linear(module, torch))
+    reopened = fidelity.reopened
 
-    def called(*_: Any) -> None:
-        calls[0] += 1
+    def called(module: Any, inputs: tuple[Any, ...], _: Any) -> None:
+        if module is lowest:
+            rows[checking[0]] += len(inputs[0])
 
-    lowest.register_forward_hook(called)
-    return lambda: calls[0]
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        checking[0] = 1
+        try:
+            return reopened(*args, **kwargs)
+        finally:
+            checking[0] = 0
+
+    register_module_forward_hook(called)
+    fidelity.reopened = checked
+    return lambda: (sum(rows), rows[1])
 
 
 def _is_linear(module: Any, torch: Any) -> bool:
@@ -221,7 +235,8 @@ def run(job: Job, parts: Parts, folder: Path) -> dict[str, Any]:
             "validation": score(parts.validation) if job.validate else None,
             "samples": round(len(parts.train) * float(state.epoch or 0)),
             "steps": state.global_step,
-            "lowest_block_calls": computed,
+            "lowest_block_rows": computed[0],
+            "rows_checked": computed[1],
             "trace": [*traced, (took.seconds, None)],
         },
     }

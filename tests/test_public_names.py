@@ -28,6 +28,7 @@ PUBLIC = {
     "STRATEGIES",
     "SpentError",
     "Strategy",
+    "Sweep",
     "TASKS",
     "Task",
     "Trainer",
@@ -41,6 +42,7 @@ PUBLIC = {
     "plan",
     "predict",
     "pseudo_perplexity",
+    "run_recipe",
     "save",
 }
 
