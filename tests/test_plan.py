@@ -204,7 +204,7 @@ def test_devices_by_name_and_amounts_of_memory() -> None:
     assert devices.device("h100", "60 GiB").bytes == 60 << 30
     assert devices.device(None, "24GB").bytes == 24 * 10**9
     assert devices.size("22.5") == 22_500_000_000
-    with pytest.raises(adapters.RequestError, match="Did you mean 'rtx 4090'.*memory='24GB'"):
+    with pytest.raises(adapters.RequestError, match=r"Did you mean 'rtx 4090'.*memory='24GB'"):
         devices.device("rtx 4900")
     for wrong in ("much", "0GB", "-3GB", "24 apples"):
         with pytest.raises(adapters.RequestError, match="not an amount of memory"):
@@ -212,13 +212,13 @@ def test_devices_by_name_and_amounts_of_memory() -> None:
 
 
 def test_bad_requests(folders: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(adapters.RequestError, match="more tokens than the model has positions.*at most 40; found 41"):
+    with pytest.raises(adapters.RequestError, match=r"more tokens than the model has positions.*at most 40; found 41"):
         adapters.plan(folders["bert"], "lora", length=41)
     with pytest.raises(adapters.RequestError, match="unknown strategy 'lroa'"):
         adapters.plan(folders["bert"], "lroa")
     with pytest.raises(adapters.RequestError, match="no such model folder"):
         adapters.plan(tmp_path / "nothing")
-    with pytest.raises(adapters.RequestError, match="unknown option 'lora_r'.*'r'"):
+    with pytest.raises(adapters.RequestError, match=r"unknown option 'lora_r'.*'r'"):
         adapters.plan(folders["bert"], "lora", lora_r=4)
 
 
