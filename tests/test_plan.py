@@ -133,10 +133,12 @@ def test_activation_checkpointing_accumulation_and_smaller_optimizers_show(folde
     assert line(gradient_accumulation_steps=4).step >= plain.step
 
 
-def test_a_config_is_enough_for_a_model_that_nobody_could_hold(tmp_path: Path) -> None:
-    """70B on the meta device: no weights are there to be read, and 4 bits of them fit no 24 GB card."""
+def test_a_config_is_enough_for_a_model_that_nobody_could_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8B counted in 4 bits, 70B on the meta device: no weights are there to be read, and hardly any memory is taken."""
     import resource
+    import sys
 
+    monkeypatch.setattr(sys.modules["adapters.plan"], "MOST", 1)  # no larger batch is looked for
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     small = {"task": "causal-lm", "length": 16, "batch": 1, "args": {"per_device_eval_batch_size": 1}}
     eight = adapters.plan(config_folder(tmp_path / "8b", LLAMA_8B), "qlora", device="rtx 4090", **small).lines[0]  # type: ignore[arg-type]
@@ -181,7 +183,7 @@ def test_the_largest_batch_fits_and_hardly_more_does(folders: dict[str, str]) ->
     assert 8 < largest < 512
     assert line(batch=largest, device="cpu").step * (1 + MARGIN) <= 4_000_000 * 1.01
     assert line(batch=largest + largest // 16 + 1, device="cpu").step * (1 + MARGIN) > 4_000_000
-    assert line(memory=f"{devices.CONTEXT + 1000}B".replace("B", "") and "0.0001GB").largest == 0
+    assert line(memory="100kB").largest == 0
 
 
 def test_the_search_for_the_largest_batch_counts_few() -> None:
