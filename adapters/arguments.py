@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from adapters import processes
 from adapters.contracts import Adapted
-from adapters.errors import RequestError, message, nearest
+from adapters.errors import RequestError, message
 from adapters.order import frozen_below
+from adapters.settings import OWN, SETTLED, WATCHING
+from adapters.settings import faults as settings_faults
 
 logger = logging.getLogger(__name__)
 
@@ -32,77 +35,6 @@ HOUSE: Mapping[str, object] = {
     "save_strategy": "epoch",
     "restore_callback_states_from_checkpoint": True,  # a resumed run goes on counting its patience
 }
-OWN = {
-    "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
-    "frozen_dropout": "keep dropout on in the frozen part: below the lowest trained module, and in blocks of which "
-    "nothing but adapters trains",
-    "fused": "each adapted matmul as one function while training: true, false, or 'float32', which keeps its products "
-    "out of bfloat16 on hardware that has it (bf16=False in a dict of args is the same)",
-    "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
-    "prefix_cache_gb": "GB on disk that what is kept of all runs may take; 0 for memory only; null for the smaller of "
-    "10 and a tenth of what is free",
-    "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
-    "the validation rows say that it helps",
-    "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
-}
-ALIASES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "warmup_ratio": "warmup_steps (a number below 1 is a share)",
-    "group_by_length": "train_sampling_strategy",
-    "evaluation_strategy": "eval_strategy",
-    "gradient_checkpointing": "activation_checkpointing",
-    "lr_scheduler": "lr_scheduler_type",
-}
-
-_SMALLER = "It would cast the trained weights. Load the backbone in fewer bits: load={'dtype': 'bfloat16'}."
-_PUSH = "Push the finished folder: huggingface_hub.upload_folder(...)."
-_WHOLE = "The task measures all rows at once; a compute_metrics of your own may ask for it."
-_TEXTS = "Only transformers.Seq2SeqTrainer reads it."
-# Fields that would do nothing here, or break what is promised: the one value that holds, and what to do instead.
-SETTLED: Mapping[str, tuple[object, str]] = {
-    "label_smoothing_factor": (0, "Say it as the task's own option label_smoothing."),
-    "label_names": (None, "The task names the labels."),
-    "remove_unused_columns": (False, "The task chooses what reaches the model."),
-    "length_column_name": ("length", "The task counts the lengths."),
-    "dataloader_drop_last": (False, "Every row is trained on and measured."),
-    "dataloader_persistent_workers": (
-        False,
-        "Workers that outlive an epoch would draw the same random rows in every one.",
-    ),
-    "dataloader_in_order": (True, "Batches in the order in which workers finish are others in every run."),
-    "ignore_data_skip": (False, "A resumed run goes on at the row where it stopped."),
-    "restore_callback_states_from_checkpoint": (True, "A resumed run goes on counting its patience."),
-    "logging_nan_inf_filter": (False, "Numbers that are not finite stop the run."),
-    "load_best_model_at_end": (True, "The best weights are put back; without an eval_dataset the last ones stay."),
-    "auto_find_batch_size": (
-        False,
-        "Give a smaller per_device_train_batch_size; with gradient_accumulation_steps the gradient is the same.",
-    ),
-    "fp16_full_eval": (False, _SMALLER),
-    "bf16_full_eval": (False, _SMALLER),
-    "enable_jit_checkpoint": (False, "Say save_strategy and save_steps, and go on with resume_from_checkpoint."),
-    "resume_from_checkpoint": (None, "Say it to train: trainer.train(resume_from_checkpoint=...), or --resume."),
-    "push_to_hub": (False, _PUSH),
-    "hub_model_id": (None, _PUSH),
-    "hub_strategy": ("every_save", _PUSH),
-    "hub_always_push": (False, _PUSH),
-    "hub_revision": (None, _PUSH),
-    "batch_eval_metrics": (False, _WHOLE),
-    "eval_do_concat_batches": (True, _WHOLE),
-    "include_for_metrics": ([], _WHOLE),
-    "predict_with_generate": (False, _TEXTS),
-    "sortish_sampler": (False, _TEXTS),
-    "generation_max_length": (None, _TEXTS),
-    "generation_num_beams": (None, _TEXTS),
-    "generation_config": (None, _TEXTS),
-}
-SAMPLING = ("group_by_length", "random", "sequential", "batch_rebalance")
-WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the metric of the best weights
-
 _PLAIN: dict[str, dict[str, Any]] = {}
 
 
@@ -116,41 +48,23 @@ def check_fields(given: Mapping[str, Any], *, own_metrics: bool = False) -> None
     Raises:
         RequestError: every fault at once, with the right names.
     """
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init} | set(OWN)
-    faults = []
-    for name in given:
-        if name not in known:
-            right = ALIASES.get(name)
-            remedy = f"The name is {right}." if right else nearest(name, known)
-            faults.append(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
-    if faults:
-        raise RequestError(" ".join(faults))
     _refuse(given, own_metrics)
     made(TrainingArguments, {"output_dir": "unused", **HOUSE, **_taken(given)})
 
 
-def _refuse(given: Mapping[str, Any], own_metrics: bool) -> None:
-    faults = []
-    for name, value in given.items():
-        holds, remedy = SETTLED.get(name, (value, ""))
-        if value != holds and not (own_metrics and remedy == _WHOLE):
-            what = "this setting is fixed here"
-            where = f"args: {name}"
-            faults.append(message(what, where=where, expected=repr(holds), found=repr(value), remedy=remedy))
-        else:
-            faults += _value_faults(name, value)
-    for kind in ("eval", "save", "logging"):
-        chosen = str(getattr(given.get(f"{kind}_strategy"), "value", given.get(f"{kind}_strategy", "steps")))
-        if given.get(f"{kind}_steps") is not None and chosen != "steps":
-            found = f"{kind}_strategy {chosen!r}"
-            faults.append(
-                message(f"{kind}_steps beside another strategy", where="args", expected="'steps'", found=found)
-            )
-    if given.get("greater_is_better") is not None and given.get("metric_for_best_model") is None:
-        remedy = "Say metric_for_best_model as well."
-        faults.append(message("greater_is_better without its metric", where="args", remedy=remedy))
+def _refuse(given: Mapping[str, Any], own_metrics: bool, *, literal: bool = True) -> None:
+    faults = processes.sharding(given) + settings_faults(given, own_metrics=own_metrics, literal=literal)
+    if not faults and given.get("report_to") is not None:
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        installed: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+        wanted = [given["report_to"]] if isinstance(given["report_to"], str) else given["report_to"]
+        if not set(wanted) <= {*installed, "all", "none"}:
+            expected = f"of what is installed: {', '.join([*installed, 'none'])}"
+            found = repr(given["report_to"])
+            faults = [message("a wrong value", where="args: report_to", expected=expected, found=found)]
     if faults:
-        raise RequestError(" ".join(faults))
+        raise RequestError(*faults)
 
 
 def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,52 +74,6 @@ def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
         if taken.get(f"{kind}_steps") is not None:
             taken.setdefault(f"{kind}_strategy", "steps")
     return taken
-
-
-def _value_faults(name: str, value: Any) -> list[str]:
-    """What is wrong with a value, told from the kind of transformers' default and the settings' plain limits."""
-    if name == "early_stopping_patience":
-        fine = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-        expected = "a whole number > 0, or null"
-    elif name == "frozen_dropout":
-        fine, expected = isinstance(value, bool), "true or false"
-    elif name == "fused":
-        fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
-    elif name in ("chunked_loss", "warm_head"):
-        fine, expected = value is None or isinstance(value, bool), "true, false or null"
-    elif name == "prefix_cache_gb":
-        fine = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
-        expected = "a number from 0, or null"
-    elif name == "prefix_cache":
-        fine, expected = isinstance(value, bool) or value == "bfloat16", "true, false or 'bfloat16'"
-    elif name == "train_sampling_strategy":
-        fine, expected = value in SAMPLING, f"one of {', '.join(SAMPLING)}"
-    elif name == "use_liger_kernel":
-        from transformers.utils.import_utils import is_liger_kernel_available
-
-        fine = not value or is_liger_kernel_available()
-        expected = "the package liger-kernel, which is not installed"
-    elif name == "report_to":
-        from transformers.integrations.integration_utils import get_available_reporting_integrations
-
-        installed: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-        wanted = [value] if isinstance(value, str) else value
-        fine = wanted is None or set(wanted) <= {*installed, "all", "none"}
-        expected = f"of what is installed: {', '.join([*installed, 'none'])}"
-    else:
-        default = _plain(TrainingArguments).get(name)
-        numeric = isinstance(default, int | float) and not isinstance(default, bool)
-        fine = not numeric or (isinstance(value, int | float) and not isinstance(value, bool))
-        expected = "a number"
-        if fine and name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            fine, expected = isinstance(value, int) and value > 0, "a whole number > 0"
-        if fine and name == "learning_rate":
-            fine, expected = value >= 0, "a number >= 0"
-    return [] if fine else [message("a wrong value", where=f"args: {name}", expected=expected, found=repr(value))]
 
 
 def made(kind: type[TrainingArguments], options: Mapping[str, Any]) -> TrainingArguments:
@@ -317,7 +185,7 @@ def _given(
     }
     if given.get("greater_is_better") == (not str(given.get("metric_for_best_model")).endswith("loss")):
         given.pop("greater_is_better", None)  # filled in by transformers from the metric's name: not set
-    _refuse(given, own_metrics)
+    _refuse(given, own_metrics, literal=False)
     return type(args), {**given, "output_dir": args.output_dir}
 
 
@@ -340,7 +208,7 @@ def _refuse_unheard(adapted: Adapted, given: Mapping[str, Any], own: Mapping[str
             remedy = "Say frozen_dropout=True as well."
             faults.append(message(what, where="args: neftune_noise_alpha", remedy=remedy))
     if faults:
-        raise RequestError(" ".join(faults))
+        raise RequestError(*faults)
 
 
 def _best(adapted: Adapted, merged: Mapping[str, Any], own_metrics: bool, parts: Sequence[str]) -> dict[str, Any]:

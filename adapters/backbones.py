@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 from adapters import bars, places, progress, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
+from adapters.lent import Lent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend"
 
 
 def live_model(model: object) -> bool:
-    """Whether `adapt` was given a model, not a name."""
-    return not isinstance(model, str | Path)
+    """Whether `adapt` was given a model, not a name or what was opened by one."""
+    return not isinstance(model, str | Path | Lent)
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
@@ -126,6 +127,13 @@ def check_folder(folder: Path) -> None:
         FolderError: links, a config that is too large or no JSON, one that names other files or code to be fetched, or
             safetensors weights that are not whole or lie elsewhere.
     """
+    check_config(folder)
+    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
+        shards.read_directory(folder)
+
+
+def check_config(folder: Path) -> None:
+    """The same of a folder's config alone."""
     places.refuse_strays(folder, deep=False)
     file = folder / "config.json"
     config = shards.read_json(file, MAX_CONFIG)
@@ -136,8 +144,6 @@ def check_folder(folder: Path) -> None:
     fetched = next(_fetched(config), None)
     if fetched is not None:
         raise FolderError(message("a config that names code to be fetched", where=str(file), found=fetched))
-    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
-        shards.read_directory(folder)
 
 
 def _fetched(config: Any) -> Iterator[str]:
@@ -155,7 +161,7 @@ def _loading(name: str, *, local: bool) -> Iterator[None]:
     from transformers.utils import logging as hub_logging
 
     job = progress.Job(f"loading {Path(name).name}") if local else bars.downloading(name)
-    with job, _hushed():
+    with job, hushed():
         before = hub_logging.set_tqdm_hook(bars.tensors)
         try:
             yield
@@ -164,7 +170,7 @@ def _loading(name: str, *, local: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
     from transformers.utils import logging as hub_logging
 
@@ -188,20 +194,14 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
         )
     if not name or (quiet and not Path(name).is_dir()):
         return None
-    kind, what, files = task.processor, *PROCESSORS[task.processor]
+    kind, what = task.processor, PROCESSORS[task.processor][0]
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in files):
+    lacking = processor_fault(kind, folder, name)
+    if lacking:
         # transformers would make an empty tokenizer up, for which all texts are the same.
         if quiet:
             return None
-        raise RequestError(
-            message(
-                f"the backbone has no {what}",
-                where=name,
-                expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
-                remedy=f"Pass processor={kind}.from_pretrained(...).",
-            )
-        )
+        raise RequestError(lacking)
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "trust_remote_code", "cache_dir")}
     try:
         opened = open_processor(kind, name, {**kept, **changes})
@@ -233,6 +233,19 @@ def _processor_of(task: Task, name: str, load: Mapping[str, Any], changes: Mappi
             )
         )
     return opened
+
+
+def processor_fault(kind: str, folder: Path, name: str) -> str:
+    """The fault of a backbone's folder that holds no file of its tokenizer or image processor; empty for none."""
+    what, files = PROCESSORS[kind]
+    if not folder.is_dir() or any((folder / file).exists() for file in files):
+        return ""
+    return message(
+        f"the backbone has no {what}",
+        where=name,
+        expected=f"one of {', '.join(files[:3])} ..." if len(files) > 1 else files[0],
+        remedy=f"Pass processor={kind}.from_pretrained(...).",
+    )
 
 
 def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:

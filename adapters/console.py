@@ -42,6 +42,11 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def forget() -> None:
+    """Another run begins: what the last one said may be news again."""
+    _SAID.clear()
+
+
 def said(line: str) -> bool:
     """Whether a line has been printed."""
     return line in _SAID

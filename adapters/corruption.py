@@ -157,4 +157,4 @@ def refuse(faults: Sequence[str]) -> None:
         RequestError: there is something.
     """
     if faults:
-        raise RequestError("; ".join(faults))
+        raise RequestError(*faults)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+PLAIN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[tT]rue|[fF]alse|null")  # what is no text without quotes
 
 
 class AdaptersError(Exception):
@@ -11,9 +14,20 @@ class AdaptersError(Exception):
 
     exit_code = 2
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The message of each fault, where several are told at once."""
+        return tuple(map(str, self.args))
+
 
 class RequestError(AdaptersError, ValueError):
-    """What was asked for cannot be: an unknown name, a wrong option, a backbone that does not fit."""
+    """What was asked for cannot be: an unknown name, a wrong option, a backbone that does not fit.
+
+    Of several faults, each is one argument; as text they stand one after the other.
+    """
+
+    def __str__(self) -> str:
+        return "; ".join(self.faults).replace(".; ", ". ")
 
 
 class DataError(AdaptersError, ValueError):
@@ -78,6 +92,13 @@ def _line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def unquoted(value: object) -> str:
+    """The remedy for a number, true or false that came as text: quotes make a text of it; empty for any other value."""
+    if not isinstance(value, str) or not PLAIN.fullmatch(value.strip()):
+        return ""
+    return f"It is a text here: write {value.strip()} without quotes."
 
 
 SHOWN = 20  # names that a message lists at most

@@ -22,6 +22,7 @@ from adapters import features, heads, interrupts, kept, pooling, progress, readi
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
+from adapters.memory import free_memory
 from adapters.options import field_names
 from adapters.prefix import batches, row_keys
 from adapters.progress import Job
@@ -267,7 +268,7 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     began = time.monotonic()
     alone, remark = bool(readings), ""
     readings = readings or (Reading(),)
-    width, room = 4 * layer.in_features * len(rows.train), _free_memory() // BUDGET
+    width, room = 4 * layer.in_features * len(rows.train), free_memory() // BUDGET
     if len(readings) > 1 and width * len(readings) > room:
         tried = readings[:: -(-len(readings) // max(1, room // width))]
         remark = f"{len(tried)} of {len(readings)} places to read are tried: more features would not fit into memory"
@@ -315,7 +316,9 @@ def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tup
     if not rows.cache:
         return States(None, 0)
     path = next(path for path, module in adapted.model.named_modules() if module is layer)
-    places = " ".join(f"{one.pooling}@{one.layer}" for one in readings)
+    # What the live model's own place is, its task says: the same name stands for other features there.
+    placed = reading.of(adapted.record.task or adapted.task)
+    places = " ".join(f"{one.pooling}@{one.layer}" for one in (placed, *readings))
     how: dict[str, Any] = {
         "dtype": torch.float32,
         "device": rows.device,
@@ -335,12 +338,6 @@ def _others(start: Start) -> str:
     shown = [f"{start.readings[one.place]} {_score(choice, one)}" for one in choice.tried[1:]]
     tried = f"of {len(start.readings)} places"
     return f"{tried}, next {', '.join(shown)}" if shown else "no other place was tried"
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def moved(adapted: Adapted, start: Start) -> Reading:

@@ -6,6 +6,7 @@ scaled to 8, then RGB (transparency is dropped). Larger than Pillow's own limit 
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections import Counter
@@ -237,6 +238,24 @@ def opened(value: Any, where: str = "image") -> Image:
         picture = picture.convert("RGBA")  # straight to RGB, a palette's transparency would be a warning
     made: Image = picture.convert("RGB")
     return made
+
+
+THUMB = 112  # pixels of a thumbnail's longer side
+SMALL = 64  # pictures up to this many pixels are kept as they are, without loss
+
+
+def thumbnail(value: Any, where: str = "image") -> str:
+    """A picture in small, as a data URI that a page can hold.
+
+    Args:
+        value, where: as `opened` takes them.
+    """
+    picture = opened(value, where)
+    kind, options = ("png", {}) if max(picture.size) <= SMALL else ("jpeg", {"quality": 72})
+    picture.thumbnail((THUMB, THUMB))
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _loaded(value: Any, where: str, *, small: bool = False) -> Image:

@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST = "adapter.json"
 WEIGHTS = "adapter_model.safetensors"
 RECIPE = "run.yaml"
+RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
 MAX_MANIFEST = 64 << 20  # bytes
@@ -366,3 +367,37 @@ def fetch(folder_or_id: str | Path) -> Path:
                 found=" ".join(str(fault).split())[:200],
             )
         ) from fault
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse an output folder that holds something that is not ours to replace.
+
+    Raises:
+        FolderError: with what was found.
+    """
+    if "\0" in str(target):
+        raise FolderError(message("no name of a folder", where=repr(str(target))))
+    below = next((parent for parent in target.parents if parent.exists()), None)
+    if below is not None and not below.is_dir():
+        raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FolderError(message("the output is not a folder", where=str(target), remedy="Give another output."))
+    content = sorted(entry.name for entry in target.iterdir())
+    if content and MANIFEST not in content and not is_run(target):
+        raise FolderError(
+            message(
+                "the output folder already holds something else",
+                where=str(target),
+                expected="a new folder, or one with an adapter of ours",
+                found=", ".join(content[:5]),
+                remedy="Give another output.",
+            )
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours that has not finished yet."""
+    recipe = folder / RECIPE
+    return recipe.is_file() and recipe.read_text(errors="replace").startswith(RUN_MARK)

@@ -23,6 +23,7 @@ from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import strategy_of, task_of
@@ -182,7 +183,7 @@ def merge_on_disk(
     document = read_manifest(adapter)
     where = str(adapter)
     target = Path(out).expanduser()
-    _refuse_output(target)
+    refuse_output(target)
     _refuse_config(document, where)
     with single_threaded():
         edits = _edits(document, read_tensors(adapter, document), where)
@@ -315,7 +316,12 @@ def _refuse_rows(rows: list[Any] | None) -> None:
         ) from fault
 
 
-def _refuse_output(target: Path) -> None:
+def refuse_output(target: Path) -> None:
+    """Refuse to write a merged model over anything but an earlier one.
+
+    Raises:
+        FolderError: the folder holds something else, or is no folder.
+    """
     content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     ours = is_standalone(target)
     if "config.json" in content:
@@ -406,9 +412,9 @@ def _with_fidelity(
     report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
 ) -> MergeReport:
     """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = _free_memory()
+    free = free_memory()
     need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if free is not None and need > free:
+    if need > free:
         return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
     request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
     root = str(Path(__file__).resolve().parents[1])
@@ -443,12 +449,3 @@ def _with_fidelity(
 
 def _replaced(report: MergeReport, **changes: Any) -> MergeReport:
     return MergeReport(**{**asdict(report), **changes})
-
-
-def _free_memory() -> int | None:
-    """Bytes that a new process can have, None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

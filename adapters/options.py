@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_type_hints
 
-from adapters.errors import RequestError, message, nearest
+from adapters.errors import RequestError, message, nearest, unquoted
 
 ALIASES = {
     "lora_r": "r",
@@ -53,9 +53,10 @@ def check_types(instance: Any) -> None:
         try:
             TypeAdapter(hints[entry.name]).validate_python(value, strict=True)
         except ValidationError:
-            faults.append(message("a wrong value", where=entry.name, expected=entry.type, found=repr(value)[:80]))
+            expected, found, remedy = entry.type, repr(value)[:80], unquoted(value)
+            faults.append(message("a wrong value", where=entry.name, expected=expected, found=found, remedy=remedy))
     if faults:
-        raise RequestError("; ".join(faults))
+        raise RequestError(*faults)
 
 
 def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, Collection[str]]]) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def divide_options(options: Mapping[str, Any], kinds: Sequence[tuple[str, Collec
             hint = f"The name here is {right!r}." if right in known or right == "quantization" else nearest(name, known)
             faults.append(message(f"unknown option {name!r}", where=where, remedy=hint))
     if faults:
-        raise RequestError(" ".join(faults))
+        raise RequestError(*faults)
     return shares
 
 

@@ -1,7 +1,9 @@
-"""Places of files: which names are paths on this machine, and which entries of a folder lead out of it."""
+"""Places of files: which names are paths here, which entries of a folder lead out of it, where caches lie."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from adapters.errors import FolderError, message
@@ -54,3 +56,17 @@ def refuse_strays(folder: Path, *, deep: bool) -> None:
                 )
         elif not entry.is_file():
             raise FolderError(message("neither a file nor a folder", where=str(folder / entry.relative_to(root))))
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie, as the platform has it; looked up whenever it is asked for.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):  # the XDG rules say to ignore any other
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path.home() / ".cache"

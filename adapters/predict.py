@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
-from adapters.contracts import Adapted
+from adapters.contracts import Adapted, Task
 from adapters.data import one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
@@ -133,6 +134,24 @@ def predict(
     return task.decode(found, prepared, processor)
 
 
+@final
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation: its numbers, and what they were made of.
+
+    Attributes:
+        numbers: loss and metrics.
+        task: that measured.
+        found: what it measured of each row, in the order of the rows.
+        rows: prepared rows.
+    """
+
+    numbers: dict[str, float]
+    task: Task
+    found: tuple[np.ndarray[Any, Any], ...]
+    rows: Dataset
+
+
 def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict[str, float]:
     """The task's metrics and the loss over labelled rows.
 
@@ -144,6 +163,11 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     Raises:
         DataError: rows without labels, or with unknown ones.
     """
+    return measure(adapted, dataset, batch_size=batch_size).numbers
+
+
+def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measured:
+    """The same with what was measured of each row, so that more can be said of it without a second pass."""
     from adapters import readout
 
     prepared = _prepared(adapted, dataset, labelled=True)
@@ -163,4 +187,5 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
         return task.measured(outputs, batch, model, processor)
 
     found = _over_batches("evaluating", adapted, prepared, batch_size, act)
-    return {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
+    numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
+    return Measured(numbers, task, found, prepared)

@@ -14,10 +14,10 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from adapters import checkpoints, facts, manifest, shards
-from adapters.arguments import WATCHING
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.fingerprint import Fingerprint
+from adapters.settings import WATCHING
 
 # As transformers names them.
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"

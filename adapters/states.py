@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import shutil
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Final, final
 
 from adapters import locks, shards
 from adapters.errors import FolderError, message
+from adapters.memory import free_memory
+from adapters.places import cache_folder as cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +33,6 @@ PART: Final = 256 << 20  # bytes of states that one part holds
 LOCK: Final = ".lock"  # in a folder: shared by those who use it; above the folders: held while one writes
 MOST: Final = 10 * 10**9  # bytes on disk where nothing else is asked for, and at most a tenth of what is free
 HALF: Final = 2  # of the free memory, what waits to be written may take one part in so many
-
-
-def cache_folder() -> Path:
-    """Where this user's caches lie, as the platform has it; looked up whenever it is asked for.
-
-    Raises:
-        RuntimeError: the user has no home.
-    """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):  # the XDG rules say to ignore any other
-        return Path(named)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path.home() / ".cache"
 
 
 def room_for(folder: Path, gigabytes: float | None) -> int:
@@ -59,13 +46,6 @@ def room_for(folder: Path, gigabytes: float | None) -> int:
         return int(gigabytes * 10**9)
     there = next(place for place in (folder, *folder.parents) if place.exists())
     return min(MOST, shutil.disk_usage(there).free // 10)
-
-
-def free_memory() -> int:
-    """Bytes of memory that a process could still take."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 @final

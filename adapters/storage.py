@@ -24,6 +24,7 @@ from adapters.manifest import (
     FORMAT,
     MANIFEST,
     RECIPE,
+    RUN_MARK,
     VOCABULARIES,
     WEIGHTS,
     backbone_name,
@@ -33,6 +34,7 @@ from adapters.manifest import (
     refuse_gone,
     refuse_other_backbone,
 )
+from adapters.manifest import refuse_foreign as refuse_foreign
 from adapters.options import make
 from adapters.vocabulary import of_manifest
 
@@ -71,43 +73,6 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
     with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
         write(adapted, stage)
     return target
-
-
-def refuse_foreign(target: Path) -> None:
-    """Refuse an output folder that holds something that is not ours to replace.
-
-    Raises:
-        FolderError: with what was found.
-    """
-    if "\0" in str(target):
-        raise FolderError(message("no name of a folder", where=repr(str(target))))
-    below = next((parent for parent in target.parents if parent.exists()), None)
-    if below is not None and not below.is_dir():
-        raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise FolderError(message("the output is not a folder", where=str(target), remedy="Give another output."))
-    content = sorted(entry.name for entry in target.iterdir())
-    if content and MANIFEST not in content and not is_run(target):
-        raise FolderError(
-            message(
-                "the output folder already holds something else",
-                where=str(target),
-                expected="a new folder, or one with an adapter of ours",
-                found=", ".join(content[:5]),
-                remedy="Give another output.",
-            )
-        )
-
-
-RUN_MARK = "# adapters run"
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours that has not finished yet."""
-    recipe = folder / RECIPE
-    return recipe.is_file() and recipe.read_text(errors="replace").startswith(RUN_MARK)
 
 
 def write(adapted: Adapted, folder: Path) -> None:

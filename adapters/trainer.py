@@ -36,10 +36,12 @@ from adapters import (
     runs,
     storage,
     vocabulary,
+    witness,
 )
 from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
+from adapters.journal import Journal
 from adapters.modes import evaluating
 from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
@@ -93,6 +95,8 @@ class Trainer(ObjectiveTrainer):
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
+        self.journal: Journal | None = None  # where steps and evaluations are written; None for nowhere
+        self._witness: witness.Witness | None = None
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
@@ -120,6 +124,8 @@ class Trainer(ObjectiveTrainer):
             divide=divide,
         )
         self._course.add(float(loss))
+        if self._witness is not None:
+            self._witness.add(float(loss))
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
@@ -204,6 +210,11 @@ class Trainer(ObjectiveTrainer):
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
             self.pop_callback(self.stops)
+            self._witness = None
+            if self.journal is not None and self.args.should_save:
+                self._witness = witness.Witness(self.journal, self._throughput)
+                stack.callback(self.remove_callback, self._witness)
+                self.add_callback(self._witness)
             for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
@@ -308,6 +319,8 @@ class Trainer(ObjectiveTrainer):
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
         baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        if self._witness is not None:
+            self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
         remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
         if remark is not None:

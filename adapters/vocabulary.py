@@ -52,7 +52,7 @@ def planned(
         elif not again and known.get(token, rows) < rows:
             faults.append(message("the model knows the token already", where=where, found=repr(token)))
     if faults:
-        raise RequestError("; ".join(faults))
+        raise RequestError(*faults)
     spelt = {t: [i for i in processor(t, add_special_tokens=False)["input_ids"] if i < rows] for t in tokens}
     strangers = sorted(set(known) - set(tokens), key=lambda token: known[token])
     beyond = [token for token in strangers if known[token] >= rows]

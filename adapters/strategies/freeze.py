@@ -47,20 +47,13 @@ class Freeze:
         elif isinstance(self.pattern, list):
             object.__setattr__(self, "pattern", tuple(self.pattern))
         check_types(self)
+        self._check()
 
-    def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
-        """Make the number of blocks concrete and check it.
-
-        Raises:
-            RequestError: both options, a number of blocks that is not there, blocks that share weights, a pattern
-                that finds nothing; unfreezing or decay that cannot be.
-        """
-        from adapters.anatomy import block_lists
+    def _check(self) -> None:
+        """What can be told without a model."""
         from adapters.errors import RequestError, message
-        from adapters.pace import check_decay
 
         where = "strategy 'freeze'"
-        check_decay(model, self.layer_decay, where)
         if self.unfreeze_every is not None and (isinstance(self.unfreeze_every, bool) or self.unfreeze_every < 1):
             raise RequestError(
                 message(
@@ -78,11 +71,29 @@ class Freeze:
             )
         if self.layers is not None and self.pattern is not None:
             raise RequestError(message("layers and pattern exclude each other", where=where, remedy="Give one."))
-        if self.pattern is not None:
-            if not self.pattern:
-                raise RequestError(
-                    message("no pattern is given", where=f"{where}: pattern", remedy="Give one, or layers.")
+        if self.pattern == ():
+            raise RequestError(message("no pattern is given", where=f"{where}: pattern", remedy="Give one, or layers."))
+        if self.layers is not None and (isinstance(self.layers, bool) or self.layers < 1):
+            raise RequestError(
+                message(
+                    "a wrong number of blocks", where=f"{where}: layers", expected="1 to all of them", found=self.layers
                 )
+            )
+
+    def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
+        """Make the number of blocks concrete and check it.
+
+        Raises:
+            RequestError: both options, a number of blocks that is not there, blocks that share weights, a pattern
+                that finds nothing; unfreezing or decay that cannot be.
+        """
+        from adapters.anatomy import block_lists
+        from adapters.errors import RequestError, message
+        from adapters.pace import check_decay
+
+        where = "strategy 'freeze'"
+        check_decay(model, self.layer_decay, where)
+        if self.pattern is not None:
             self._found(model)
             return self
         lists = block_lists(model)

@@ -35,13 +35,13 @@ REFUSED = {
 
 
 def learning_rate(model: PreTrainedModel) -> float:
-    """A learning rate by the model's width: 2e-3 up to 384, 1.2e-3 at 768, 3e-4 at 4096.
+    """A learning rate by the model's width: 1.2e-3 up to 768, 3.2e-4 at 4096.
 
-    The exponent is the one that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes; the
-    factor was measured here on MiniLM (docs/benchmarks.md).
+    Factor and exponent are those that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes.
+    Narrower models stay at the rate of 768: 2e-3 on MiniLM was unsteady (docs/benchmarks.md, "LoRA's learning rate").
     """
-    width = max(384, model.config.get_text_config().hidden_size)
-    return float(2e-3 * (384 / width) ** 0.775)
+    width = max(768, model.config.get_text_config().hidden_size)
+    return float(1.17e-3 * (768 / width) ** 0.775)
 
 
 @final
@@ -89,6 +89,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check()
+        self._check_start()
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:
         """Find the target modules in the model's graph and check every option against them.
@@ -99,8 +101,6 @@ class Lora:
         from adapters.anatomy import shortest_suffixes
         from adapters.injection import candidates, check_patterns, choose, layout, whole_modules
 
-        self._check()
-        self._check_start()
         every_layer = choose(model, head, patterns=self.target_modules, exclude=self.exclude_modules)
         chosen = choose(
             model,
@@ -146,7 +146,7 @@ class Lora:
         ]
         wrong = [message("a wrong value", where=w, expected=e, found=repr(f)) for fine, w, e, f in faults if not fine]
         if wrong:
-            raise RequestError("; ".join(wrong))
+            raise RequestError(*wrong)
 
     def _check_start(self) -> None:
         from adapters.errors import RequestError, message

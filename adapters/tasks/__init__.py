@@ -82,16 +82,28 @@ def refuse_classless(model: Any, task: Any, load: Mapping[str, Any]) -> None:
         kind = transformers.PreTrainedConfig.get_config_dict(str(model), **kept)[0].get("model_type")
     except OSError:
         return  # no config that could tell
-    having = [other for other in TASKS.values() if kind in _classes_of(other)]
-    if load.get("trust_remote_code") or not having or kind in _classes_of(task):
-        return
+    fault = headless(str(kind), task, {other.auto_class: _classes_of(other) for other in TASKS.values()}, str(model))
+    if fault and not load.get("trust_remote_code"):
+        raise RequestError(fault)
+
+
+def headless(kind: str, task: Any, tables: Mapping[str, Mapping[str, Any]], where: str) -> str:
+    """The fault of a kind of model that has a head for other tasks, but none for this one; empty for none.
+
+    Args:
+        kind: the `model_type` of its config.
+        task: a task or its class.
+        tables: transformers' tables of model classes, by Auto class.
+        where: the model's name, for the message.
+    """
+    having = [other for other in TASKS.values() if kind in tables[other.auto_class]]
+    if not having or kind in tables[task.auto_class]:
+        return ""
     alike = [f"{o.name} ({', '.join(o.columns)})" for o in having if o.pipeline == task.pipeline]
     others = [o.name for o in having if o.pipeline != task.pipeline]
-    raise RequestError(
-        message(
-            f"no model of type {kind!r} has a head for {task.name}",
-            where=str(model),
-            expected=f"a model with one: {', '.join(list(_classes_of(task))[:6])}",
-            remedy=f"Take {', '.join(alike)}, whose answers are alike." if alike else f"It has {', '.join(others)}.",
-        )
+    return message(
+        f"no model of type {kind!r} has a head for {task.name}",
+        where=where,
+        expected=f"a model with one: {', '.join(list(tables[task.auto_class])[:6])}",
+        remedy=f"Take {', '.join(alike)}, whose answers are alike." if alike else f"It has {', '.join(others)}.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import chats, progress
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapters.contracts import Draw
+    from adapters.contracts import Draw, Task
 
+SAMPLES, SAMPLE_TOKENS, SHOWN_WORDS = 3, 48, 80  # rows that a report goes on with, by so many tokens, of texts so long
 FORMS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 
 
@@ -72,7 +73,7 @@ class CausalLM:
             found = repr(self.chat_template)[:80]
             faults.append(message("an unknown template", where="chat_template", expected=known, found=found))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     # ------------------------------------------------------------------ the model
 
@@ -267,6 +268,41 @@ class CausalLM:
         from adapters import likelihood
 
         return likelihood.numbers(found, _bytes(rows))
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """How the loss is spread over the rows, and the rows that surprised the model most."""
+        from adapters import findings
+
+        def shown(row: int) -> dict[str, Any]:
+            return {"row": int(rows[row]["row"]), "text": findings.cut(processor.decode(rows[row]["input_ids"]))}
+
+        return findings.likely(found, shown)
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The first rows: plain texts by their first half, prompts and conversations up to the last answer."""
+        form = form_of(raw, labelled=True)
+        rows: list[dict[str, Any]] = []
+        told: list[tuple[str, str]] = []
+        for row in raw.select(range(min(SAMPLES, len(raw)))):
+            if form == "messages":
+                turns = list(row["messages"])
+                last = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+                rows.append({"messages": turns[:last]})
+                given = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:last])
+                told.append((given, str(turns[last]["content"]) if last < len(turns) else ""))
+            elif form == "prompt":
+                rows.append({"prompt": row["prompt"]})
+                told.append((row["prompt"], row["completion"]))
+            else:
+                words = row["text"].split(" ")[:SHOWN_WORDS]
+                half = max(1, len(words) // 2)
+                rows.append({"text": " ".join(words[:half])})
+                told.append((" ".join(words[:half]), " ".join(words[half:])))
+        return replace(self, max_new_tokens=SAMPLE_TOKENS, return_full_text=False, do_sample=False), rows, told
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The ids that the model goes on with, shape (rows, new tokens)."""

@@ -78,7 +78,7 @@ class ImageClassification:
             remedy = nearest(self.augment, AUGMENTS)
             faults.append(message(f"unknown augment {self.augment!r}", where="augment", remedy=remedy))
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError(*faults)
 
     @property
     def _classes(self) -> Classes:
@@ -244,6 +244,23 @@ class ImageClassification:
         import numpy as np
 
         return self._classes.metrics(found[0], np.asarray(rows["labels"]))
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """Matrix, scores by label, calibration and the surest errors; of a regression predicted against right."""
+        import numpy as np
+
+        from adapters import findings, images
+
+        held = pictures(rows) if "image" in rows.column_names else None
+
+        def shown(row: int) -> dict[str, Any]:
+            number = int(rows[row]["row"])
+            picture = images.thumbnail(held[row]["image"], f"row {number}") if held is not None else None
+            return {"row": number, "image": picture}
+
+        return self._classes.findings(found[0], np.asarray(rows["labels"]), shown, findings.PICTURES)
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, labels)."""
