@@ -25,7 +25,7 @@ from adapters.shards import tensor_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT: Final = 2  # of the folders: another number and none of the old ones is read
+FORMAT: Final = 1  # of the folders: another number and none of the old ones is read
 LIBRARIES: Final = ("torch", "transformers", "bitsandbytes", "flash_attn")  # that compute
 KNOWN: Final = ("torch.", "transformers.", "bitsandbytes.", "accelerate.", "peft.", "adapters.")  # code with a version
 # What a configuration says that no hidden state depends on.

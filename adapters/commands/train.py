@@ -88,6 +88,8 @@ def _print(results: Mapping[str, Any]) -> None:
         )
         if not results["beat_baseline"]:
             print("warning   the run did not beat its baselines")
+    if results.get("report"):
+        print(f"report    {results['report']}")
     if "merged" in results:
         print(f"merged    {results['merged']}")
     print(f"next      adapters predict {results['output']} {_example(results['task'])}")
