@@ -15,10 +15,11 @@ from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
 from adapters.commands.predict import predict
+from adapters.commands.push import push
 from adapters.commands.quickstart import quickstart
 from adapters.commands.train import train
 from adapters.commands.validate import validate
-from adapters.console import Progress
+from adapters.console import Progress, spoken
 from adapters.errors import AdaptersError
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ for command in (
     predict,
     inspect,
     merge,
+    push,
     doctor,
 ):  # in the order of the help
     app.command()(command)
@@ -69,7 +71,7 @@ def main() -> NoReturn:
     except AdaptersError as fault:
         if debug:
             raise
-        print(f"adapters: {fault}", file=sys.stderr)
+        print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
         print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)

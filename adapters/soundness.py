@@ -143,7 +143,7 @@ def _without_blanks(entry: Part, task: Any, part: str, found: Findings, maker: A
             continue
         if column in ANSWERS and getattr(maker, "problem", "") == "multi-label":
             continue  # a row without any label is one
-        blank = survey.empty(rows[column])
+        blank = survey.empty(rows[column][:])
         if blank:
             what = "the label is missing" if column in ANSWERS else "an empty text"
             where = f"{entry.shown(blank)}: {len(blank)} of {len(rows)}; column {column!r}"
@@ -248,7 +248,7 @@ def _summary(recipe: Recipe, made: Any, good: dict[str, Part], backbone: Sketch 
         if column in train.column_names:
             own = getattr(made, "max_length", None)
             limit = min(filter(None, (own, backbone.positions if backbone else None)), default=None)
-            found_lengths = survey.lengths(train[column], backbone.folder if backbone else None, limit)
+            found_lengths = survey.lengths(train[column][:], backbone.folder if backbone else None, limit)
             if found_lengths is not None:
                 found.fine["length"] = f"{column}: {found_lengths}"
                 if found_lengths.over and column in ("text", "source", "tokens") and not getattr(made, "packing", None):
@@ -274,7 +274,7 @@ def _labels(made: Any, train: Dataset, found: Findings) -> None:
     if column is None:
         return
     if getattr(made, "problem", "") == "regression":
-        numbers = [float(value) for value in train[column]]
+        numbers = [float(value) for value in train[column][:]]
         found.fine["labels"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
         return
     counts: Counter[str] = survey.counted(

@@ -145,7 +145,7 @@ def empty(values: Sequence[Any]) -> list[int]:
 def label_names(rows: Dataset, column: str, *, many: bool) -> list[list[str]]:
     """The label names of each row; none where the cell is missing or of another form."""
     found = []
-    for number, cell in enumerate(rows[column]):
+    for number, cell in enumerate(rows[column][:]):
         value = named(rows, cell, column)
         try:
             if isinstance(value, list) or many:

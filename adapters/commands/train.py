@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adapters.console import STRATEGY_NAMES, TASK_NAMES, Json, out, pairs, say
 from adapters.errors import RequestError, message
+
+if TYPE_CHECKING:
+    from adapters.recipe import Recipe
 
 
 def train(
@@ -60,12 +63,15 @@ def train(
         )
         if not results["beat_baseline"]:
             print("warning   the run did not beat its baselines")
-    print(f"next      adapters predict {results['output']} {_example(results['task'])}")
+    print(f"next      adapters predict {results['output']} {_example(results['task'], plan)}")
 
 
-def _example(task: str) -> str:
-    """What stands for a row in the line that says how to go on."""
+def _example(task: str, plan: Recipe) -> str:
+    """What stands for a row in the line that says how to go on: a text, or where that is not enough the rows."""
     from adapters.adapt import task_class
 
-    first = str(next(iter(task_class(task).columns)))
-    return "'a text'" if first in ("text", "tokens", "source") else "--data ROWS" if first != "image" else "IMAGE"
+    if str(next(iter(task_class(task).columns))) in ("text", "tokens", "source"):
+        return "'a text'"
+    data = plan.data if isinstance(plan.data, str) else plan.data.get("test", next(iter(plan.data.values())))
+    renamed = [f"--column {shlex.quote(f'{wanted}={found}')}" for wanted, found in plan.columns.items()]
+    return " ".join(["--data", shlex.quote(data), *renamed])
