@@ -145,7 +145,8 @@ def find(rows: Dataset, task: str | None, given: Mapping[str, str], plain: str) 
         why = f"two languages, from {languages[0]} to {languages[1]}; the other way round, swap the two"
         return _paired("seq2seq", why, ("source", "target"), languages)
     if form is not None and goal is not None and not given and FORMS.get(form.gives) == goal:
-        return Roles(goal, "as you said", reasons={}, options=_problem(known.get("label")))
+        why = "as you said" if task else f"pictures in the column {pictures[0].name!r}"
+        return Roles(goal, why, options=_problem(known.get("label")))
     if goal == "seq2seq" and not given:
         return _paired(goal, "as you said", ("source", "target"), _two_texts(columns, TURNED, goal))
     if goal == "causal-lm" and not given:
