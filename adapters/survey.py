@@ -208,7 +208,7 @@ def unusable(part: Part, probe: Callable[[Dataset], Any]) -> list[Bad]:
     for number, text in found:
         if number is None:
             continue
-        kinds.setdefault(ROW.sub("row", text).split("; ")[0], []).append((number, text))
+        kinds.setdefault(text.split(" (")[0], []).append((number, text))
     made = [Bad(text) for text in whole]
     for group in kinds.values():
         places = tuple(place for place, _ in group)

@@ -1,4 +1,4 @@
-"""An adapter on the hub: only its own files, private unless asked, verified before and after; against a hub of our own."""
+"""An adapter on the hub: its own files alone, private unless asked, verified before and after; on a hub of our own."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_repository_stays_what_it_is(folder: Path, hub: tuple[Hub, HfApi], pri
     """A public one does not take what was to be private; a private one is not opened."""
     kept, client = hub
     kept.repos["me/there"] = {"private": private, "branches": {"main": {}}, "commits": {}}
-    with pytest.raises(RequestError, match="the repository is there and (public|private)"):
+    with pytest.raises(RequestError, match=r"the repository is there and (public|private)"):
         push(folder, "me/there", public=public, client=client)
     assert kept.repos["me/there"] == {"private": private, "branches": {"main": {}}, "commits": {}}
 
@@ -281,5 +281,5 @@ def test_a_hub_that_is_switched_off_is_said(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_nobody_there_is_said(folder: Path) -> None:
-    with pytest.raises(RequestError, match="did not take the adapter.*Check the network"):
+    with pytest.raises(RequestError, match=r"did not take the adapter.*Check the network"):
         push(folder, "me/reviews", client=HfApi(endpoint="http://127.0.0.1:9", token="hf_x"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
 
+import adapters
 from adapters import fitness, installed, quantize, settings, survey
 from adapters.adapt import STRATEGIES, adapt, row_of, task_class
 from adapters.cli import app
@@ -27,6 +29,13 @@ from adapters.tasks import TASKS
 from adapters.validation import Report, validate
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "bitsandbytes", "accelerate"}
+ROOT = Path(adapters.__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    """A child runs the package that this process tests."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +113,7 @@ quantization: nf5
 limit: -1
 """
     report = validate(written(tmp_path, base, text))
-    lines = {number: line for number, line in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1)}
+    lines = dict(enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1))
     found = {}
     for fault in report.faults:
         number = re.search(r"line (\d+)", fault.where)
@@ -226,12 +235,13 @@ def test_what_the_config_rules_out_is_what_adapt_refuses(kind: str, strategy: st
         adapt(folder, strategy, task=task, labels=list(tiny.LABELS) if "classification" in task else None)
 
 
-@pytest.mark.parametrize("kind", sorted(tiny.TEXT & tiny.DECODERS if isinstance(tiny.TEXT, set) else {"gpt2", "llama"}))
+@pytest.mark.parametrize("kind", tiny.DECODERS)
 def test_what_fits_is_not_refused(kind: str, tmp_path: Path) -> None:
     found = fitness.sketch(tiny.folder(kind, tmp_path / kind), {})
     assert found is not None
-    assert found.depth == len(found.config) or found.depth == 2 or found.depth is not None
-    assert not list(fitness.faults(found, task_class("causal-lm"), row_of("lora"), {}))
+    assert found.depth == 3
+    assert found.positions is not None
+    assert list(fitness.faults(found, task_class("causal-lm"), row_of("lora"), {"layers_to_transform": [0, 2]})) == []
 
 
 # ---------------------------------------------------------------------- the data
@@ -299,7 +309,7 @@ def test_both_columns_that_are_missing_are_told(base: str, tmp_path: Path) -> No
 def test_rows_of_one_label_and_rare_labels(base: str, tmp_path: Path) -> None:
     one, two = tiny.LABELS[:2]
     rows = [{"text": f"text {n}", "label": one} for n in range(40)]
-    assert "one label alone" in said(validate(written(tmp_path, base, rows=rows)))
+    assert "every training row has the label" in said(validate(written(tmp_path, base, rows=rows)))
     rows[7]["label"] = two
     report = validate(written(tmp_path, base, rows=rows))
     assert report.faults == ()
@@ -385,6 +395,7 @@ def test_it_imports_no_torch(base: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
@@ -397,7 +408,7 @@ def test_a_recipe_alone_needs_no_data_library(base: str, tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text(f"model: {base}\noutput: {tmp_path}/out\n")
     code = f"import sys; from adapters.validation import validate; validate({str(tmp_path / 'recipe.yaml')!r})\n"
     code += "print(sorted({'datasets', 'pandas', 'torch'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout == "[]\n"
 
 
