@@ -41,6 +41,8 @@ _HOMES = {
     "merge_on_disk": "merge",
     "MergeReport": "merge",
     "Recipe": "recipe",
+    "validate": "validation",
+    "push": "push",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -67,11 +69,13 @@ if TYPE_CHECKING:
     from adapters.merge import merge_on_disk as merge_on_disk
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
+    from adapters.push import push as push
     from adapters.recipe import Recipe as Recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.tasks import TASKS as TASKS
     from adapters.trainer import Trainer as Trainer
+    from adapters.validation import validate as validate
 
 
 def __getattr__(name: str) -> Any:

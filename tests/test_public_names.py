@@ -39,7 +39,9 @@ PUBLIC = {
     "merge_on_disk",
     "predict",
     "pseudo_perplexity",
+    "push",
     "save",
+    "validate",
 }
 
 
