@@ -190,8 +190,7 @@ def _plain_task(backbone: Sketch | None) -> str:
         return PLAIN_TASK
     if backbone.two_sided:
         return "denoising"
-    tables = installed.heads()
-    return "masked-lm" if backbone.kind in tables["AutoModelForMaskedLM"] else PLAIN_TASK
+    return "masked-lm" if backbone.kind in installed.heads("AutoModelForMaskedLM") else PLAIN_TASK
 
 
 def _model_of(task: str) -> tuple[str, str]:
