@@ -40,9 +40,13 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "plan": "plan",
+    "Plan": "budget",
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Sweep": "sweep",
+    "run_recipe": "script",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from adapters.adapt import STRATEGIES as STRATEGIES
     from adapters.adapt import adapt as adapt
     from adapters.adapt import disabled as disabled
+    from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
@@ -67,12 +72,15 @@ if TYPE_CHECKING:
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
+    from adapters.plan import plan as plan
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.push import push as push
     from adapters.recipe import Recipe as Recipe
+    from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load
     from adapters.storage import save as save
+    from adapters.sweep import Sweep as Sweep
     from adapters.tasks import TASKS as TASKS
     from adapters.trainer import Trainer as Trainer
     from adapters.validation import validate as validate

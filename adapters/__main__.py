@@ -1,5 +1,31 @@
-"""`python -m adapters` is the command `adapters`."""
+"""`python -m adapters` is the command `adapters`; an interrupt is heard from the first import on."""
 
-from adapters.cli import main
+from __future__ import annotations
 
-main()
+import sys
+from typing import NoReturn
+
+from adapters import interrupts
+
+
+def main() -> NoReturn:
+    """Run the command line; see `cli.main`."""
+    interrupts.unwind()
+    try:
+        from adapters.cli import main as command
+    except (KeyboardInterrupt, SystemExit) as fault:
+        _interrupted(fault)
+    try:
+        command()
+    except KeyboardInterrupt as fault:  # before the command began, or after it had ended
+        _interrupted(fault)
+
+
+def _interrupted(fault: KeyboardInterrupt | SystemExit) -> NoReturn:
+    interrupts.last()
+    print("adapters: interrupted; nothing was written", file=sys.stderr)
+    raise SystemExit(fault.code if isinstance(fault, SystemExit) else 130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from adapters import deferred, heads, reading
 from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
+from adapters.lent import Lent
 from adapters.options import ALIASES, divide_options, field_names, make
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
@@ -46,6 +47,7 @@ class Row:
         quantization: how its frozen rest is stored unless said otherwise.
         options: fields of the strategy that come with the name; the caller's own go on top.
         method: a method of peft, whose options are given by peft's names and become the strategy's `config`.
+        solved: nothing but an output layer trains, so a run solves it unless steps are asked for.
         needs: what a backbone must have for it, as far as its config and file headers tell without torch: "a head"
             that a task brings, "biases", "own blocks" (that share no weights), "linear maps" (no Conv1D).
     """
@@ -54,6 +56,7 @@ class Row:
     quantization: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = ""
+    solved: bool = False
     needs: str = ""
 
     def names(self) -> set[str]:
@@ -77,7 +80,7 @@ class Row:
 STRATEGIES: dict[str, Row | type[Any]] = {
     "full": Row(Full),
     "freeze": Row(Freeze, needs="own blocks"),
-    "probe": Row(Probe, needs="a head"),
+    "probe": Row(Probe, needs="a head", solved=True),
     "bitfit": Row(BitFit, needs="biases"),
     "lora": Row(Lora),
     "qlora": Row(Lora, quantization="nf4"),
@@ -198,8 +201,33 @@ def _strategy_and_task(
     return chosen, own, quantization, goal, goals
 
 
+def requested(
+    model: Any,
+    strategy: str | Strategy | Any,
+    task: str | Task | None,
+    labels: Any,
+    quantization: str | None,
+    options: Mapping[str, Any],
+) -> tuple[Strategy, Task, str | None]:
+    """Strategy, task and quantization of a request, each option with the one that it belongs to; nothing is loaded.
+
+    Raises:
+        RequestError: unknown names, options that nobody takes, values of a wrong type.
+    """
+    if task is None:
+        task = task_of(model) if live_model(model) else "text-classification"
+    if labels is not None:
+        options = {**options, "labels": labels}
+    chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
+    if isinstance(chosen, Row):
+        chosen = chosen.make(own, f"strategy {strategy!r}")
+    if isinstance(goal, type):
+        goal = make(goal, goals, f"task {task!r}")
+    return chosen, goal, quantization
+
+
 def adapt(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | Lent,
     strategy: str | Strategy | Any = "lora",
     *,
     task: str | Task | None = None,
@@ -235,21 +263,12 @@ def adapt(
 
     Source: LoRA, Hu et al. 2021; QLoRA, Dettmers et al. 2023; BitFit, Ben Zaken et al. 2022.
     """
-    live = not isinstance(model, str | Path)
-    if task is None:
-        task = task_of(model) if live else "text-classification"
-    if labels is not None:
-        options["labels"] = labels
-    chosen, own, quantization, goal, goals = _strategy_and_task(strategy, task, options, quantization)
-    if isinstance(chosen, Row):
-        chosen = chosen.make(own, f"strategy {strategy!r}")
-    if isinstance(goal, type):
-        goal = make(goal, goals, f"task {task!r}")
+    chosen, goal, quantization = requested(model, strategy, task, labels, quantization, options)
     return assemble(model, chosen, goal, quantization, dict(load or {}), processor, seed, added_tokens=added_tokens)
 
 
 def assemble(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | Lent,
     strategy: Strategy,
     task: Task,
     quantization: str | None,
@@ -265,6 +284,7 @@ def assemble(
     """What `adapt` does once the request has been read; `storage.load` enters here with what was saved.
 
     Args:
+        model: what `adapt` takes, or a backbone that is lent to one adaptation after another.
         accept: called with the resolved strategy, the backbone's fingerprint and the shapes that will train, by their
             keys in the adapter file, before anything changes; raises where they are not the right ones.
             None for a new adapter, which begins at its strategy's first values.
@@ -274,18 +294,19 @@ def assemble(
     """
     import torch
 
-    from adapters import pooling
-    from adapters.anatomy import backbone_state, never_saved, own_name, passed_over, saved_names, skeleton
-    from adapters.quantize import Storage, pack, packable, packed_modules, refuse_foreign, refuse_nothing, refuse_unlike
+    from adapters import pooling, trial
+    from adapters.anatomy import backbone_state, never_saved, own_name, saved_names
+    from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
 
     storage = Storage(quantization)
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
-            net, new, processor = open_model(model, task, load, processor)
+            opened = model.begin() if isinstance(model, Lent) else open_model(model, task, load, processor)
         except RequestError:
             refuse_classless(model, task, load)
             raise
+        net, new, processor = opened
         _refuse_adapted(net)
         refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
@@ -298,19 +319,12 @@ def assemble(
         unread = undone.enter_context(pooling.tried(net, reading.of(task)))
 
         # Tried without memory first: every check speaks before the first module changes.
-        ghost = skeleton(net)
-        if storage.quantization is not None:
-            vars(ghost)["is_loaded_in_4bit"] = True  # as packing will leave it on the live model
-        strategy = strategy.resolve(ghost, head)
-        trial = {own_name(name) for name in strategy.apply(ghost)}
-        pooling.refuse_unread(trial, unread, passed_over(net), reading.of(task))
-        trial -= unread
-        maps = [found for found in packable(net) if f"{found.path}.weight" not in trial | head]
-        refuse_nothing(maps, storage)
+        found = trial.tried(net, strategy, head, unread, reading.of(task), storage)
+        strategy, ghost, chosen, maps = found.strategy, found.ghost, found.names, found.maps
         if packed_modules(net):
             refuse_unlike(net, maps, quantization)
         own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
-        if own & (trial | head):
+        if own & (chosen | head):
             _refuse_half(net)
 
         spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
@@ -319,12 +333,16 @@ def assemble(
         state = backbone_state(net, head)
         if packed_modules(net) and quantization is None:
             storage = Storage(packed_kind(net))
-        fingerprint = identify(net, head, folder, trust=not live_model(model), full=full, claimed=claimed)
+        known = model.prints if isinstance(model, Lent) else {}
+        fingerprint = known.get(head) or identify(
+            net, head, folder, trust=not live_model(model), full=full, claimed=claimed
+        )
+        known[head] = fingerprint
         if accept is not None:
             shapes = {
                 strategy.key(name): tuple(parameter.shape)
                 for name, parameter in ghost.named_parameters()
-                if own_name(name) in trial | (head - unread)
+                if own_name(name) in chosen | (head - unread)
             }
             accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from adapters import processes
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message
 from adapters.order import frozen_below
@@ -52,7 +53,7 @@ def check_fields(given: Mapping[str, Any], *, own_metrics: bool = False) -> None
 
 
 def _refuse(given: Mapping[str, Any], own_metrics: bool, *, literal: bool = True) -> None:
-    faults = settings_faults(given, own_metrics=own_metrics, literal=literal)
+    faults = processes.sharding(given) + settings_faults(given, own_metrics=own_metrics, literal=literal)
     if not faults and given.get("report_to") is not None:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
 

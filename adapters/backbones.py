@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import places, shards
+from adapters import bars, places, progress, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
+from adapters.lent import Lent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend"
 
 
 def live_model(model: object) -> bool:
-    """Whether `adapt` was given a model, not a name."""
-    return not isinstance(model, str | Path)
+    """Whether `adapt` was given a model, not a name or what was opened by one."""
+    return not isinstance(model, str | Path | Lent)
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
@@ -80,7 +81,8 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
-        with _hushed():
+        with _loading(name, local=path.is_dir()):
+            options |= {"tqdm_class": bars.Bar}
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (
         *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError),
@@ -125,6 +127,13 @@ def check_folder(folder: Path) -> None:
         FolderError: links, a config that is too large or no JSON, one that names other files or code to be fetched, or
             safetensors weights that are not whole or lie elsewhere.
     """
+    check_config(folder)
+    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
+        shards.read_directory(folder)
+
+
+def check_config(folder: Path) -> None:
+    """The same of a folder's config alone."""
     places.refuse_strays(folder, deep=False)
     file = folder / "config.json"
     config = shards.read_json(file, MAX_CONFIG)
@@ -135,8 +144,6 @@ def check_folder(folder: Path) -> None:
     fetched = next(_fetched(config), None)
     if fetched is not None:
         raise FolderError(message("a config that names code to be fetched", where=str(file), found=fetched))
-    if (folder / shards.INDEX).exists() or (folder / shards.WEIGHTS).exists():
-        shards.read_directory(folder)
 
 
 def _fetched(config: Any) -> Iterator[str]:
@@ -149,7 +156,21 @@ def _fetched(config: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _loading(name: str, *, local: bool) -> Iterator[None]:
+    """Within it a backbone is fetched and read, as jobs of ours instead of transformers' and the hub's bars."""
+    from transformers.utils import logging as hub_logging
+
+    job = progress.Job(f"loading {Path(name).name}") if local else bars.downloading(name)
+    with job, hushed():
+        before = hub_logging.set_tqdm_hook(bars.tensors)
+        try:
+            yield
+        finally:
+            hub_logging.set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
     """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
     from transformers.utils import logging as hub_logging
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast, final
 
-from adapters import metrics
+from adapters import findings, metrics
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message, nearest
 from adapters.labels import class_names, named, names_in, number_in, one_kind, one_name, refuse_one_class
@@ -321,6 +321,61 @@ class Classes:
             [{"label": names[index], "score": float(row[index])} for index in (-row).argsort(kind="stable")[:top]]
             for row in scores
         ]
+
+    def findings(
+        self,
+        logits: np.ndarray[Any, Any],
+        labels: np.ndarray[Any, Any],
+        make: Callable[[int], Mapping[str, Any]],
+        most: int = findings.ERRORS,
+    ) -> dict[str, Any]:
+        """What a report shows of answers.
+
+        Args:
+            logits: shape (rows, labels); labels: as `metrics` takes them.
+            make: what is shown of a row, beside what was right and what was answered.
+            most: of the worst rows.
+        """
+        import numpy as np
+
+        if self.problem == "regression":
+            said, right = logits.reshape(-1).astype("float64"), labels.reshape(-1).astype("float64")
+
+            def number(row: int) -> dict[str, Any]:
+                return {"expected": f"{right[row]:.4g}", "said": f"{said[row]:.4g}", **make(row)}
+
+            far = np.abs(said - right)
+            shown = findings.worst(far, far > 0, number, most)
+            errors = {**shown, "count": None, "title": "Rows that are furthest off"}
+            return {"scatter": findings.scatter(said, right), "errors": errors}
+        if self.problem == "multi-label":
+            scores = _sigmoid(logits)
+            given, right = scores >= self.threshold, labels.astype(bool)
+
+            def several(row: int) -> dict[str, Any]:
+                names = [[n for n, has in zip(self.labels, side[row], strict=True) if has] for side in (right, given)]
+                return {"expected": ", ".join(names[0]) or "none", "said": ", ".join(names[1]) or "none", **make(row)}
+
+            sure = np.where(given, scores, 1 - scores)
+            wrong = given != right
+            return {
+                "scores": findings.per_label(given.astype(int), right.astype(int), self.labels),
+                "calibration": findings.calibration(sure.reshape(-1), ~wrong.reshape(-1), "labels, given or left out"),
+                "errors": findings.worst((wrong * sure).sum(-1), wrong.any(-1), several, most),
+            }
+        scores = _softmax(logits)
+        best, sure = scores.argmax(-1), scores.max(-1)
+
+        def one(row: int) -> dict[str, Any]:
+            names = {"expected": self.labels[int(labels[row])], "said": self.labels[int(best[row])]}
+            return {**names, "score": round(float(sure[row]), 4), **make(row)}
+
+        return {
+            "confusion": findings.confusion(best.tolist(), labels.tolist(), self.labels),
+            "scores": findings.per_label(best, labels, self.labels),
+            "calibration": findings.calibration(sure, best == labels, "answers"),
+            "errors": findings.worst(sure, best != labels, one, most),
+        }
 
     def baseline(self, seen: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, float]:
         """The metrics of always answering the majority class, label set, or mean of the training labels `seen`."""

@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
 
+from adapters import console, interrupts, progress
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
+from adapters.commands.plan import plan
 from adapters.commands.predict import predict
 from adapters.commands.push import push
 from adapters.commands.quickstart import quickstart
+from adapters.commands.report import report
+from adapters.commands.sweep import sweep
 from adapters.commands.train import train
 from adapters.commands.validate import validate
 from adapters.console import Progress, spoken
 from adapters.errors import AdaptersError
 
+
+def unwound(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with Ctrl-C as the exit that it is: typer would drop what it says was kept."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt as fault:
+            ended = SystemExit(130)
+            ended.__notes__ = interrupts.notes(fault)
+            raise ended from None
+
+    return run
+
+
 app = typer.Typer(
     name="adapters",
-    help="Adapt pretrained models: train a small file beside a frozen backbone, test it, merge it.",
+    help="Adapt pretrained models: train a small file beside a frozen backbone, test it, merge it. "
+    "With --quiet no progress is shown, with --debug a fault's whole traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time
 )
-for command in (
+for command in (  # in the order of the help
     quickstart,
     init,
     validate,
+    plan,
     train,
+    sweep,
     evaluate,
     predict,
     inspect,
+    report,
     merge,
     push,
     doctor,
-):  # in the order of the help
-    app.command()(command)
+):
+    app.command()(unwound(command))
 
 # Lines of other libraries that are no news to a user of the command: the logger, and what it says.
 NOISE = {
@@ -60,22 +86,66 @@ def main() -> NoReturn:
 
     The exit code tells whose fault it was: 2 the request's, 3 the data's, 4 the numbers'; 130 and 143: a signal's.
     """
+    ran(app, sys.argv[1:] or ["--help"], "adapters")
+    raise SystemExit(0)
+
+
+def single(command: Callable[..., Any]) -> typer.Typer:
+    """A program that is one command alone."""
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    program.command()(command)
+    return program
+
+
+def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = None) -> None:
+    """Run a program of commands; returns where it went well.
+
+    Args:
+        program: its commands.
+        given: the words of the command line.
+        name: what the program is called.
+        obj: what the command finds in its context.
+
+    Raises:
+        SystemExit: it did not go well; one line on standard error has said why.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[Progress()])
-    for name, said in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    for logger, said in NOISE.items():
+        logging.getLogger(logger).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
+    debug, quiet = "--debug" in given, "--quiet" in given
+    arguments = [argument for argument in given if argument not in ("--debug", "--quiet")]
+    if quiet:
+        console.hush()
+    else:
+        progress.show()
     try:
-        code = app(args=arguments, prog_name="adapters", standalone_mode=False)
+        code = program(args=arguments, prog_name=name, standalone_mode=False, obj=obj)
     except AdaptersError as fault:
+        progress.end()
         if debug:
             raise
         print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
-        print(f"adapters: {' '.join(fault.format_message().split())} See adapters --help.", file=sys.stderr)
+        print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
-    if code == 130:  # typer turns Ctrl-C into this code and says nothing
-        print("adapters: interrupted", file=sys.stderr)
-    raise SystemExit(code if isinstance(code, int) else 0)
+    except SystemExit as ended:
+        _interrupted(ended)
+        raise
+    finally:
+        progress.end()
+    if code == 130:  # typer turns a Ctrl-C that comes before the command into this code and says nothing
+        _interrupted(SystemExit(code))
+    if isinstance(code, int) and code != 0:
+        raise SystemExit(code)
+
+
+def _interrupted(ended: SystemExit) -> None:
+    """One line that says what is left."""
+    interrupts.last()
+    progress.end()
+    lines = interrupts.notes(ended)
+    fresh = [line for line in lines if not console.said(line)]
+    if fresh or not lines:
+        print(f"adapters: interrupted; {'; '.join(fresh) or 'nothing was written'}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import DataError, RequestError, message
 from adapters.likelihood import IGNORED, measured, numbers
 from adapters.modes import evaluating
+from adapters.progress import Job, chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,8 +50,8 @@ def pseudo_perplexity(
     columns, _ = encode(texts_in(texts, "text"), None, processor, model, max_length=max_length)
     special = set(processor.all_special_ids)
     sums = np.zeros(3)
-    with evaluating(model), torch.inference_mode():
-        for row in range(len(texts)):
+    with evaluating(model), torch.inference_mode(), Job("measuring", len(texts), "texts"):
+        for row in chunks(len(texts), 1):
             whole = {n: torch.as_tensor(values[row], device=model.device) for n, values in columns.items()}
             places = [place for place, token in enumerate(columns["input_ids"][row]) if token not in special]
             for begin in range(0, len(places), batch_size):

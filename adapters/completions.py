@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from adapters import chats, tokens
+from adapters import chats, progress, tokens
 from adapters.errors import DataError, RequestError, message
 from adapters.generation import end_of, ends_of, without_end
 from adapters.likelihood import IGNORED
@@ -28,7 +28,7 @@ def of_prompts(rows: Dataset, processor: Any, model: PreTrainedModel) -> list[Le
     vocabulary, end, ends = tokens.vocabulary_of(model), end_of(processor, model), ends_of(processor, model)
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
     made = []
-    for begin in range(0, len(prompts), tokens.CHUNK):
+    for begin in progress.chunks(len(prompts), tokens.CHUNK):
         part = slice(begin, begin + tokens.CHUNK)
         both = [prompt + completion for prompt, completion in zip(prompts[part], completions[part], strict=True)]
         given = processor(prompts[part], truncation=False, verbose=False)["input_ids"]

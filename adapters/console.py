@@ -45,13 +45,34 @@ def spoken(text: str) -> str:
 
 
 _SAID: set[str] = set()
+_HUSHED: list[bool] = []
 
 
 def say(line: str) -> None:
     """A line of progress; what was said already, when it was found, is not news when it is summed up."""
+    if not _HUSHED:
+        _print(line)
+
+
+def _print(line: str) -> None:
     if line not in _SAID:
         _SAID.add(line)
         print(line, file=sys.stderr, flush=True)
+
+
+def forget() -> None:
+    """Another run begins: what the last one said may be news again."""
+    _SAID.clear()
+
+
+def said(line: str) -> bool:
+    """Whether a line has been printed."""
+    return line in _SAID
+
+
+def hush() -> None:
+    """From here on what goes well is not told; warnings and errors are."""
+    _HUSHED.append(True)
 
 
 @final
@@ -60,7 +81,7 @@ class Progress(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it."""
-        say(self.format(record))
+        _print(self.format(record))
 
 
 def out(document: Mapping[str, Any]) -> None:

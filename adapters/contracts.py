@@ -251,6 +251,34 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Showing(Protocol):
+    """A task that has more to show of an evaluation than its metrics; one that has not needs nothing of this."""
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """What a report shows of an evaluation, as plain JSON by the keys of `report.SHOWN`.
+
+        Args:
+            found: what was measured.
+            rows: prepared rows; raw: those that they were made of, None where the rows came prepared.
+            processor: of the adaptation.
+        """
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A task whose answers are texts, of which a report shows a few."""
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The task with short answers, rows for `predict`, and of each what is given and what was wanted, as texts."""
+        ...
+
+
 @final
 @dataclass
 class Record:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapters import conversations, corpora, images, squad, tables
+from adapters import conversations, corpora, images, progress, squad, tables
 from adapters.errors import DataError, RequestError, message, nearest
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     Args:
         source: a `Dataset` or `DatasetDict`, a list of dicts, a mapping of split names to these, a file (csv, tsv,
             json, jsonl, parquet: tables; txt: a row a paragraph; conll, iob, bio: tokens and tags; .gz too), a folder
-            with train/validation/test files, a folder of pictures by class or with a metadata file, or a hub id.
+            with train/validation/test files, a folder of pictures by class or with a metadata file, or a hub id;
+            id:subset where it has several.
         say: takes one line at a time about what was chosen or left out; None logs it.
 
     Returns:
@@ -66,7 +67,8 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
                 raise RequestError(message(f"the split {_split_name(str(name))!r} is given twice", where="data"))
             splits[_split_name(str(name))] = one(part, say)
     elif isinstance(source, str | Path):
-        splits = _read_path(source, say)
+        with progress.Job(f"reading {Path(source).name}"):
+            splits = _read_path(source, say)
     elif isinstance(source, Sequence):
         splits = {"train": tables.from_dicts([_plain(row) for row in source], "list of rows")}
     else:
@@ -229,14 +231,15 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
     from datasets import DatasetDict, load_dataset
 
     try:
-        loaded = load_dataset(name)
+        with progress.tamed():
+            loaded = load_dataset(*name.split(":", 1))  # the id, and the name of a subset
     except Exception as fault:  # the loaders raise whatever their parsers and the network raise
         raise RequestError(
             message(
                 f"neither a file nor a data set that can be loaded: {name!r}",
                 where="data",
                 found=" ".join(str(fault).split())[:300],
-                remedy="Give a file that is there, or the id of a data set on the hub.",
+                remedy="Give a file that is there, or a hub id (id:subset where a data set has several).",
             )
         ) from fault
     if not isinstance(loaded, DatasetDict):
@@ -249,7 +252,7 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
         elif (
             label is None or SPLIT_NAMES[part] == "train"
         ):  # a task that needs the labels refuses such rows to train on
-            splits[_split_name(str(part))] = rows
+            splits[_split_name(str(part))] = _paragraphs(rows, f"{name}, {part}", say)
         else:
             say(f"{name}: left out the split {part!r}, whose column {label!r} holds no labels")
     if "train" not in splits:
@@ -263,6 +266,17 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
             )
         )
     return splits
+
+
+def _paragraphs(rows: Dataset, where: str, say: Callable[[str], None]) -> Dataset:
+    """Plain text line by line, as corpora stand on the hub, without the empty lines: they divide, as in a .txt file."""
+    if rows.column_names != ["text"]:
+        return rows
+    kept = [index for index, text in enumerate(rows["text"]) if text is None or text.strip()]
+    if 0 < len(kept) < len(rows):
+        say(f"{where}: left out {len(rows) - len(kept)} of {len(rows)} lines, which are empty")
+        return rows.select(kept)
+    return rows
 
 
 def _is_blank(rows: Dataset, column: str) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from adapters import locks
 from adapters.errors import AdaptersError, DiskError, FolderError, message
 from adapters.shards import remove, sync_folder
 
@@ -58,10 +60,13 @@ def staged(target: Path) -> Iterator[Path]:
         )
     stage = target.with_name(f".{target.name}.staging-{os.getpid()}")
     try:
-        with writing(target, faults=OSError):
+        with writing(target, faults=OSError), contextlib.ExitStack() as alive:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove(stage)
+            for stray in target.parent.glob(f".{glob.escape(target.name)}.staging-*"):
+                _sweep(stray)
             stage.mkdir()
+            alive.callback(os.close, locks.marked(stage))
             yield stage
             sync_folder(stage)
             _replace(target, stage)
@@ -72,6 +77,35 @@ def staged(target: Path) -> Iterator[Path]:
     with writing(target, f"The new folder stands, whole. {stage} is what it replaced: delete it where it is left."):
         sync_folder(target.parent)
         remove(stage)
+
+
+def outcome(target: Path) -> Callable[[], str]:
+    """What an interrupt has left of a folder that is written within `staged`: asked now, and called afterwards."""
+    before = _identity(target)
+
+    def line() -> str:
+        now = _identity(target)
+        if now is not None and now != before:
+            return f"{target} was written and stands, whole"
+        return f"nothing was written to {target}; the same command begins anew"
+
+    return line
+
+
+def _identity(target: Path) -> tuple[int, int] | None:
+    try:
+        status = target.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _sweep(stray: Path) -> None:
+    """Remove what a killed process has left; what a living one, here or on another machine, is writing stays."""
+    number = stray.name.rpartition("-")[2]
+    with contextlib.suppress(OSError):
+        if number.isdigit() and not Path(f"/proc/{number}").exists() and stray.is_dir() and locks.unmarked(stray):
+            remove(stray)
 
 
 def _replace(target: Path, stage: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import progress
 from adapters.errors import RequestError, message
 from adapters.generation import end_of, ends_of, without_end
 from adapters.likelihood import IGNORED
@@ -40,7 +41,7 @@ def read(texts: Sequence[str], processor: Any, model: PreTrainedModel) -> Iterat
         DataError: a row without tokens, or with ids that the model does not have.
     """
     vocabulary, end, ends = vocabulary_of(model), end_of(processor, model), ends_of(processor, model)
-    for begin in range(0, len(texts), CHUNK):
+    for begin in progress.chunks(len(texts), CHUNK):
         chunk = list(texts[begin : begin + CHUNK])
         encoded = processor(chunk, truncation=False, verbose=False, return_offsets_mapping=processor.is_fast)
         for index, text in enumerate(chunk):

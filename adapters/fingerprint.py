@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters.anatomy import backbone_state, main_names, plain_name, saved_names
+from adapters.progress import Job, count
 from adapters.shards import Slot, read_bytes, read_directory, read_tensor, tensor_bytes
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def print_of_slot(slot: Slot, *, full: bool = True) -> TensorPrint:
             begin = waiting.pop(0) - offset
             samples += chunk[begin : begin + width]
         offset += len(chunk)
+        count(len(chunk))
     return TensorPrint(slot.shape, slot.dtype, state.hexdigest(), bytes(samples))
 
 
@@ -156,7 +158,12 @@ def of_model(
     state = {name: tensor for name, tensor in backbone_state(model, head).items() if name not in set(skip)}
     _, on_disk = saved_names(model, state)
     prefix = model.base_model_prefix
-    return Fingerprint({plain_name(n, prefix): print_of(t, full=full) for n, t in on_disk.items()}, prefix)
+    prints = {}
+    with Job("fingerprinting", sum(t.nbytes for t in on_disk.values()), "bytes") as job:
+        for name, tensor in on_disk.items():
+            prints[plain_name(name, prefix)] = print_of(tensor, full=full)
+            job.advance(tensor.nbytes)
+    return Fingerprint(prints, prefix)
 
 
 def disk_slots(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Slot, str]]:
@@ -191,11 +198,9 @@ def of_folder(model: PreTrainedModel, head: Collection[str], folder: Path, *, fu
     """
     left_out = set(head)
     slots = disk_slots(model, folder)
-    prints = {
-        name: print_of_slot(slot, full=full)
-        for name, (slot, memory_name) in slots.items()
-        if memory_name not in left_out
-    }
+    wanted = {name: slot for name, (slot, memory_name) in slots.items() if memory_name not in left_out}
+    with Job("fingerprinting", sum(slot.nbytes for slot in wanted.values()), "bytes"):
+        prints = {name: print_of_slot(slot, full=full) for name, slot in wanted.items()}
     state = backbone_state(model, head)
     covered = {memory_name for _, memory_name in slots.values()}
     rest = {name: tensor for name, tensor in state.items() if name not in covered}

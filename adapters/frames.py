@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import progress
 from adapters.errors import RequestError, message
 from adapters.tokens import CHUNK, check_ids, vocabulary_of
 
@@ -96,7 +97,7 @@ def bare(texts: Sequence[str], processor: Any, model: PreTrainedModel, *, start:
     """
     vocabulary = vocabulary_of(model)
     found: list[list[int]] = []
-    for begin in range(0, len(texts), CHUNK):
+    for begin in progress.chunks(len(texts), CHUNK):
         part = list(texts[begin : begin + CHUNK])
         encoded = processor(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         for index, ids in enumerate(encoded):

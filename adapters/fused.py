@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from adapters.anatomy import is_tuner_layer, linear_map
 from adapters.injection import ADAPTER
+from adapters.memory import free_memory
 from adapters.quantize import is_packed
 
 LARGE = 1 << 17  # entries of a weight from which bfloat16 pays: below, the casts take what the product gains
@@ -51,11 +52,16 @@ def plan(model: nn.Module, device: torch.device) -> Plan:
         model: with peft's layers in it.
         device: on which it will train.
     """
+    return planned(model, free_memory(device)) if native(device) else Plan()
+
+
+def planned(model: nn.Module, room: int) -> Plan:
+    """The same on a device that multiplies bfloat16 natively and has so many bytes left."""
     large = [layer.get_base_layer() for layer in _layers(model) if _is_large(layer.get_base_layer())]
-    if not large or not native(device):
+    if not large:
         return Plan()
     copies = sum(2 * base.weight.numel() for base in large if not is_packed(base))
-    keep = copies <= _free_memory(device) // 4
+    keep = copies <= room // 4
     return Plan(
         torch.bfloat16,
         keep,
@@ -126,14 +132,6 @@ def _is_large(base: nn.Module) -> bool:
         size = base.in_features * base.out_features  # type: ignore[operator]
         return bool(size >= LARGE and base.compute_dtype == torch.float32)
     return weight.numel() >= LARGE and weight.dtype == torch.float32 and not weight.requires_grad
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 # ---------------------------------------------------------------------- one layer

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adapters import features, heads, kept, pooling, reading, relocation, solve
+from adapters import features, heads, interrupts, kept, pooling, progress, reading, relocation, solve
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
+from adapters.memory import free_memory
 from adapters.options import field_names
 from adapters.prefix import batches, row_keys
+from adapters.progress import Job
 from adapters.reading import OWN, Reading
 from adapters.states import States
 
@@ -77,6 +79,12 @@ class Rows:
             picks = sorted(order[:most].tolist())
         for indices in batches([lengths[pick] for pick in picks]):
             yield self._batch(self.collate([rows[picks[index]] for index in indices]))
+
+    def counted(self, rows: Any, most: int | None) -> Iterator[dict[str, Any]]:
+        """The same; when the next batch is asked for, the last one counts as done for the job at hand."""
+        for batch in self.batches(rows, most):
+            yield batch
+            progress.count(len(batch["labels"]))
 
     def first(self) -> dict[str, Any]:
         """The first training rows."""
@@ -260,19 +268,22 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     began = time.monotonic()
     alone, remark = bool(readings), ""
     readings = readings or (Reading(),)
-    width, room = 4 * layer.in_features * len(rows.train), _free_memory() // BUDGET
+    width, room = 4 * layer.in_features * len(rows.train), free_memory() // BUDGET
     if len(readings) > 1 and width * len(readings) > room:
         tried = readings[:: -(-len(readings) // max(1, room // width))]
         remark = f"{len(tried)} of {len(readings)} places to read are tried: more features would not fit into memory"
         readings = tried
     extract = features.Extract(adapted.model, layer, readings)
     most = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
-    with rows.computing():
+    parts = zip((rows.train, rows.held or ()), most, strict=True)
+    sizes = [min(len(part), limit or len(part)) for part, limit in parts]
+    with rows.computing(), Job("reading features", sum(sizes), "rows"):
         states = _kept_features(adapted, rows, layer, readings)
-        train, labels = features.of_rows(extract, rows.batches(rows.train, most[0]), states, row_keys)
-        held = None
-        if rows.held is not None:
-            held = features.of_rows(extract, rows.batches(rows.held, most[1]), states, row_keys)
+        with interrupts.leaving(states.left):
+            train, labels = features.of_rows(extract, rows.counted(rows.train, most[0]), states, row_keys)
+            held = None
+            if rows.held is not None:
+                held = features.of_rows(extract, rows.counted(rows.held, most[1]), states, row_keys)
         states.flush()
     if not all(bool(torch.isfinite(part).all()) for part in (train, *(held or ())[:1])):
         return None, "nothing is solved: the backbone's features are not finite"
@@ -285,9 +296,10 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     bias = layer.bias is not None
     # A start must bear that the features change: no weight may live on a small difference between large numbers.
     how: dict[str, Any] = {} if alone else {"even": True, "penalties": STARTS}
-    choice = solve.chosen(
-        train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
-    )
+    with Job("solving the head", len(STARTS if not alone else solve.PENALTIES), "penalties"):
+        choice = solve.chosen(
+            train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
+        )
     strain = _strain(choice.layer, train[:, choice.place])
     return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
 
@@ -304,7 +316,9 @@ def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tup
     if not rows.cache:
         return States(None, 0)
     path = next(path for path, module in adapted.model.named_modules() if module is layer)
-    places = " ".join(f"{one.pooling}@{one.layer}" for one in readings)
+    # What the live model's own place is, its task says: the same name stands for other features there.
+    placed = reading.of(adapted.record.task or adapted.task)
+    places = " ".join(f"{one.pooling}@{one.layer}" for one in (placed, *readings))
     how: dict[str, Any] = {
         "dtype": torch.float32,
         "device": rows.device,
@@ -324,12 +338,6 @@ def _others(start: Start) -> str:
     shown = [f"{start.readings[one.place]} {_score(choice, one)}" for one in choice.tried[1:]]
     tried = f"of {len(start.readings)} places"
     return f"{tried}, next {', '.join(shown)}" if shown else "no other place was tried"
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def moved(adapted: Adapted, start: Start) -> Reading:

@@ -6,10 +6,11 @@ scaled to 8, then RGB (transparency is dropped). Larger than Pillow's own limit 
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,6 +240,24 @@ def opened(value: Any, where: str = "image") -> Image:
     return made
 
 
+THUMB = 112  # pixels of a thumbnail's longer side
+SMALL = 64  # pictures up to this many pixels are kept as they are, without loss
+
+
+def thumbnail(value: Any, where: str = "image") -> str:
+    """A picture in small, as a data URI that a page can hold.
+
+    Args:
+        value, where: as `opened` takes them.
+    """
+    picture = opened(value, where)
+    kind, options = ("png", {}) if max(picture.size) <= SMALL else ("jpeg", {"quality": 72})
+    picture.thumbnail((THUMB, THUMB))
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
 def _loaded(value: Any, where: str, *, small: bool = False) -> Image:
     """The picture in its own mode, every byte of its first frame read.
 
@@ -308,8 +327,12 @@ def _too_large(where: str, found: str) -> DataError:
     )
 
 
-def check(rows: Dataset, column: str = "image") -> str:
+def check(rows: Dataset, column: str = "image", seen: Callable[[int], None] | None = None) -> str:
     """Open every picture of a column.
+
+    Args:
+        rows, column: where they are.
+        seen: told how many more have been opened.
 
     Returns:
         A remark where not all are plain RGB: how many of each mode, of several frames, or not upright.
@@ -335,6 +358,8 @@ def check(rows: Dataset, column: str = "image") -> str:
                     modes[found[0]] += 1
                     several += found[1]
                     turned += found[2]
+            if seen is not None:
+                seen(len(values))
     if faults:
         others = f" {len(faults) - 1} more of {len(rows)} cannot be used." if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}.{others}" if others else str(faults[0])) from faults[0]

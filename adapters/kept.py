@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import Tensor
 
-from adapters import origin
+from adapters import interrupts, origin
 from adapters.forms import Form
 from adapters.prefix import Cut, Prefix, batches, cut_of, unpadded
+from adapters.progress import Job
 from adapters.states import States, cache_folder, room_for
 
 if TYPE_CHECKING:
@@ -179,20 +180,23 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
 def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Compute what is missing; how many rows there are, and how many were there already."""
     total = old = 0
-    for number, (part, sizes) in enumerate(zip(request.sets, lengths, strict=True)):
-        known: dict[int, bytes] = {}
-        numbered, unpad = "row" in part.column_names, True
-        for indices in batches(sizes):
-            features = [part[index] for index in indices]
-            inputs = request.batch(features, training=number == 0)
-            there = [key in prefix.states for key in prefix.keys(inputs)]
-            total, old = total + len(there), old + sum(there)
-            keys = prefix.add(inputs)
-            unpad = unpad and unpadded(inputs)
-            if numbered:
-                known |= {int(one["row"]): key for one, key in zip(features, keys, strict=True)}
-        if numbered and unpad and len(known) == len(sizes):
-            prefix.know(part, known)
+    rows = sum(map(len, lengths))
+    with Job("computing the frozen prefix", rows, "rows") as job, interrupts.leaving(prefix.states.left):
+        for number, (part, sizes) in enumerate(zip(request.sets, lengths, strict=True)):
+            known: dict[int, bytes] = {}
+            numbered, unpad = "row" in part.column_names, True
+            for indices in batches(sizes):
+                features = [part[index] for index in indices]
+                inputs = request.batch(features, training=number == 0)
+                there = [key in prefix.states for key in prefix.keys(inputs)]
+                total, old = total + len(there), old + sum(there)
+                keys = prefix.add(inputs)
+                job.advance(len(keys))
+                unpad = unpad and unpadded(inputs)
+                if numbered:
+                    known |= {int(one["row"]): key for one, key in zip(features, keys, strict=True)}
+            if numbered and unpad and len(known) == len(sizes):
+                prefix.know(part, known)
     prefix.states.flush()
     return total, old
 

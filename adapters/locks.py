@@ -97,6 +97,33 @@ def joined(file: Path) -> int:
         os.close(handle)  # its folder was deleted meanwhile
 
 
+def marked(folder: Path) -> int:
+    """A handle on a folder that is being written, by which others see that its process lives; -1 handles nothing.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return handle
+
+
+def unmarked(folder: Path) -> bool:
+    """Whether no living process has marked a folder; False, too, where the file system does not tell."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def alone(file: Path, *, wait: bool) -> Iterator[bool]:
     """The whole of a lock that is shared by `joined`; yields whether it is held.

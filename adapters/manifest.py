@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from adapters import places, schema, shards
+from adapters import bars, places, schema, shards
 from adapters.errors import BackboneError, FolderError, RequestError, message
 
 if TYPE_CHECKING:
@@ -357,7 +357,8 @@ def fetch(folder_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        with bars.downloading(name):
+            return Path(snapshot_download(name, tqdm_class=cast("Any", bars.Bar)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as fault:
         raise FolderError(
             message(

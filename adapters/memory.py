@@ -1,4 +1,4 @@
-"""A batch divided along its rows where memory does not suffice for all of it."""
+"""How much memory is free, and a batch divided along its rows where it does not suffice for all of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any, final
 import torch
 
 CPU_TEXT = "can't allocate memory"  # torch's CPU allocator has no exception of its own
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that could still be taken on a device; None for the CPU."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def ran_out(fault: BaseException) -> bool:

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
-from adapters import disk, parts, shards, standalone
+from adapters import bars, disk, interrupts, parts, progress, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import strategy_of, task_of
@@ -182,7 +183,7 @@ def merge_on_disk(
     document = read_manifest(adapter)
     where = str(adapter)
     target = Path(out).expanduser()
-    _refuse_output(target)
+    refuse_output(target)
     _refuse_config(document, where)
     with single_threaded():
         edits = _edits(document, read_tensors(adapter, document), where)
@@ -191,7 +192,7 @@ def merge_on_disk(
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
-    with disk.staged(target) as stage, single_threaded() as threads:
+    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
         place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
         verified = rewrite(place, steps, source, document, threads)
         _write_config(place, source, adapter, document, dtype, shape)
@@ -315,7 +316,12 @@ def _refuse_rows(rows: list[Any] | None) -> None:
         ) from fault
 
 
-def _refuse_output(target: Path) -> None:
+def refuse_output(target: Path) -> None:
+    """Refuse to write a merged model over anything but an earlier one.
+
+    Raises:
+        FolderError: the folder holds something else, or is no folder.
+    """
     content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     ours = is_standalone(target)
     if "config.json" in content:
@@ -357,7 +363,8 @@ def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: st
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None))
+        with bars.downloading(name):
+            return Path(snapshot_download(name, revision=revision or None, tqdm_class=cast("Any", bars.Bar)))
     except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
         raise RequestError(
             message(
@@ -405,20 +412,21 @@ def _with_fidelity(
     report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
 ) -> MergeReport:
     """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = _free_memory()
+    free = free_memory()
     need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if free is not None and need > free:
+    if need > free:
         return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
     request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
     root = str(Path(__file__).resolve().parents[1])
-    child = subprocess.run(
-        [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )
+    with progress.Job("comparing logits"):
+        child = subprocess.run(
+            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        )
     if child.returncode != 0:
         raise AdaptersError(
             message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
@@ -441,12 +449,3 @@ def _with_fidelity(
 
 def _replaced(report: MergeReport, **changes: Any) -> MergeReport:
     return MergeReport(**{**asdict(report), **changes})
-
-
-def _free_memory() -> int | None:
-    """Bytes that a new process can have, None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

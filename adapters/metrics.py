@@ -168,6 +168,25 @@ def entities(predicted: Sequence[list[str]], truth: Sequence[list[str]]) -> dict
     return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
 
+def by_entity(predicted: Sequence[list[str]], truth: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """The same for each kind of entity: label, precision, recall, f1, and how many there are (rows).
+
+    Args:
+        predicted, truth: as `entities` takes them.
+    """
+    need_seqeval()
+    from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
+
+    kinds = sorted({kind for side in (truth, predicted) for row in side for kind, *_ in get_entities(row)})
+    if not kinds:
+        return []
+    scores = precision_recall_fscore_support(list(truth), list(predicted), average=None, zero_division=0)
+    return [
+        {"label": kind, "precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+        for kind, p, r, f, n in zip(kinds, *scores, strict=True)
+    ]
+
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 

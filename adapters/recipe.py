@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adapters.errors import DataError, RequestError, message, nearest
+from adapters.errors import RequestError, message, nearest
 from adapters.options import divide_options
 from adapters.yamltext import parse_yaml
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from adapters.contracts import Task
+    from adapters.budget import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +64,8 @@ class Recipe(BaseModel):
         None, gt=0, description="train on this many rows, drawn at random, each class in proportion"
     )
     seed: int = Field(0, description="of the split, the new tensors and the training order")
+    split_seed: int | None = Field(None, description="of the split, where it is to stay while the seed moves")
+    merge: str | None = Field(None, description="folder for the backbone with the adapter merged in, a plain model")
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -91,6 +91,8 @@ class Recipe(BaseModel):
         if faults:
             raise RequestError(*faults)
         divide_options(self.options, kinds)
+        if self.merge is not None and Path(self.merge) == Path(self.output):
+            raise RequestError(message("one folder for two things", where="output, merge", found=self.merge))
         return self
 
     @classmethod
@@ -163,6 +165,33 @@ class Recipe(BaseModel):
         """
         return _run(self, say or (lambda line: logger.info(line)), resume, override, onward)
 
+    def plan(
+        self, say: Callable[[str], None] | None = None, *, device: str | None = None, memory: str | float | None = None
+    ) -> Plan:
+        """What the run would take: the rows are read and checked, no weights are, and nothing is trained or written.
+
+        Args:
+            say: takes a line of progress at a time; None logs it.
+            device, memory: where it is to run, as for `adapters.plan`; None for this machine.
+
+        Raises:
+            AdaptersError: whatever is wrong with recipe or data.
+        """
+        from adapters import hardware, portions
+        from adapters.arguments import check_fields
+
+        splits, task, _, _ = portions.drawn(self, say or (lambda line: logger.info(line)))
+        fields = self.model_dump(exclude_unset=True)
+        check_fields(hardware.without(fields)["train"])
+        return hardware.of_recipe(
+            fields,
+            labels=list(getattr(task, "labels", ())) or None,
+            rows=len(splits["train"]),
+            length=hardware.longest(fields, task, splits["train"]),
+            device=device,
+            memory=memory,
+        )
+
 
 def fault_line(error: Mapping[str, Any], cls: type[Recipe]) -> str:
     """A complaint of pydantic in words, with the right name of an unknown key."""
@@ -200,18 +229,36 @@ def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import locks, shards, storage
+    from adapters import interrupts, locks, processes, shards, storage
 
+    faults = processes.faults(recipe.train)
+    if faults:
+        raise RequestError(" ".join(faults))
     output = Path(recipe.output).expanduser()
     storage.refuse_foreign(output)
+    if recipe.merge is not None:
+        from adapters.merge import refuse_output
+
+        refuse_output(Path(recipe.merge).expanduser())
     work = output.with_name(f".{output.name}.run")
-    with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+    left = interrupts.leaving(lambda: _left(work, output, onward))
+    with left, locks.held(output.with_name(f".{output.name}.lock"), str(output)):
         try:
             return _steps(recipe, say, resume, override, onward, output, work)
         except BaseException:
             if not any(work.glob("checkpoint-*")):
                 shards.remove(work)
             raise
+
+
+def _left(work: Path, output: Path, onward: str) -> str:
+    """What an interrupt leaves of a run that did not stop by itself."""
+    from adapters import checkpoints
+
+    steps = [checkpoints.step_of(folder) for folder in work.glob("checkpoint-*")]
+    if steps:
+        return f"step {max(steps)} is kept in {work}; go on with {onward}"
+    return f"nothing was written to {output}; the same command begins anew"
 
 
 def _steps(
@@ -223,11 +270,12 @@ def _steps(
     output: Path,
     work: Path,
 ) -> dict[str, Any]:
+    import shlex
     import sys
 
-    from adapters import data, division, formats, manifest, shards, storage
-    from adapters.adapt import adapt, task_class
-    from adapters.predict import evaluate
+    from adapters import deferred, hardware, journal, manifest, portions, progress, shards, storage
+    from adapters.adapt import adapt
+    from adapters.predict import evaluate, measure
 
     started = time.monotonic()
     interrupted = any(work.glob("checkpoint-*"))
@@ -241,75 +289,101 @@ def _steps(
         )
     if interrupted and not resume:
         shards.remove(work)
-    splits = data.read(recipe.data, say)
-    if "train" not in splits:
-        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
-    with _task_named(recipe, splits["train"]):
-        for name, rows in splits.items():
-            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
-            if remark:
-                say(f"{name}: {remark}")
-        task, options = _checked(recipe, splits)
-    splits, remarks = _divided(recipe, splits, task)
-    if recipe.limit is not None:
-        splits["train"] = division.sample(
-            splits["train"], recipe.limit, seed=recipe.seed, by=_stratum(task, splits["train"])
-        )
-    # torch and transformers take seconds to import: the data has spoken before.
-    from adapters.arguments import check_fields
-    from adapters.trainer import Trainer
+    splits, task, options, remarks = portions.drawn(recipe, say)
+    # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
+    # Trainer imports it with bitsandbytes.
+    with progress.Job("importing torch"):
+        deferred.import_peft()
+        from adapters import census, machine, report
+        from adapters.arguments import check_fields
+        from adapters.trainer import Trainer
 
+    hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
     check_fields(recipe.train)
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
-    adapted = adapt(
-        recipe.model,
-        recipe.strategy,
-        task=task,
-        quantization=recipe.quantization,
-        load=recipe.load,
-        processor=recipe.processor or None,
-        seed=recipe.seed,
-        added_tokens=recipe.added_tokens,
-        **options,
-    )
+    events = journal.Journal(work / journal.FILE)
+    if interrupted:
+        events.resume()
+    else:
+        events.begin(task=recipe.task, strategy=recipe.strategy, model=recipe.model, command=shlex.join(sys.argv))
+    events.write("phase", name="reading the data", took=round(time.monotonic() - started, 3), **journal.memory())
+    with events.phase("loading the model"):
+        adapted = adapt(
+            recipe.model,
+            recipe.strategy,
+            task=task,
+            quantization=recipe.quantization,
+            load=recipe.load,
+            processor=recipe.processor or None,
+            seed=recipe.seed,
+            added_tokens=recipe.added_tokens,
+            **options,
+        )
     say(str(adapted))
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
-    checkpoints = {"output_dir": str(work), "disable_tqdm": not sys.stderr.isatty(), **recipe.train}
-    trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
+    checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown(), **recipe.train}
+    with events.phase("preparing the rows"):
+        trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
+        prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
+    trainer.journal = events
+    events.write("machine", **machine.machine())
+    events.write("data", **census.census(splits, trainer.train_dataset, recipe.options.get("problem", "")))
     _narrate(trainer, say)
     results: dict[str, Any] = {}
-    test = splits.get("test")
-    if test is not None:
-        test = trainer.prepared(test)
-        results["majority"] = adapted.task.baseline(trainer.train_dataset, test, adapted.processor)
-        results["untrained"] = evaluate(adapted, test)
+    if prepared is not None:
+        with events.phase("measuring the baselines"):
+            results["majority"] = adapted.task.baseline(trainer.train_dataset, prepared, adapted.processor)
+            results["untrained"] = evaluate(adapted, prepared)
     begin = time.monotonic()
     trainer.stops.onward = onward
-    trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
+    with events.phase("training"):
+        trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
     seconds = time.monotonic() - begin
-    if test is not None:
-        results["test"] = evaluate(adapted, test)
+    shown: dict[str, Any] = {}
+    if prepared is not None:
+        with events.phase("testing"):
+            measured = measure(adapted, prepared)
+        results["test"] = measured.numbers
         record.metrics |= results
+        for part, numbers in results.items():
+            events.write("evaluation", part=part, numbers=numbers)
+        with _reporting(say, "the answers"), events.phase("looking at the answers"):
+            shown = report.findings(adapted, measured, splits["test"])
     for remark in record.notes:
         if remark not in remarks:
             say(remark)
-    storage.save(adapted, output)
+        events.write("note", text=remark)
+    with events.phase("saving"):
+        storage.save(adapted, output)
+    events.write("end")
+    with _reporting(say, "the report"):
+        if events.file.is_file():
+            shards.copy(events.file, output / journal.FILE)
+        report.write(output, shown)
     shards.remove(work)
+    merged: dict[str, Any] = {}
+    if recipe.merge is not None:
+        from adapters.merge import merge_on_disk
+
+        say(f"merging into {recipe.merge} ...")
+        outcome = merge_on_disk(output, recipe.merge)
+        merged = {"merged": outcome.output, "merged_agreement": outcome.agreement}
     metric, greater = adapted.task.best_metric
     document = manifest.read_manifest(output)
     return {
         "output": str(output),
+        "report": str(output / report.FILE) if (output / report.FILE).is_file() else None,
         "task": adapted.task.name,
         "strategy": adapted.strategy.name,
         "metric": metric,
         "rows": {name: len(rows) for name, rows in splits.items()},
         **results,
         "notes": list(record.notes),
-        "beat_baseline": _beats(results, metric, greater) if test is not None else None,
+        "beat_baseline": _beats(results, metric, greater) if prepared is not None else None,
         "validation": record.metrics.get("validation"),
         "trained_parameters": adapted.trained_count,
         "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
@@ -318,83 +392,25 @@ def _steps(
         ),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
+        **merged,
     }
 
 
 @contextlib.contextmanager
-def _task_named(recipe: Recipe, rows: Dataset) -> Iterator[None]:
-    """Rows that the default task cannot take may be right for another, which has to be named."""
-    from adapters.tasks import TASKS
-
-    columns = {*rows.column_names, *recipe.columns}
+def _reporting(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """What goes wrong with a report is said and costs no run."""
     try:
         yield
-    except DataError as fault:
-        if "task" in recipe.model_fields_set or {"text", "label"} <= columns:
-            raise
-        others = ", ".join(name for name in TASKS if name != recipe.task)
-        raise DataError(f"{fault} No task was named, so it is {recipe.task}; the others are {others}.") from fault
+    except Exception as fault:
+        logger.debug("a report failed", exc_info=True)
+        found = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+        say(f"{what} could not be shown ({found}); the adapter is not touched by this: adapters report makes it again")
 
 
 def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
     ours = results["test"][metric]
     others = [results[name][metric] for name in ("majority", "untrained") if metric in results[name]]
     return all(ours > other if greater else ours < other for other in others)
-
-
-def _checked(recipe: Recipe, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
-    """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
-
-    Raises:
-        DataError: naming the part, the row and the column.
-    """
-    from adapters.adapt import task_class
-    from adapters.options import field_names, make
-
-    kind = task_class(recipe.task)
-    known = field_names(kind)
-    own = {name: value for name, value in recipe.options.items() if name in known}
-    if recipe.labels is not None:
-        own["labels"] = recipe.labels
-    task: Task = make(kind, own, f"task {recipe.task!r}").with_rows(splits["train"])
-    for name, rows in splits.items():
-        try:
-            task.check(rows, labelled=True)
-        except DataError as fault:
-            raise DataError(f"{name} part: {fault}") from fault
-    task.with_data(splits["train"])  # one label alone is said before anything is loaded
-    return task, {name: value for name, value in recipe.options.items() if name not in known}
-
-
-def _divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
-    """The splits that the data has, and those that are missing drawn from the training rows."""
-    from adapters import division
-
-    parts = {}
-    if "validation" not in splits:
-        parts["validation"] = recipe.validation
-    if "test" not in splits and recipe.test:
-        parts["test"] = recipe.test
-    order = ("train", "validation", "test")
-    given = {name: splits[name] for name in order if name in splits}
-    train = splits["train"]
-    apart = next((column for column in task.apart if column in train.column_names), None)
-    inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
-    remarks = division.shared(given, inputs)
-    if parts:
-        drawn, lacking = division.split(train, parts, seed=recipe.seed, by=_stratum(task, train), text=apart)
-        splits, remarks = {**splits, **drawn}, remarks + lacking
-    return {name: splits[name] for name in order if name in splits}, remarks
-
-
-def divided(recipe: Recipe, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
-    """The parts that a run of the recipe would have, and what is to be said about them."""
-    return _divided(recipe, splits, task)
-
-
-def _stratum(task: Task, rows: Dataset) -> str | None:
-    """The column whose classes are kept in proportion."""
-    return task.stratum if task.stratum in rows.column_names else None
 
 
 def _narrate(trainer: Any, say: Callable[[str], None]) -> None:

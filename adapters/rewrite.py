@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, final
 from adapters import crew, shards
 from adapters.edits import Edit, by_rows
 from adapters.errors import BackboneError, NumbersError, RequestError, message
+from adapters.progress import Job
 from adapters.shards import INDEX, WEIGHTS, Slot
 from adapters.stream import Step
 
@@ -98,17 +99,19 @@ def rewrite(stage: Path, steps: list[Step], source: Path, document: Mapping[str,
         by_file.setdefault(step.source.file.name if step.source is not None else last, []).append(step)
     prints = document["backbone"]["fingerprint"]["tensors"]
     with contextlib.ExitStack() as stack:
+        job = stack.enter_context(Job("merging", need, "bytes"))
         files = {name: stack.enter_context(_begun(stage / name, part)) for name, part in by_file.items()}
         work = crew.Crew(crew.size())
         alone = threading.Lock()
         tasks = [
-            (step.nbytes, _Passage(step, files[name], prints, work.check, alone, threads).run)
+            (step.nbytes, _Passage(step, files[name], prints, work.check, alone, threads, job).run)
             for name, part in by_file.items()
             for step in part
         ]
         work.run(task for _, task in sorted(tasks, key=lambda each: -max(each[0], LARGE)))
-        for file in files.values():
-            os.fsync(file.handle)
+        with Job("waiting for the disk"):
+            for file in files.values():
+                os.fsync(file.handle)
     if (source / INDEX).exists():
         weight_map = {step.name: file for file, part in by_file.items() for step in part}
         index = {"metadata": {"total_size": need}, "weight_map": dict(sorted(weight_map.items()))}
@@ -170,6 +173,7 @@ class _Passage:
         check: raises where the crew is ending.
         alone: held by the one edit that has a whole tensor in memory.
         threads: of torch, for that one.
+        job: told of every piece that is written.
     """
 
     step: Step
@@ -178,6 +182,7 @@ class _Passage:
     check: Callable[[], None]
     alone: threading.Lock
     threads: int
+    job: Job
 
     def run(self) -> None:
         """Read, compare, edit, write, read back.
@@ -286,6 +291,7 @@ class _Passage:
             )
         shards.write_at(self.file.handle, content, slot.start + position)
         self.file.wrote(len(content))
+        self.job.advance(len(content))
 
     def _read_back(self, expected: str) -> None:
         """The bytes in the new file, where its header says that the tensor is, are the expected ones."""

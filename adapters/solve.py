@@ -13,6 +13,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from adapters import progress
 from adapters.lbfgs import minimised
 
 # L2 penalties on standardised features, beside a loss that is a mean over items: half the penalty times |W|^2.
@@ -344,6 +345,7 @@ def chosen(
             if (here := tried[places[number], penalty].loss) <= WORSE * best
             and here <= min(one.loss for one in tried.values() if one.place == places[number]) * (1 + 1e-3)
         ]
+        progress.count()
         if not stay:
             break
         going = [going[row] for row in stay]

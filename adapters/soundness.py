@@ -12,7 +12,8 @@ from adapters import data, formats, survey
 from adapters.errors import AdaptersError, DataError, MissingPackageError, RequestError, message, nearest
 from adapters.fitness import Sketch
 from adapters.options import field_names, make
-from adapters.recipe import Recipe, divided
+from adapters.portions import divided
+from adapters.recipe import Recipe
 from adapters.survey import Part
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from adapters import locks, shards
 from adapters.errors import FolderError, message
+from adapters.memory import free_memory
 from adapters.places import cache_folder as cache_folder
 
 if TYPE_CHECKING:
@@ -45,13 +46,6 @@ def room_for(folder: Path, gigabytes: float | None) -> int:
         return int(gigabytes * 10**9)
     there = next(place for place in (folder, *folder.parents) if place.exists())
     return min(MOST, shutil.disk_usage(there).free // 10)
-
-
-def free_memory() -> int:
-    """Bytes of memory that a process could still take."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 @final
@@ -148,6 +142,13 @@ class States:
                     return
         except OSError as fault:
             self._refused(fault)
+
+    def left(self) -> str:
+        """After an interrupt: what is waiting goes to the folder, where the next run finds it; a line that says so."""
+        self.flush()
+        if self.folder is None or not len(self):
+            return ""
+        return f"what was computed of {len(self)} rows is kept; the same command begins anew and takes it up"
 
     def forget(self) -> None:
         """Drop what waits in memory."""

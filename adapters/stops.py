@@ -11,12 +11,16 @@ from typing import Any, NoReturn, final
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from adapters import interrupts
+
 logger = logging.getLogger(__name__)
 
 
 @final
 class Stops(TrainerCallback):
     """Ctrl-C and SIGTERM: the first saves at the end of the step and stops, the second stops at once.
+
+    Before the first step there is nothing to save: the first stops at once.
 
     Attributes:
         number: the signal that came, 0 for none.
@@ -27,12 +31,12 @@ class Stops(TrainerCallback):
         self.number = 0
         self.onward = onward
         self._old: dict[int, Any] = {}
-        self._due = False
+        self._due = self._stepping = False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Take the signals meanwhile; outside the main thread, and where they are ignored, they are left alone."""
-        self.number, self._due = 0, False
+        self.number, self._due, self._stepping = 0, False, False
         self._old = {}
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -46,7 +50,12 @@ class Stops(TrainerCallback):
 
     def _take(self, number: int, _frame: Any) -> None:
         self._give_back()  # a second one does what it always did
+        if not self._stepping:
+            self._end(number)
         self.number = number
+        with contextlib.suppress(RuntimeError):  # it came while a line was being written
+            name = signal.Signals(number).name
+            logger.warning("%s: the run stops when its next step is saved; a second one stops it at once", name)
 
     def _give_back(self) -> None:
         for number, old in self._old.items():
@@ -56,11 +65,20 @@ class Stops(TrainerCallback):
     def stop(self, step: int) -> NoReturn:
         """End as the signal would have ended the process, now that everything is saved."""
         name = signal.Signals(self.number).name
-        logger.warning("stopped by %s after step %d, which is saved; go on with %s", name, step, self.onward)
-        old = self._old[self.number]
+        line = f"stopped by {name} after step {step}, which is saved; go on with {self.onward}"
+        logger.warning("%s", line)
+        with interrupts.leaving(lambda: line):
+            self._end(self.number)
+
+    def _end(self, number: int) -> NoReturn:
+        old = self._old[number]
         if callable(old):
-            old(self.number, None)
-        raise SystemExit(128 + self.number)
+            old(number, None)
+        raise SystemExit(128 + number)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on there is something to save."""
+        self._stepping = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save where a signal came; an epoch's last step is saved after what the end of the epoch brings.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, pooling, shards
+from adapters import bare, disk, facts, pooling, progress, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import PROCESSORS, live_model, open_processor
 from adapters.card import card
@@ -70,7 +70,7 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
     target = Path(folder).expanduser()
     refuse_foreign(target)
     adapted.state()  # a spent adapter speaks before anything is written
-    with disk.writing(target), disk.staged(target) as stage:
+    with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
         write(adapted, stage)
     return target
 

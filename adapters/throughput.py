@@ -100,6 +100,10 @@ class Throughput(TrainerCallback):
         numbers = _numbers(whole, self._seconds + self._since)
         return {"tokens": whole.tokens, **numbers} if numbers else {}
 
+    def so_far(self) -> tuple[int, float]:
+        """Tokens of the whole run up to now, and the seconds that they were read in."""
+        return (self._whole + self._lately).tokens, self._seconds + self._since
+
     def place(self) -> list[list[float]]:
         """What `start` takes to go on from here."""
         counted = ((self._whole, self._seconds), (self._lately, self._since))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from adapters import progress
 from adapters.data import need_column
 from adapters.errors import DataError, RequestError, message
 
@@ -111,7 +112,7 @@ def encode(
     limit, vocabulary = limit_of(max_length, processor, model), vocabulary_of(model)
     columns: dict[str, list[Any]] = {}
     cut = 0
-    for begin in range(0, len(texts), CHUNK):
+    for begin in progress.chunks(len(texts), CHUNK):
         first = list(texts[begin : begin + CHUNK])
         second = list(pairs[begin : begin + CHUNK]) if pairs is not None else None
         encoded = dict(processor(first, second, truncation=True, max_length=limit))

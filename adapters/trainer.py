@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -27,17 +27,21 @@ from adapters import (
     course,
     fidelity,
     finite,
+    gauge,
     headstart,
     locks,
     manifest,
     memory,
+    progress,
     runs,
     storage,
     vocabulary,
+    witness,
 )
 from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
+from adapters.journal import Journal
 from adapters.modes import evaluating
 from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
@@ -83,10 +87,16 @@ class Trainer(ObjectiveTrainer):
         )
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
+        self._gauge = gauge.Gauge(self._throughput, self._now)
+        self._bars = self.pop_callback(ProgressCallback) is not None
+        if self._bars or progress.shown():
+            self.add_callback(self._gauge)
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
+        self.journal: Journal | None = None  # where steps and evaluations are written; None for nowhere
+        self._witness: witness.Witness | None = None
         patience = own.get("early_stopping_patience", PATIENCE)
         stops_already = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
         if eval_dataset is None:
@@ -114,6 +124,8 @@ class Trainer(ObjectiveTrainer):
             divide=divide,
         )
         self._course.add(float(loss))
+        if self._witness is not None:
+            self._witness.add(float(loss))
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
@@ -143,6 +155,10 @@ class Trainer(ObjectiveTrainer):
         model, plain = self.adapted.model, torch.random.fork_rng(devices=[])
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
             return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+
+    def _now(self) -> float | None:
+        """The loss of the last steps, for the bar."""
+        return self._course.lately()
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
@@ -178,6 +194,8 @@ class Trainer(ObjectiveTrainer):
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(progress.showing(wanted=self._bars))
+            stack.callback(self._gauge.close)
             if self.args.should_save:
                 stack.enter_context(locks.held(run / ".lock", str(run)))
                 checkpoints.recover(run)
@@ -192,6 +210,11 @@ class Trainer(ObjectiveTrainer):
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
             self.pop_callback(self.stops)
+            self._witness = None
+            if self.journal is not None and self.args.should_save:
+                self._witness = witness.Witness(self.journal, self._throughput)
+                stack.callback(self.remove_callback, self._witness)
+                self.add_callback(self._witness)
             for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
@@ -296,6 +319,8 @@ class Trainer(ObjectiveTrainer):
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
         baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        if self._witness is not None:
+            self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
         remark = course.unbeaten(self.state.best_metric, baseline, name, greater=greater, rows="validation")
         if remark is not None:
@@ -319,15 +344,15 @@ class Trainer(ObjectiveTrainer):
         run = Path(str(self.args.output_dir))
         place = run / f"checkpoint-{self.state.global_step}"
         best = run / f"checkpoint-{self.state.best_global_step}"
-        progress = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
+        place_in = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        facts = {"run": self._run, "terms": self._terms(), "progress": progress}
+        facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
         try:
-            with checkpoints.staged(place, facts) as self._stage:
+            with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:
                 super()._save_checkpoint(model, trial)
                 known = best == place or checkpoints.run_of(best) == self._run
                 self.state.best_model_checkpoint = str(best) if known else None

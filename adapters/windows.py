@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters import tokens
+from adapters import progress, tokens
 from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def encode(
     gap = _gap(processor)
     columns: dict[str, list[Any]] = {}
     cut, many = 0, 0
-    for start in range(0, len(questions), tokens.CHUNK):
+    for start in progress.chunks(len(questions), tokens.CHUNK):
         part = list(contexts[start : start + tokens.CHUNK])
         short, shortened = _shortened(
             list(questions[start : start + tokens.CHUNK]), processor, room - stride - limit // 8 - len(gap)

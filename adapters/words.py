@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters import tokens
+from adapters import progress, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def encode(
     lead = _lead(processor) if split else ""
     columns: dict[str, list[Any]] = {}
     cut_rows, cut_words, silent = 0, 0, list[int]()
-    for start in range(0, len(cells), tokens.CHUNK):
+    for start in progress.chunks(len(cells), tokens.CHUNK):
         part = [_led(cell, lead) for cell in cells[start : start + tokens.CHUNK]]
         options: dict[str, Any] = {"is_split_into_words": split, "return_offsets_mapping": True, "verbose": False}
         found = processor(part, truncation=True, max_length=limit, return_special_tokens_mask=True, **options)

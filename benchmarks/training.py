@@ -71,7 +71,6 @@ def plain(job: Job, folder: Path) -> dict[str, Any]:
 def ours(job: Job, parts: Parts, folder: Path) -> Ready:
     """adapt and Trainer, no option beside those of the job."""
     import adapters
-    from adapters.arguments import OWN
     from benchmarks.texts import backbone
 
     adapted = adapters.adapt(
@@ -83,8 +82,6 @@ def ours(job: Job, parts: Parts, folder: Path) -> Ready:
         **job.options,
     )
     settings = plain(job, folder)
-    if "warm_head" not in OWN:
-        settings.pop("warm_head", None)
 
     def trainer() -> Any:
         return adapters.Trainer(adapted, settings, parts.train, parts.validation if job.validate else None)

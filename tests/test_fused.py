@@ -210,7 +210,7 @@ def test_bfloat16_is_for_large_weights_and_hardware_that_has_it(monkeypatch: pyt
     assert how.dtype is torch.bfloat16
     assert how.keep
     assert "bfloat16" in how.why
-    monkeypatch.setattr(fused, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(fused, "free_memory", lambda device=None: 0)
     scarce = fused.plan(model, cpu)
     assert not scarce.keep
     assert "cast" in scarce.why

@@ -68,3 +68,17 @@ def test_loading_predicting_and_training_leave_bitsandbytes_alone(adapter: Path,
     assert not predicted & {"bitsandbytes", "sklearn"}
     assert "bitsandbytes" not in trained
     assert rest == [{"asked", "True"}, {"hidden", "False"}, {"packed", "True"}, {"named", "True"}]
+
+
+def test_a_recipe_that_packs_nothing_leaves_bitsandbytes_alone(adapter: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    lines = [f'"{row["text"]}","{row["label"]}"' for row in tiny.rows(40)]
+    rows.write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    code = (
+        "settings = {'max_steps': 1, 'report_to': 'none'}\n"
+        "adapters.Recipe(model=sys.argv[1], data=sys.argv[2], output=sys.argv[3], train=settings).run()\n"
+        f"{TELL}"
+    )
+    (found,) = imported(code, adapter.parent / "base", rows, tmp_path / "out")
+    assert "peft" in found
+    assert "bitsandbytes" not in found

@@ -71,6 +71,18 @@ def test_what_the_caller_fixed_is_not_chosen(base: str, tmp_path: Path) -> None:
     assert any("no other place was tried" in note for note in adapted.record.notes)
 
 
+def test_what_was_kept_for_one_place_is_not_taken_for_another(base: str, tmp_path: Path) -> None:
+    """Features on disk are those of the place where the head reads, also where the task fixes it."""
+    places = [("mean", 1), ("mean", 3), ("first", 1), ("last", None), ("mean", None)]
+    for pooling, layer in places:
+        solved = []
+        for gigabytes in (1, 0):  # with what the runs before kept on disk, and without
+            adapted = adapters.adapt(base, "probe", pooling=pooling, layer=layer, **TEXTS)
+            trainer(adapted, tmp_path, prefix_cache_gb=gigabytes).train()
+            solved.append(head(adapted))
+        assert torch.allclose(*solved, atol=1e-4), (pooling, layer)
+
+
 @pytest.mark.parametrize("asked", [{"num_train_epochs": 1}, {"max_steps": 2}, {"learning_rate": 1e-3, "max_steps": 2}])
 def test_a_caller_who_asks_for_steps_gets_them(base: str, tmp_path: Path, asked: dict[str, Any]) -> None:
     adapted = adapters.adapt(base, "probe", **TEXTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,19 @@ def backbone(kind: str, seed: int = 0, auto: str = "AutoModel", **changes: Any) 
         return getattr(t, auto).from_config(config(kind, **changes))
 
 
-def tokenizer(pad: int = 0) -> Any:
-    """Words to ids, with the special tokens that BERT has; `pad` is the number of the padding token, 0 or 1."""
+def tokenizer(pad: int = 0, words: Sequence[str] = ()) -> Any:
+    """Words to ids, with the special tokens that BERT has; `pad` is the number of the padding token, 0 or 1.
+
+    `words` come in addition to those of `VOCABULARY`.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: index for index, word in enumerate(VOCABULARY)} | {"[PAD]": pad, "[UNK]": 1 - pad}
+    known = dict.fromkeys([*VOCABULARY, *words])
+    vocabulary = {word: index for index, word in enumerate(known)} | {"[PAD]": pad, "[UNK]": 1 - pad}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = Whitespace()
     inner.post_processor = TemplateProcessing(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from adapters.console import Folder, Json, out, pairs, say
+from adapters.progress import Job
 
 
 def evaluate(
@@ -19,10 +20,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics of an adapter on labelled rows (the test part, where the data has parts)."""
-    from adapters.data import read
-    from adapters.formats import arrange
-    from adapters.predict import evaluate as measure
-    from adapters.storage import load
+    with Job("importing torch"):
+        from adapters.data import read
+        from adapters.formats import arrange
+        from adapters.predict import evaluate as measure
+        from adapters.storage import load
 
     adapted = load(folder, model)
     splits = read(data, say)

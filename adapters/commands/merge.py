@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from adapters.console import Folder, Json, out
+from adapters.progress import Job
 
 
 def merge(
@@ -18,8 +19,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its backbone, tensor by tensor, and check that the answers agree."""
-    from adapters.manifest import fetch, read_manifest
-    from adapters.merge import merge_on_disk
+    with Job("importing torch"):
+        from adapters.manifest import fetch, read_manifest
+        from adapters.merge import merge_on_disk
 
     report = merge_on_disk(folder, output, base=base, dtype=dtype)
     if as_json:

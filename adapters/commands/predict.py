@@ -12,6 +12,7 @@ import typer
 
 from adapters.console import Folder, Json, out, pairs, say
 from adapters.errors import RequestError, message
+from adapters.progress import Job
 
 
 def predict(
@@ -25,14 +26,14 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """What an adapter answers to texts, or to the rows of a file."""
-    from adapters.data import read
-    from adapters.formats import arrange
-    from adapters.manifest import is_standalone
-    from adapters.predict import predict as answer
-    from adapters.storage import load
-
     if bool(texts) == bool(data):
         raise RequestError(message("texts or --data, one of them", where="predict"))
+    with Job("importing torch"):
+        from adapters.data import read
+        from adapters.formats import arrange
+        from adapters.manifest import is_standalone
+        from adapters.predict import predict as answer
+        from adapters.storage import load
     adapted = load(folder, model)
     rows: Any = texts
     if data is not None:

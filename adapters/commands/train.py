@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapters.console import STRATEGY_NAMES, TASK_NAMES, Json, out, pairs, say
+from adapters.console import STRATEGY_NAMES, TASK_NAMES, Json, forget, out, pairs, say
 from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML; options go over what it says.")] = None,
     model: Annotated[str | None, typer.Option(help="Id or folder of the backbone.")] = None,
     data: Annotated[
@@ -35,6 +37,9 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option(help="With --resume: what is meant to differ from the interrupted run.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the rows, show what the run would take, train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
@@ -48,12 +53,32 @@ def train(
         raise RequestError(
             message("not a recipe", where=recipe, expected="a file in YAML", remedy="A backbone is given as --model.")
         )
-    plan = Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")
-    onward = shlex.join(["adapters", *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
-    results = plan.run(say, resume=resume, override=override or [], onward=f"{onward} --resume")
-    if as_json:
-        out(results)
-        return
+    if context.obj is not None:  # a script's own recipes
+        if recipe is not None:
+            raise RequestError(message("two recipes", where=recipe, expected="options: the script is the recipe"))
+        plans: list[Recipe] = context.obj(changes, resume)
+    else:
+        plans = [Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")]
+    program = ["adapters"] if context.obj is None else ["python", sys.argv[0]]
+    onward = shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
+    for plan in plans:
+        forget()
+        if dry_run:
+            needed = plan.plan(say)
+            if as_json:
+                out(needed.to_json())
+            else:
+                print(needed)
+            continue
+        results = plan.run(say, resume=resume, override=override or [], onward=f"{onward} --resume")
+        if as_json:
+            out(results)
+        else:
+            _print(results, plan)
+
+
+def _print(results: Mapping[str, Any], plan: Recipe) -> None:
+    """What was saved, how good it is, and what to type next."""
     metric = results["metric"]
     print(f"saved     {results['output']} ({results['adapter_bytes'] / 1e6:.2f} MB)")
     if "test" in results:
@@ -63,6 +88,10 @@ def train(
         )
         if not results["beat_baseline"]:
             print("warning   the run did not beat its baselines")
+    if results.get("report"):
+        print(f"report    {results['report']}")
+    if "merged" in results:
+        print(f"merged    {results['merged']}")
     print(f"next      adapters predict {results['output']} {_example(results['task'], plan)}")
 
 

@@ -35,13 +35,13 @@ REFUSED = {
 
 
 def learning_rate(model: PreTrainedModel) -> float:
-    """A learning rate by the model's width: 2e-3 up to 384, 1.2e-3 at 768, 3e-4 at 4096.
+    """A learning rate by the model's width: 1.2e-3 up to 768, 3.2e-4 at 4096.
 
-    The exponent is the one that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes; the
-    factor was measured here on MiniLM (docs/benchmarks.md).
+    Factor and exponent are those that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes.
+    Narrower models stay at the rate of 768: 2e-3 on MiniLM was unsteady (docs/benchmarks.md, "LoRA's learning rate").
     """
-    width = max(384, model.config.get_text_config().hidden_size)
-    return float(2e-3 * (384 / width) ** 0.775)
+    width = max(768, model.config.get_text_config().hidden_size)
+    return float(1.17e-3 * (768 / width) ** 0.775)
 
 
 @final

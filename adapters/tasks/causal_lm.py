@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import chats
+from adapters import chats, progress
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
 from adapters.options import check_types
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapters.contracts import Draw
+    from adapters.contracts import Draw, Task
 
+SAMPLES, SAMPLE_TOKENS, SHOWN_WORDS = 3, 48, 80  # rows that a report goes on with, by so many tokens, of texts so long
 FORMS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 
 
@@ -216,6 +217,7 @@ class CausalLM:
                 first = ids[:1] if ids[0] == processor.bos_token_id and room > 1 else []
                 ids = first + ids[len(ids) - room + len(first) :]
             prepared.append({"input_ids": ids, "asked": json.dumps(given, ensure_ascii=False)})
+            progress.count()
         remark = f"{cut} of {len(rows)} prompts leave no room for an answer: their last {room} tokens are taken"
         return prepared, [remark] if cut else []
 
@@ -266,6 +268,41 @@ class CausalLM:
         from adapters import likelihood
 
         return likelihood.numbers(found, _bytes(rows))
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """How the loss is spread over the rows, and the rows that surprised the model most."""
+        from adapters import findings
+
+        def shown(row: int) -> dict[str, Any]:
+            return {"row": int(rows[row]["row"]), "text": findings.cut(processor.decode(rows[row]["input_ids"]))}
+
+        return findings.likely(found, shown)
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The first rows: plain texts by their first half, prompts and conversations up to the last answer."""
+        form = form_of(raw, labelled=True)
+        rows: list[dict[str, Any]] = []
+        told: list[tuple[str, str]] = []
+        for row in raw.select(range(min(SAMPLES, len(raw)))):
+            if form == "messages":
+                turns = list(row["messages"])
+                last = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+                rows.append({"messages": turns[:last]})
+                given = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:last])
+                told.append((given, str(turns[last]["content"]) if last < len(turns) else ""))
+            elif form == "prompt":
+                rows.append({"prompt": row["prompt"]})
+                told.append((row["prompt"], row["completion"]))
+            else:
+                words = row["text"].split(" ")[:SHOWN_WORDS]
+                half = max(1, len(words) // 2)
+                rows.append({"text": " ".join(words[:half])})
+                told.append((" ".join(words[:half]), " ".join(words[half:])))
+        return replace(self, max_new_tokens=SAMPLE_TOKENS, return_full_text=False, do_sample=False), rows, told
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The ids that the model goes on with, shape (rows, new tokens)."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import corruption, likelihood
-from adapters.contracts import Draw
+from adapters.contracts import Draw, Task
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message, nearest
 from adapters.likelihood import IGNORED
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+SAMPLES, SHOWN_WORDS, SAMPLE_TOKENS = 3, 24, 24  # rows of which a report fills a gap, how much of them and by what
 LONGEST = 512  # tokens of an answer, where neither tokenizer nor model names a length
 SHARES = {"spans": 0.15, "infilling": 0.3}  # of the tokens, as in the papers
 
@@ -282,6 +283,37 @@ class Denoising:
     def metrics(self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, processor: Any) -> dict[str, float]:
         """Loss, perplexity and accuracy over the target's tokens, each predicted from the right ones before it."""
         return likelihood.numbers(found)
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """How the loss is spread over the rows, and the rows that surprised the model most."""
+        from adapters import findings
+
+        name = "tokens" if "tokens" in rows.column_names else "input_ids"
+
+        def shown(row: int) -> dict[str, Any]:
+            text = processor.decode(rows[row][name], skip_special_tokens=True)
+            return {"row": int(rows[row]["row"]), "text": findings.cut(text)}
+
+        return findings.likely(found, shown)
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The first rows, two words in their middle hidden."""
+        from adapters.tokens import vocabulary_of
+
+        _, marks = self._marks(processor, vocabulary_of(model))
+        mark = processor.convert_ids_to_tokens(marks[0])
+        rows, told = [], []
+        for text in raw["text"][:SAMPLES]:
+            words = text.split()[:SHOWN_WORDS]
+            place = max(1, len(words) // 2)
+            hidden = " ".join([*words[:place], mark, *words[place + 2 :]])
+            rows.append({"text": hidden})
+            told.append((hidden, " ".join(words[place : place + 2])))
+        return replace(self, max_new_tokens=SAMPLE_TOKENS), rows, told
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The ids that the decoder writes, greedily, shape (rows, longest)."""

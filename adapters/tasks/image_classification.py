@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from adapters import reading
+from adapters import progress, reading
 from adapters.classes import Classes
 from adapters.data import need_column, pictures
 from adapters.errors import RequestError, message, nearest
@@ -156,7 +156,8 @@ class ImageClassification:
         from adapters import images
 
         need_column(rows, "image")
-        remark = images.check(pictures(rows))
+        with progress.Job("checking pictures", len(rows), "pictures") as job:
+            remark = images.check(pictures(rows), seen=job.advance)
         if labelled:
             self._classes.check(rows)
         return remark
@@ -243,6 +244,23 @@ class ImageClassification:
         import numpy as np
 
         return self._classes.metrics(found[0], np.asarray(rows["labels"]))
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """Matrix, scores by label, calibration and the surest errors; of a regression predicted against right."""
+        import numpy as np
+
+        from adapters import findings, images
+
+        held = pictures(rows) if "image" in rows.column_names else None
+
+        def shown(row: int) -> dict[str, Any]:
+            number = int(rows[row]["row"])
+            picture = images.thumbnail(held[row]["image"], f"row {number}") if held is not None else None
+            return {"row": number, "image": picture}
+
+        return self._classes.findings(found[0], np.asarray(rows["labels"]), shown, findings.PICTURES)
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, labels)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import cloze, corruption, likelihood
-from adapters.contracts import Draw
+from adapters.contracts import Draw, Task
 from adapters.data import need_column, texts_in
 from adapters.errors import DataError, RequestError, message
 from adapters.likelihood import IGNORED
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+SAMPLES, SHOWN_WORDS = 3, 24  # rows of which a report fills in a word, and how much of them
 TOP = 5  # answers a mask, as the fill-mask pipeline gives
 SPECIAL = -1  # "words" of tokens that belong to none
 
@@ -313,6 +314,31 @@ class MaskedLM:
     def metrics(self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, processor: Any) -> dict[str, float]:
         """Loss, perplexity and accuracy over the hidden tokens."""
         return likelihood.numbers(found)
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """How the loss is spread over the rows, and the rows that surprised the model most."""
+        from adapters import findings
+
+        def shown(row: int) -> dict[str, Any]:
+            ids = [token for token in rows[row]["input_ids"] if token not in processor.all_special_ids]
+            return {"row": int(rows[row]["row"]), "text": findings.cut(processor.decode(ids))}
+
+        return findings.likely(found, shown)
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The first rows, a word in their middle hidden."""
+        rows, told = [], []
+        for text in raw["text"][:SAMPLES]:
+            words = text.split()[:SHOWN_WORDS]
+            place = len(words) // 2
+            hidden = " ".join([*words[:place], processor.mask_token, *words[place + 1 :]])
+            rows.append({"text": hidden})
+            told.append((hidden, words[place] if words else ""))
+        return self, rows, told
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """Scores and ids of the best tokens for each mask, each of shape (rows, most masks, 5), padded with -100."""

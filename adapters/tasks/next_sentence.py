@@ -278,6 +278,24 @@ class NextSentence:
         """Accuracy and macro F1."""
         return metrics.classification(found[0].argmax(-1), found[1], len(LABELS))
 
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """Matrix, scores by label, calibration and the surest errors."""
+        from adapters import findings
+
+        def shown(row: int) -> dict[str, Any]:
+            entry = rows[row]
+            if "others" in entry:
+                texts = [processor.decode(ids) for ids in self._pair(entry, None)[:2]]
+            elif raw is not None:
+                texts = [raw[int(entry["row"])][side] for side in ("first", "second")]
+            else:
+                texts = [processor.decode(entry["input_ids"]), ""]
+            return {"row": int(entry["row"]), "text": findings.cut(texts[0]), "pair": findings.cut(texts[1])}
+
+        return self._classes.findings(found[0], found[1], shown)
+
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, 2)."""
         return (model(**batch).logits,)

@@ -283,6 +283,54 @@ class QuestionAnswering:
         given = [entry["answer"] for entry in self._spans(found, rows)]
         return metrics.answers(given, [right for _, right in _questions(rows)])
 
+    def findings(self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any) -> dict[str, Any]:
+        """Scores by length of the right answer and by kind of question, calibration, and the surest wrong answers."""
+        import numpy as np
+
+        from adapters import findings
+
+        given, questions = self._spans(found, rows), list(_questions(rows))
+        numbers = list(dict.fromkeys(rows["example"]))
+        pairs = [(entry["answer"], right) for entry, (_, right) in zip(given, questions, strict=True)]
+        each = [metrics.answers([answer], [right]) for answer, right in pairs]
+        exact, overlap = (np.asarray([one[name] for one in each]) for name in ("exact_match", "f1"))
+        sure = np.clip(np.asarray([entry["score"] for entry in given]), 0.0, 1.0)
+        asked = raw["question"] if raw is not None else [""] * (max(numbers, default=0) + 1)
+        groups: dict[str, list[tuple[int, str]]] = {
+            "By length of the right answer": [_length_of(right) for _, right in questions],
+            "By kind of question": [_kind_of(asked[number]) for number in numbers] if raw is not None else [],
+        }
+
+        def shown(row: int) -> dict[str, Any]:
+            context, right = questions[row]
+            begin = context.find(right[0]) if right else given[row]["start"]
+            return {
+                "row": int(numbers[row]),
+                "question": findings.cut(asked[numbers[row]], 240),
+                "text": findings.around(context, max(begin, 0), max(begin, 0) + len(right[0] if right else "")),
+                "expected": " / ".join(dict.fromkeys(findings.cut(text, 120) for text in right[:3])) or "no answer",
+                "said": findings.cut(given[row]["answer"], 160) or "no answer",
+                "score": round(float(sure[row]), 4),
+            }
+
+        return {
+            "bars": [
+                {
+                    "title": title,
+                    "bars": [
+                        {"name": name[1], "value": float(overlap[inside].mean()), "rows": int(inside.sum())}
+                        for name in sorted(set(names))
+                        for inside in [np.asarray([entry == name for entry in names])]
+                    ],
+                    "unit": "F1",
+                }
+                for title, names in groups.items()
+                if names
+            ],
+            "calibration": findings.calibration(sure, exact, "answers, right where they match exactly"),
+            "errors": findings.worst((1 - overlap) * (1 + sure), overlap < 1, shown),
+        }
+
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """Start and end logits, each of shape (rows, longest)."""
         outputs = model(**batch)
@@ -337,6 +385,20 @@ class QuestionAnswering:
             return metrics.answers(given, [right for _, right in questions])
 
         return measured(max(constants, key=lambda constant: measured(constant, train)["f1"]), test)
+
+
+def _length_of(right: Sequence[str]) -> tuple[int, str]:
+    """The group of a right answer, with its place among the groups."""
+    words = len(right[0].split()) if right else 0
+    bounds = ((0, "no answer"), (1, "1 word"), (2, "2 words"), (4, "3 to 4"), (8, "5 to 8"))
+    return next(((place, name) for place, (most, name) in enumerate(bounds) if words <= most), (9, "9 and more"))
+
+
+def _kind_of(question: str) -> tuple[int, str]:
+    """The group of a question: the word that asks."""
+    words = re.findall(r"[a-z]+", question.lower())
+    asking = ("what", "which", "who", "when", "where", "how", "why")
+    return next(((asking.index(word), word) for word in words if word in asking), (9, "other"))
 
 
 def _marked(labels: Tensor, bit: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters.data import need_column, texts_in
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapters.contracts import Draw
+    from adapters.contracts import Draw, Task
 
 # What evaluation measures on generated texts -> the metric that chooses, and what the answer is called.
 SCORES = {"none": ("perplexity", "generated_text"), "translation": ("chrf", "translation_text")}
 SCORES |= {"rouge": ("rougeL", "summary_text")}
+SAMPLES, SAMPLE_TOKENS = 3, 64  # rows that a report shows answers to, and their tokens at most
 LONGEST = 512  # tokens of a source or target at most, where neither request nor model says (T5 has no positions)
 
 
@@ -212,6 +213,32 @@ class Seq2Seq:
         else:  # prepared elsewhere: the targets as their tokens say them
             wanted = [processor.decode([t for t in row if t >= 0], skip_special_tokens=True) for row in rows["labels"]]
         return metrics.translation(said, wanted) if self.scores == "translation" else metrics.rouge(said, wanted)
+
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """How the loss is spread over the rows, and the rows that surprised the model most."""
+        from adapters import findings, generation
+
+        said = generation.texts(found[3], processor) if len(found) > 3 else None
+
+        def shown(row: int) -> dict[str, Any]:
+            number = int(rows[row]["row"])
+            target = [token for token in rows[row]["labels"] if token >= 0]
+            source = raw[number]["source"] if raw is not None else processor.decode(rows[row]["input_ids"])
+            wanted = raw[number]["target"] if raw is not None else processor.decode(target, skip_special_tokens=True)
+            spoken = {"said": findings.cut(said[row])} if said is not None else {}
+            return {"row": number, "text": findings.cut(source), "expected": findings.cut(wanted), **spoken}
+
+        return findings.likely(found, shown)
+
+    def asked(
+        self, raw: Dataset, processor: Any, model: PreTrainedModel
+    ) -> tuple[Task, list[dict[str, Any]], list[tuple[str, str]]]:
+        """The first rows."""
+        rows = [{"source": row["source"]} for row in raw.select(range(min(SAMPLES, len(raw))))]
+        told = [(row["source"], row["target"]) for row in raw.select(range(len(rows)))]
+        return replace(self, max_new_tokens=self.max_new_tokens or SAMPLE_TOKENS), rows, told
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The generated ids, shape (rows, new tokens)."""

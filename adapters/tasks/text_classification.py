@@ -195,6 +195,23 @@ class TextClassification:
 
         return self._classes.metrics(found[0], np.asarray(rows["labels"]))
 
+    def findings(
+        self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
+    ) -> dict[str, Any]:
+        """Matrix, scores by label, calibration and the surest errors; of a regression predicted against right."""
+        import numpy as np
+
+        from adapters import findings
+
+        def shown(row: int) -> dict[str, Any]:
+            number = int(rows[row]["row"])
+            if raw is None:
+                return {"row": number, "text": findings.cut(processor.decode(rows[row]["input_ids"]))}
+            pair = {"pair": findings.cut(raw[number]["text_pair"])} if "text_pair" in raw.column_names else {}
+            return {"row": number, "text": findings.cut(raw[number]["text"]), **pair}
+
+        return self._classes.findings(found[0], np.asarray(rows["labels"]), shown)
+
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, labels)."""
         return (model(**batch).logits,)

@@ -234,8 +234,9 @@ class TokenClassification:
     def measured(
         self, outputs: Any, batch: Mapping[str, Any], model: PreTrainedModel, processor: Any
     ) -> tuple[Tensor, ...]:
-        """The best tag of each token, shape (rows, longest)."""
-        return (outputs.logits.argmax(-1),)
+        """The best tag of each token and its probability, each of shape (rows, longest)."""
+        score, best = outputs.logits.float().softmax(-1).max(-1)
+        return best, score
 
     def metrics(self, found: Sequence[Array], rows: Dataset, processor: Any) -> dict[str, float]:
         """Precision, recall and F1 over entities, and accuracy over words; macro F1 where no tag marks an entity.
@@ -243,11 +244,7 @@ class TokenClassification:
         A word that was cut off, or that became no token, counts as answered O (as answered wrongly where there is no
         O), so that nothing looks better for being cut.
         """
-        answered = [
-            [int(best[place]) if place >= 0 else tags.UNSEEN for place in _starts(row)]
-            for best, row in zip(found[0], _measured_columns(rows), strict=True)
-        ]
-        return self._numbers(answered, [list(row) for row in _truth(rows)])
+        return self._numbers(_by_word(found[0], rows), [list(row) for row in _truth(rows)])
 
     def _numbers(self, answered: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]) -> dict[str, float]:
         import numpy as np
@@ -262,6 +259,48 @@ class TokenClassification:
             spelt.append(tags.OUTSIDE)
         sides = ([[spelt[tag] for tag in row] for row in side] for side in (filled, truth))
         return {**metrics.entities(*sides), "accuracy": float((flat == right).mean()) if len(right) else 0.0}
+
+    def findings(self, found: Sequence[Array], rows: Dataset, raw: Dataset | None, processor: Any) -> dict[str, Any]:
+        """Scores of each kind of entity, the matrix of kinds over words, calibration, and the sentences most wrong."""
+        import numpy as np
+
+        from adapters import findings
+
+        outside = self.labels.index(tags.OUTSIDE) if tags.OUTSIDE in self.labels else len(self.labels)
+        said = [[outside if tag == tags.UNSEEN else int(tag) for tag in row] for row in _by_word(found[0], rows)]
+        sure = [[0.0 if score < 0 else float(score) for score in row] for row in _by_word(found[1], rows)]
+        right = [list(row) for row in _truth(rows)]
+        flat, truth = (np.asarray([tag for row in side for tag in row], dtype=int) for side in (said, right))
+        hits, certain = flat == truth, np.asarray([score for row in sure for score in row])
+        seen = certain > 0  # a word that was cut off, or became no token, was answered without a certainty
+        weights = [
+            sum(s for tag, wanted, s in zip(*row, strict=True) if tag != wanted)
+            for row in zip(said, right, sure, strict=True)
+        ]
+        bad = np.asarray([row != other for row, other in zip(said, right, strict=True)], dtype=bool)
+        names = (*self.labels, "?")
+
+        def shown(row: int) -> dict[str, Any]:
+            number = int(rows[row]["row"])
+            cell = raw[number]["tokens"] if raw is not None else [f"[{n}]" for n in range(len(right[row]))]
+            first = max(0, next(n for n, (a, b) in enumerate(zip(said[row], right[row], strict=True)) if a != b) - 20)
+            words = list(zip(cell, right[row], said[row], strict=True))[first : first + findings.WORDS]
+            return {"row": number, "words": [[findings.cut(w, 60), names[a], names[b]] for w, a, b in words]}
+
+        shown_errors = findings.worst(np.asarray(weights), bad, shown)
+        result = {
+            "calibration": findings.calibration(certain[seen], hits[seen], "words"),
+            "errors": {**shown_errors, "title": "Sentences that are most wrong", "noun": "sentences"},
+        }
+        if not self._marks_entities:
+            tagged = findings.confusion([*flat.tolist()], [*truth.tolist()], names)
+            return {**result, "confusion": tagged, "scores": findings.per_label(flat, truth, self.labels)}
+        kinds = list(dict.fromkeys(label.split("-", 1)[-1] for label in self.labels))
+        of = [kinds.index(label.split("-", 1)[-1]) for label in self.labels] + [len(kinds)]
+        pair = ([of[tag] for tag in flat], [of[tag] for tag in truth])
+        spelt = [tags.conll(label) for label in self.labels] + [tags.OUTSIDE]
+        sides = ([[spelt[tag] for tag in row] for row in side] for side in (said, right))
+        return {**result, "confusion": findings.confusion(*pair, [*kinds, "?"]), "scores": metrics.by_entity(*sides)}
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The best tag of each token and its probability, each of shape (rows, longest)."""
@@ -308,6 +347,14 @@ class TokenClassification:
         common = min(counts, key=lambda tag: (-counts[tag], tag))
         truth = [list(row) for row in _truth(test)]
         return self._numbers([[common] * len(row) for row in truth], truth)
+
+
+def _by_word(found: Array, rows: Dataset) -> list[list[Any]]:
+    """What was measured at the first token of each word; -1 for words without one."""
+    return [
+        [one[place].item() if place >= 0 else tags.UNSEEN for place in _starts(row)]
+        for one, row in zip(found, _measured_columns(rows), strict=True)
+    ]
 
 
 def _truth(rows: Dataset) -> Any:

@@ -1,0 +1,362 @@
+"""`plan()`: what a run would take, before a byte of the backbone's weights is read.
+
+Every strategy is resolved and applied as `adapt` does it, on a copy without memory; a run over it is then made on
+tensors without memory, and counted (see `activations`). What does not fit this model stands in the table with its
+reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from adapters.adapt import STRATEGIES, requested
+from adapters.budget import MARGIN, MOST, Line, Plan
+from adapters.devices import Device
+from adapters.devices import device as found_device
+from adapters.errors import AdaptersError, RequestError, message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from adapters.activations import Imitation
+    from adapters.blueprint import Blueprint
+    from adapters.contracts import Adapted, Strategy, Task
+    from adapters.trial import Trial
+
+LENGTH: Final = 512  # tokens of a row where nobody says, or as many as the model takes
+ROWS: Final = 1000  # training rows where nobody says: what is kept of them grows with their number
+CLOSE: Final = 64
+LABELS: Final = ("0", "1")  # of a classifier where nobody names any
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    strategy: str | Strategy | Sequence[str] | None = None,
+    *,
+    task: str | Task | None = None,
+    labels: Any = None,
+    quantization: str | None = None,
+    load: Mapping[str, Any] | None = None,
+    length: int | None = None,
+    batch: int | None = None,
+    rows: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    memory: str | float | None = None,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """What a run would take: memory of every kind, file sizes, what fits; nothing is trained, no weights are read.
+
+    Args:
+        model: an id, a folder (its config.json is enough), or a live model, which is not touched.
+        strategy: a name, several, or a strategy object; None for every strategy in `STRATEGIES`.
+        task, labels, quantization, load, options: as for `adapt`; labels may be their number.
+        length: tokens of a row; None for `max_length`, else 512 or as many as the model takes.
+        batch: rows of a training batch; None for `args`' own.
+        rows: training rows, as far as what is kept of them counts; None for 1000.
+        args: training settings by transformers' names: batch sizes, optim, activation_checkpointing, bf16 ...
+        device: a card ("rtx 4090"), "cuda" or "cpu"; None for the one here.
+        memory: of it ("24GB"), where no card is named or it is known better.
+        say: takes a line of progress a strategy, where there are several.
+
+    Returns:
+        The plan: one line a strategy; a strategy that the model refuses stands there with its reason.
+
+    Raises:
+        RequestError: unknown names (the known ones are listed), a length over the model's positions, no config.
+    """
+    from adapters import blueprint
+
+    where = found_device(device, memory)
+    names = _named(strategy)
+    settings = dict(args or {})
+    if batch is not None:
+        settings["per_device_train_batch_size"] = batch
+    notes: list[str] = []
+    labels, note = _labels(model, task, labels, options)
+    notes += [note] if note else []
+    lines: list[Line] = []
+    drawn: blueprint.Blueprint | None = None
+    size = 0
+    for name in names:
+        known = _own(name, options, alone=len(names) == 1)
+        chosen, goal, packed = requested(model, name, task, labels, quantization, known)
+        if drawn is None:
+            drawn = blueprint.drawn(model, goal, dict(load or {}))
+            size = _length(drawn, length)
+            notes += [drawn.note] if drawn.note else []
+        if say is not None and len(names) > 1:
+            say(f"counting {name} ({len(lines) + 1} of {len(names)})")
+        lines.append(_line(name, chosen, packed, drawn, size, rows or ROWS, settings, where, load or {}))
+    assert drawn is not None
+    if length is None and size:
+        notes.append(f"rows of {size} tokens; length says otherwise")
+    notes += _remarks(lines, rows)
+    return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes))
+
+
+def _named(asked: Any) -> list[Any]:
+    """The strategies that a caller asks for: one, several, or every one."""
+    if asked is None:
+        return list(every())
+    return list(asked) if isinstance(asked, Sequence) and not isinstance(asked, str) else [asked]
+
+
+def every() -> list[str]:
+    """Every strategy that needs no option to be named."""
+    return [name for name in STRATEGIES if name != "peft"]
+
+
+def _own(name: Any, options: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
+    """Options of one strategy among several: those that it takes; of one alone all, so that wrong ones are said."""
+    if alone or not isinstance(name, str):
+        return dict(options)
+    from adapters.adapt import row_of
+
+    others = set().union(*(row_of(other).names() for other in every()))
+    return {key: value for key, value in options.items() if key in row_of(name).names() or key not in others}
+
+
+def _labels(model: Any, task: Any, labels: Any, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The label names; where nobody says, two for a backbone that brings no head of its own."""
+    from adapters.adapt import task_class
+    from adapters.backbones import live_model
+    from adapters.options import field_names
+
+    if isinstance(labels, int) and not isinstance(labels, bool):
+        return [str(number) for number in range(labels)], ""
+    if labels is not None or not isinstance(task, str | None) or live_model(model) or "labels" in options:
+        return labels, ""
+    if "labels" not in field_names(task_class(task or "text-classification")):
+        return None, ""
+    if options.get("problem") == "regression":
+        return None, ""
+    return list(LABELS), f"{len(LABELS)} labels are taken for granted; labels says otherwise"
+
+
+def _length(drawn: Blueprint, length: int | None) -> int:
+    """Tokens of a row, held to the model's positions; 0 for pictures.
+
+    Raises:
+        RequestError: more than the model has positions for.
+    """
+    from adapters.anatomy import counted_from
+
+    if drawn.model.main_input_name == "pixel_values":
+        return 0
+    positions = getattr(drawn.model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else None
+    offset = counted_from(drawn.model)
+    if most is not None and offset is not None:
+        most -= offset + 1
+    asked = length if length is not None else getattr(drawn.task, "max_length", None)
+    if asked is None:
+        return min(LENGTH, most or LENGTH)
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        raise RequestError(message("a wrong value", where="length", expected="a number of tokens", found=repr(asked)))
+    if most is not None and asked > most:
+        where = f"length on {type(drawn.model).__name__}"
+        raise RequestError(
+            message("more tokens than the model has positions", where=where, expected=f"at most {most}", found=asked)
+        )
+    return asked
+
+
+def _line(
+    name: Any,
+    strategy: Strategy,
+    packed: str | None,
+    drawn: Blueprint,
+    length: int,
+    rows: int,
+    settings: Mapping[str, Any],
+    where: Device,
+    load: Mapping[str, Any],
+) -> Line:
+    """The line of one strategy."""
+    from adapters import reading, trial
+    from adapters.quantize import Storage
+
+    shown = name if isinstance(name, str) else strategy.name
+    storage = Storage(packed)
+    with quiet():
+        try:
+            found = trial.tried(drawn.model, strategy, drawn.head, drawn.unread, reading.of(drawn.task), storage)
+        except AdaptersError as fault:
+            return Line(shown, refused=str(fault))
+        return _counted(shown, found, storage, drawn, length, rows, settings, where)
+
+
+def _counted(
+    shown: str,
+    found: Trial,
+    storage: Any,
+    drawn: Blueprint,
+    length: int,
+    rows: int,
+    settings: Mapping[str, Any],
+    where: Device,
+) -> Line:
+    from adapters.activations import Batch, Conditions, Imitation
+    from adapters.anatomy import count
+
+    adapted = imagined(found, storage, drawn)
+    args, own, autocast = arguments_of(adapted, settings)
+    how = Conditions(args, own, where, autocast)
+    target = max(1, length)
+
+    def of(number: int) -> Batch:
+        return Batch(number, max(1, length), target)
+
+    batch, evaluated = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    with Imitation(drawn, found, storage, how) as run:
+        step, evaluation = run.step(of(batch)), run.evaluation(of(evaluated))
+        features, cache = before(run, adapted, drawn, of, rows)
+        largest = largest_evaluated = None
+        fits: bool | None = None
+        if where.room is not None:
+            room = int(where.room / (1 + MARGIN))
+            rest = run.resting + run.gradients
+            largest = most(lambda number: run.step(of(number)), room, {0: rest, batch: step})
+            largest_evaluated = evaluated
+            if evaluation > room:
+                counted = {0: run.resting, evaluated: evaluation}
+                largest_evaluated = most(lambda number: run.evaluation(of(number)), room, counted)
+            fits = max(step, evaluation, features) <= room
+        copies, optimizer, gradients, weights = run.copies, run.optimizer, run.gradients, run.weights
+    file = file_bytes(adapted)
+    return Line(
+        shown,
+        trained=adapted.trained_count,
+        total=count(found.ghost.parameters()),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        copies=copies,
+        activations=max(0, step - weights - copies - optimizer - gradients),
+        step=step,
+        evaluation=evaluation,
+        features=features,
+        loading=max(weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
+        cache=cache,
+        file=file,
+        checkpoint=file + optimizer + gradients,
+        batch=batch,
+        evaluated=evaluated,
+        largest=largest,
+        largest_evaluated=largest_evaluated,
+        fits=fits,
+    )
+
+
+def before(run: Imitation, adapted: Adapted, drawn: Blueprint, of: Any, rows: int) -> tuple[int, int]:
+    """What passing all rows once takes before the first step, and what is kept of a frozen prefix, in bytes."""
+    from adapters.options import field_names
+    from adapters.prefix import ROWS as most_rows
+    from adapters.prefix import TOKENS
+
+    solved = "layer" in field_names(type(drawn.task)) and bool(drawn.new)
+    if run.cut is None and not solved:
+        return 0, 0
+    one = of(1)
+    passed = min(rows, most_rows, max(1, TOKENS // one.length))
+    return run.forward(of(passed)), rows * run.state_bytes(one) if run.cut is not None else 0
+
+
+def imagined(found: Trial, storage: Any, drawn: Blueprint) -> Adapted:
+    """The record that `adapt` would give, around the copy without memory."""
+    from adapters.adapt import live_names
+    from adapters.anatomy import never_saved
+    from adapters.contracts import Adapted, Record
+    from adapters.fingerprint import Fingerprint
+
+    names = (live_names(found.ghost, found.names | drawn.head)) - never_saved(found.ghost)
+    record = Record(unread=drawn.unread, new=tuple(sorted(drawn.new)))
+    nobody = Fingerprint({}, "")
+    return Adapted(
+        found.ghost, found.strategy, drawn.task, None, storage, tuple(sorted(names)), drawn.head, nobody, {}, record
+    )
+
+
+def arguments_of(adapted: Adapted, given: Mapping[str, Any]) -> tuple[TrainingArguments, dict[str, Any], Any]:
+    """The training arguments that a run would have, our own settings, and the dtype of mixed precision.
+
+    What only a GPU has is taken out first: transformers refuses it on a machine without one.
+    """
+    import torch
+
+    from adapters import arguments
+
+    plain = {name: value for name, value in given.items() if name not in ("bf16", "fp16", "tf32", *MANY)}
+    optim = str(getattr(plain.get("optim"), "value", plain.get("optim", "")))
+    if optim.startswith("paged_"):
+        plain["optim"] = optim.removeprefix("paged_")
+        plain["optim"] = {"adamw_32bit": "adamw_torch"}.get(plain["optim"], plain["optim"])
+    args, own = arguments.settings(adapted, {"output_dir": "unused", **plain}, evaluated=True, own_metrics=False)
+    autocast = torch.bfloat16 if given.get("bf16") else torch.float16 if given.get("fp16") else None
+    if given.get("bf16") is False and own.get("fused", True):
+        own["fused"] = "float32"
+    return args, own, autocast
+
+
+MANY: Final = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend")  # settings of many processes
+
+
+def file_bytes(adapted: Adapted) -> int:
+    """The size of the adapter file, header included."""
+    from adapters import shards
+    from adapters.manifest import FORMAT
+
+    entries = {}
+    for key, tensor, _ in sorted(adapted.places()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries[key] = (dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+    header = shards.header_bytes(entries, {"format": "pt", "holdfast": str(FORMAT)})
+    return len(header) + sum(size for _, _, size in entries.values())
+
+
+def most(count: Callable[[int], int], room: int, known: Mapping[int, int]) -> int:
+    """About the most rows whose count stays within the room; 0 for none, `MOST` where even so many do.
+
+    Memory grows evenly with the rows, piece by piece, so a line through two counts tells where to look. The answer has
+    been counted; a number above it by more than a row in `CLOSE` has been too, or the line rules it out.
+
+    Args:
+        count: bytes of so many rows; room: that there are; known: what has been counted; 0 rows may be among it.
+    """
+    found = dict(known)
+    low, high = 0, MOST + 1  # fits, does not
+    while True:
+        low = max((rows for rows, size in found.items() if size <= room), default=-1)
+        high = min((rows for rows, size in found.items() if size > room), default=MOST + 1)
+        if low < 0 or high - low <= 1 + low // CLOSE:
+            return max(0, min(low, MOST))
+        near, far = sorted(found, key=lambda rows: (abs(found[rows] - room), rows))[:2]
+        slope = max(1.0, (found[far] - found[near]) / (far - near))
+        guess = near + int((room - found[near]) // slope)
+        if guess == low > 0 and low != min(known):
+            return low
+        guess = min(max(guess, low + 1), high - 1)
+        found[guess] = count(guess)
+
+
+def _remarks(lines: Sequence[Line], rows: int | None) -> Iterator[str]:
+    if any(line.cache for line in lines) and rows is None:
+        yield f"what is kept of the frozen prefix is that of {ROWS} rows; rows says otherwise"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What the library says of a real run is no news of a plan."""
+    logger = logging.getLogger("adapters")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,128 @@
+"""The rows of a run: read, looked at, and divided into its parts, before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adapters import data, division, formats
+from adapters.adapt import task_class
+from adapters.errors import DataError, RequestError, message
+from adapters.options import field_names, make
+from adapters.tasks import TASKS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from adapters.contracts import Task
+
+
+class Asked(Protocol):
+    """What a recipe says of its rows; see there."""
+
+    data: str | dict[str, str]
+    columns: dict[str, str]
+    task: str
+    options: dict[str, Any]
+    labels: list[str] | None
+    validation: float
+    test: float
+    limit: int | None
+    seed: int
+    split_seed: int | None
+
+    @property
+    def model_fields_set(self) -> set[str]:
+        """The keys that somebody wrote."""
+        ...
+
+
+def drawn(recipe: Asked, say: Callable[[str], None]) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
+    """The rows of a recipe, looked at and divided, before anything is loaded.
+
+    Returns:
+        The parts, the task with what it read off the rows, the strategy's options, and remarks to be said.
+
+    Raises:
+        DataError: naming the part, the row and the column.
+    """
+    splits = data.read(recipe.data, say)
+    if "train" not in splits:
+        raise RequestError(message("the data has no part 'train'", where=str(recipe.data), found=", ".join(splits)))
+    with _task_named(recipe, splits["train"]):
+        for name, rows in splits.items():
+            splits[name], remark = formats.arrange(rows, recipe.columns, task_class(recipe.task).columns)
+            if remark:
+                say(f"{name}: {remark}")
+        task, options = checked(recipe, splits)
+    splits, remarks = divided(recipe, splits, task)
+    if recipe.limit is not None:
+        splits["train"] = division.sample(
+            splits["train"], recipe.limit, seed=_split_seed(recipe), by=_stratum(task, splits["train"])
+        )
+    return splits, task, options, remarks
+
+
+@contextlib.contextmanager
+def _task_named(recipe: Asked, rows: Dataset) -> Iterator[None]:
+    """Rows that the default task cannot take may be right for another, which has to be named."""
+
+    columns = {*rows.column_names, *recipe.columns}
+    try:
+        yield
+    except DataError as fault:
+        if "task" in recipe.model_fields_set or {"text", "label"} <= columns:
+            raise
+        others = ", ".join(name for name in TASKS if name != recipe.task)
+        raise DataError(f"{fault} No task was named, so it is {recipe.task}; the others are {others}.") from fault
+
+
+def checked(recipe: Asked, splits: Mapping[str, Dataset]) -> tuple[Task, dict[str, Any]]:
+    """The task with what it reads off the rows (labels), and the strategy's options, after every row was looked at.
+
+    Raises:
+        DataError: naming the part, the row and the column.
+    """
+    kind = task_class(recipe.task)
+    known = field_names(kind)
+    own = {name: value for name, value in recipe.options.items() if name in known}
+    if recipe.labels is not None:
+        own["labels"] = recipe.labels
+    task: Task = make(kind, own, f"task {recipe.task!r}").with_rows(splits["train"])
+    for name, rows in splits.items():
+        try:
+            task.check(rows, labelled=True)
+        except DataError as fault:
+            raise DataError(f"{name} part: {fault}") from fault
+    task.with_data(splits["train"])  # one label alone is said before anything is loaded
+    return task, {name: value for name, value in recipe.options.items() if name not in known}
+
+
+def divided(recipe: Asked, splits: dict[str, Dataset], task: Task) -> tuple[dict[str, Dataset], list[str]]:
+    """The splits that the data has, and those that are missing drawn from the training rows."""
+
+    parts = {}
+    if "validation" not in splits:
+        parts["validation"] = recipe.validation
+    if "test" not in splits and recipe.test:
+        parts["test"] = recipe.test
+    order = ("train", "validation", "test")
+    given = {name: splits[name] for name in order if name in splits}
+    train = splits["train"]
+    apart = next((column for column in task.apart if column in train.column_names), None)
+    inputs = [c for c in (apart, "text_pair") if c and all(c in rows.column_names for rows in given.values())]
+    remarks = division.shared(given, inputs)
+    if parts:
+        drawn, lacking = division.split(train, parts, seed=_split_seed(recipe), by=_stratum(task, train), text=apart)
+        splits, remarks = {**splits, **drawn}, remarks + lacking
+    return {name: splits[name] for name in order if name in splits}, remarks
+
+
+def _split_seed(recipe: Asked) -> int:
+    return recipe.seed if recipe.split_seed is None else recipe.split_seed
+
+
+def _stratum(task: Task, rows: Dataset) -> str | None:
+    """The column whose classes are kept in proportion."""
+    return task.stratum if task.stratum in rows.column_names else None
