@@ -157,7 +157,7 @@ print(f"7 save        {folder}: {(folder / 'adapter_model.safetensors').stat().s
 
 # %% [markdown]
 # **8. Deploy.** The adapter is merged into the backbone on disk: a folder that plain transformers opens, with no trace
-# of this library; its answers are compared with the adapted model's. **9. Quantise** it: every linear map in 8 bits, the
+# of this library; its answers are compared with the adapted model's. **9. Quantise** it: each linear map in 8 bits, the
 # activations as they come (dynamic quantisation, on the CPU). On a GPU, `BitsAndBytesConfig(load_in_8bit=True)` or
 # `load_in_4bit=True` does it while the same folder is loaded.
 
@@ -192,6 +192,6 @@ with warnings.catch_warnings():
 for name, model in (("float32", plain), ("int8", small)):
     value, seconds = measured(model)
     print(
-        f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s a pass over the rows"
+        f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s for all rows"
     )
 print(f"              deployed: {report.output}; a review: {adapters.predict(adapted, [test[0]['text']])[0]}")

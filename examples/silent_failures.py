@@ -94,7 +94,7 @@ renamed = [{"text": row["text"], "label": row["label"].upper()} for row in ROWS]
 refused("labels of another list", lambda: adapters.Trainer(fresh, QUICK, renamed))
 
 # %% [markdown]
-# **The head lost.** The low-rank factors alone are no classifier: without the trained head, loading would draw a new one
+# **The head lost.** The low-rank factors alone are no classifier: without the trained head, loading would draw one
 # at random and answer with it.
 
 # %%

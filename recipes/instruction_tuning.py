@@ -1,6 +1,6 @@
 """A small decoder learns to follow instructions: Qwen2.5 0.5B with LoRA on 15,000 instructions written by people.
 
-Needs     @NEEDS@
+Needs     @IT@
 Reaches   not measured here. Look at the validation perplexity against the untrained one that is printed beside it, and
           at answers: adapters predict out/dolly-lora "..."
 Run       python recipes/instruction_tuning.py          (or accelerate launch ...)
