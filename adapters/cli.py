@@ -93,7 +93,7 @@ def main() -> NoReturn:
 def single(command: Callable[..., Any]) -> typer.Typer:
     """A program that is one command alone."""
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    program.command()(command)
+    program.command()(unwound(command))
     return program
 
 
@@ -109,6 +109,7 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
     Raises:
         SystemExit: it did not go well; one line on standard error has said why.
     """
+    interrupts.unwind()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[Progress()])
     for logger, said in NOISE.items():
@@ -131,7 +132,8 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as ended:
-        _interrupted(ended)
+        if isinstance(ended.code, int) and ended.code > 128:
+            _interrupted(ended)
         raise
     finally:
         progress.end()

@@ -37,8 +37,9 @@ class Divergence(TrainerCallback):
         self._step += loss
 
     def lately(self) -> float | None:
-        """The median loss of the last steps; None before the first."""
-        return median(self._losses) if self._losses else None
+        """The median loss of the last steps, that at hand included; None before the first."""
+        losses = [*self._losses, *([self._step] if self._step else [])]
+        return median(losses) if losses else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step more; its loss is the sum over its micro-batches."""
