@@ -32,6 +32,8 @@ PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
     ("chunked.py", "TypeError"): "what a slice that cannot be raises",
     ("cli.py", "SystemExit"): "the exit code",
+    ("doctor.py", "typer.Exit"): "the exit code of a report with faults",
+    ("validate.py", "typer.Exit"): "the exit code of a report with faults",
     ("crew.py", "Ended"): "ends a thread's task, and is caught there",
     ("crew.py", "faults[0]"): "a thread's first fault, in the thread that waits for it",
     ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
