@@ -19,12 +19,13 @@ from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
 from adapters.commands.plan import plan
 from adapters.commands.predict import predict
+from adapters.commands.push import push
 from adapters.commands.quickstart import quickstart
 from adapters.commands.report import report
 from adapters.commands.sweep import sweep
 from adapters.commands.train import train
 from adapters.commands.validate import validate
-from adapters.console import Progress
+from adapters.console import Progress, spoken
 from adapters.errors import AdaptersError
 
 
@@ -63,6 +64,7 @@ for command in (  # in the order of the help
     inspect,
     report,
     merge,
+    push,
     doctor,
 ):
     app.command()(unwound(command))
@@ -123,7 +125,7 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         progress.end()
         if debug:
             raise
-        print(f"adapters: {fault}", file=sys.stderr)
+        print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
         print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)

@@ -174,8 +174,8 @@ class Space:
             return message(f"{section!r} has no keys of its own", where=where)
         if section == "options" and not self._option(name):
             right = ALIASES.get(name, "")
-            known = set().union(*map(self._names, self.strategies))
-            remedy = f"The name here is {right!r}." if right in known else nearest(name, known)
+            options = set().union(*map(self._names, self.strategies))
+            remedy = f"The name here is {right!r}." if right in options else nearest(name, options)
             what = f"no option {name!r} of strategy {' or '.join(map(repr, self.strategies))}, nor of the task"
             return message(what, where=where, remedy=remedy)
         if section == "strategy":

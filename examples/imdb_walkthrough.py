@@ -1,7 +1,7 @@
-"""The classic walk-through: load IMDB, tokenize for BERT, add a head, freeze, train with early stopping, test, deploy.
+"""The classic walk-through: IMDB loaded, tokenized for BERT, a head, frozen blocks, early stopping, test, deploy.
 
     python examples/imdb_walkthrough.py                                     a few invented reviews, a small BERT
-    python examples/imdb_walkthrough.py --data FOLDER --rows 600            rows of your own: train.jsonl, test.jsonl ...
+    python examples/imdb_walkthrough.py --data FOLDER --rows 600            your own: train.jsonl, test.jsonl ...
     python examples/imdb_walkthrough.py --data stanfordnlp/imdb --model google-bert/bert-base-uncased --rows 25000
 
 Cells begin with `# %%`: editors open this file as a notebook.
@@ -36,8 +36,8 @@ MODEL = options.model or str(Path(package.submodule_search_locations[0]) / "mode
 OUT = Path(options.output)
 
 # %% [markdown]
-# **1. Load.** Rows of a text and a label. What is drawn is drawn with a seed, and validation rows are taken from the training
-# rows: the test rows choose nothing.
+# **1. Load.** Rows of a text and a label. What is drawn is drawn with a seed, and validation rows are taken from the
+# training rows: the test rows choose nothing.
 
 
 # %%
@@ -96,13 +96,11 @@ train = drawn(DATA["train"], options.rows)
 test = drawn(DATA["test"], options.test_rows)
 held, train = train[: len(train) // 6], train[len(train) // 6 :]
 LABELS = sorted({row["label"] for row in train})
-print(
-    f"1 load        {len(train)} rows to train, {len(held)} to validate, {len(test)} to test; labels {', '.join(LABELS)}"
-)
+print(f"1 load        {len(train)} rows to train, {len(held)} to validate, {len(test)} to test: {', '.join(LABELS)}")
 
 # %% [markdown]
-# **2. Tokenize.** BERT reads word pieces between a [CLS] and a [SEP]; rows of a batch are padded to the longest. The task
-# does this for every row by itself; here is what it does.
+# **2. Tokenize.** BERT reads word pieces between a [CLS] and a [SEP]; rows of a batch are padded to the longest. The
+# task does this for every row by itself; here is what it does.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -115,20 +113,18 @@ print(
 )
 
 # %% [markdown]
-# **3. Add a head. 4. Freeze.** One call: a new output layer over the backbone, the last two blocks and the head train, all
-# below is frozen and runs without dropout. What lies below the first trained block never changes, so it is computed once
-# a row and kept: from the second epoch on, a step passes two blocks instead of six.
+# **3. Add a head. 4. Freeze.** One call: a new output layer over the backbone, the last two blocks and the head train,
+# all below is frozen and runs without dropout. What lies below the first trained block never changes, so it is computed
+# once a row and kept: from the second epoch on, a step passes two blocks instead of six.
 
 # %%
 adapted = adapters.adapt(MODEL, "freeze", layers=2, labels=LABELS, max_length=options.max_length)
 print(f"3 head        {', '.join(sorted(adapted.record.new))}")
-print(
-    f"4 freeze      {adapted.trained_count:,} of {sum(p.numel() for p in adapted.model.parameters()):,} parameters train"
-)
+print(f"4 freeze      {adapted.trained_count:,} of {adapted.model.num_parameters():,} parameters train")
 
 # %% [markdown]
-# **5. Train with early stopping.** After each epoch the validation rows are measured; three epochs that bring nothing end
-# the run, and the best weights are put back, not the last ones.
+# **5. Train with early stopping.** After each epoch the validation rows are measured; three epochs that bring nothing
+# end the run, and the best weights are put back, not the last ones.
 
 # %%
 settings = {
@@ -160,8 +156,8 @@ folder = Path(adapters.save(adapted, OUT / "adapter"))
 print(f"7 save        {folder}: {(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB")
 
 # %% [markdown]
-# **8. Deploy.** The adapter is merged into the backbone on disk: a folder that plain transformers opens, with no trace of
-# this library; its answers are compared with the adapted model's. **9. Quantise** it: every linear map in 8 bits, the
+# **8. Deploy.** The adapter is merged into the backbone on disk: a folder that plain transformers opens, with no trace
+# of this library; its answers are compared with the adapted model's. **9. Quantise** it: each linear map in 8 bits, the
 # activations as they come (dynamic quantisation, on the CPU). On a GPU, `BitsAndBytesConfig(load_in_8bit=True)` or
 # `load_in_4bit=True` does it while the same folder is loaded.
 
@@ -195,9 +191,5 @@ with warnings.catch_warnings():
     small = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
 for name, model in (("float32", plain), ("int8", small)):
     value, seconds = measured(model)
-    print(
-        f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s for {len(test)} rows"
-    )
-print(
-    f"              {options.output}/merged is what is deployed; a review: {adapters.predict(adapted, [test[0]['text']])[0]}"
-)
+    print(f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s for all rows")
+print(f"              deployed: {report.output}; a review: {adapters.predict(adapted, [test[0]['text']])[0]}")

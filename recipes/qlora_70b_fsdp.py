@@ -3,7 +3,8 @@
 This version trains in one process: run as it stands, the recipe says what it needs and stops before a byte is read.
 It does not leave the sharding out and try all the same.
 
-Needs     @NEEDS@; pip install "holdfast[qlora]"
+Needs     39.9 GB for the packed weights alone (adapters plan), shared by the GPUs: 4 of 24 GB;
+          pip install "holdfast[qlora]"
 Reaches   not measured here. bitsandbytes' guide to FSDP-QLoRA names two 24 GB GPUs for 70B with offloading to the CPU.
 Run       accelerate launch --num_processes 4 recipes/qlora_70b_fsdp.py
           accelerate launch --num_processes 4 -m adapters train recipes/qlora_70b_fsdp.yaml

@@ -1,6 +1,6 @@
 """QLoRA of an 8B decoder on one 24 GB GPU: Qwen3 8B in 4 bits, LoRA on every linear map, 9,500 conversations.
 
-Needs     @NEEDS@; pip install "holdfast[qlora]"
+Needs     @Q8@; pip install "holdfast[qlora]"
 Reaches   not measured here. Dettmers et al. (2023) find QLoRA equal to 16-bit LoRA on 7B to 65B models.
 Run       python recipes/qlora_8b.py          (or accelerate launch --num_processes 1 ...)
           adapters train recipes/qlora_8b.yaml
@@ -15,7 +15,7 @@ RECIPE = adapters.Recipe(
     task="causal-lm",
     strategy="qlora",  # LoRA over a backbone whose linear maps are packed to NF4: 0.52 bytes a weight
     output="out/8b-qlora",
-    load={"dtype": "bfloat16"},  # embeddings and norms, which are not packed
+    load={"dtype": "bfloat16"},  # embeddings and norms, which are not packed; the adapters are in it, too
     options={
         "max_length": 1024,
         "r": 16,  # the paper takes 64 and finds that the rank hardly matters once every linear map is adapted

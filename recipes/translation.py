@@ -1,6 +1,6 @@
 """English to French with an encoder-decoder: T5 with LoRA on sentences from books.
 
-Needs     @NEEDS@; pip install "holdfast[translation]"
+Needs     @TR@; pip install "holdfast[translation]"
 Reaches   not measured here. Literary sentences are hard for a small model: expect a BLEU below 10. chrF moves earlier.
 Run       python recipes/translation.py          (or accelerate launch ...)
           adapters train recipes/translation.yaml
