@@ -37,9 +37,8 @@ def unwound(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**options)
         except KeyboardInterrupt as fault:
-            ended = SystemExit(130)
-            ended.__notes__ = interrupts.notes(fault)
-            raise ended from None
+            _interrupted(fault)
+            raise SystemExit(130) from None
 
     return run
 
@@ -132,22 +131,22 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as ended:
-        if isinstance(ended.code, int) and ended.code > 128:
+        if isinstance(ended.code, int) and ended.code > 128 and ended.code != 130:
             _interrupted(ended)
         raise
     finally:
         progress.end()
     if code == 130:  # typer turns a Ctrl-C that comes before the command into this code and says nothing
-        _interrupted(SystemExit(code))
+        _interrupted(KeyboardInterrupt())
     if isinstance(code, int) and code != 0:
         raise SystemExit(code)
 
 
-def _interrupted(ended: SystemExit) -> None:
+def _interrupted(fault: BaseException) -> None:
     """One line that says what is left."""
     interrupts.last()
     progress.end()
-    lines = interrupts.notes(ended)
+    lines = interrupts.notes(fault)
     fresh = [line for line in lines if not console.said(line)]
     if fresh or not lines:
         print(f"adapters: interrupted; {'; '.join(fresh) or 'nothing was written'}", file=sys.stderr)

@@ -30,6 +30,7 @@ LABELS = hostile.LABELS
 # Raised on purpose without being of the tree: what a protocol of Python or of a library demands.
 PROTOCOLS = {
     ("__init__.py", "AttributeError"): "a module's __getattr__",
+    ("__main__.py", "SystemExit"): "the exit code of a signal before there is a command",
     ("chunked.py", "TypeError"): "what a slice that cannot be raises",
     ("cli.py", "SystemExit"): "the exit code",
     ("doctor.py", "typer.Exit"): "the exit code of a report with faults",
@@ -39,6 +40,7 @@ PROTOCOLS = {
     ("disk.py", "OSError"): "what a call of the system says; whoever knows the folder names it",
     ("forms.py", "ValueError"): "what is no form; it is computed again",
     ("handing.py", "TypeError"): "a block that cannot be passed over; whoever tries it says so",
+    ("interrupts.py", "SystemExit"): "what a signal ends the process with",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
     ("readout.py", "_Reached"): "ends a pass at the output layer, and is caught there",
     ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
