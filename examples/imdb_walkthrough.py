@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
 
 import adapters
 
@@ -136,6 +136,7 @@ settings = {
 }
 began = time.monotonic()
 trainer = adapters.Trainer(adapted, settings, train, held)
+trainer.remove_callback(PrinterCallback)  # the epochs are told below
 trainer.train()
 for entry in trainer.state.log_history:
     if "eval_accuracy" in entry:
@@ -191,7 +192,5 @@ with warnings.catch_warnings():
     small = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
 for name, model in (("float32", plain), ("int8", small)):
     value, seconds = measured(model)
-    print(
-        f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s for all rows"
-    )
+    print(f"9 quantise    {name:8s} {megabytes(model):6.1f} MB, accuracy {value:.3f}, {seconds:.1f} s for all rows")
 print(f"              deployed: {report.output}; a review: {adapters.predict(adapted, [test[0]['text']])[0]}")
