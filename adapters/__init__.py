@@ -43,6 +43,8 @@ _HOMES = {
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
+    "validate": "validation",
+    "push": "push",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from adapters.plan import plan as plan
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
+    from adapters.push import push as push
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from adapters.sweep import Sweep as Sweep
     from adapters.tasks import TASKS as TASKS
     from adapters.trainer import Trainer as Trainer
+    from adapters.validation import validate as validate
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from adapters import interrupts
-
 
 def main() -> NoReturn:
     """Run the command line; see `cli.main`."""
-    interrupts.unwind()
     try:
+        from adapters import interrupts
+
+        interrupts.unwind()
         from adapters.cli import main as command
     except (KeyboardInterrupt, SystemExit) as fault:
         _interrupted(fault)
@@ -22,6 +22,8 @@ def main() -> NoReturn:
 
 
 def _interrupted(fault: KeyboardInterrupt | SystemExit) -> NoReturn:
+    from adapters import interrupts
+
     interrupts.last()
     print("adapters: interrupted; nothing was written", file=sys.stderr)
     raise SystemExit(fault.code if isinstance(fault, SystemExit) else 130) from None

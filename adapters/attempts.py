@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
-from adapters import identity, manifest, portions, shards, storage, trials, watermark
+from adapters import identity, manifest, portions, progress, shards, storage, trials, watermark
 from adapters.adapt import adapt, row_of, task_class
 from adapters.backbones import local_folder, open_model
 from adapters.errors import RequestError, message, nearest
@@ -202,7 +202,7 @@ def trained(ground: Ground, one: Recipe, folder: Path, onward: str) -> dict[str,
             adapted = ground.adapted(one, backbone)
             rows, remarks = ground.inputs(one, "train", adapted)
             held, more = ground.inputs(one, "validation", adapted)
-            settings = {"output_dir": str(run), "disable_tqdm": True, **one.train}
+            settings = {"output_dir": str(run), "disable_tqdm": not progress.shown(), **one.train}
             trainer = Trainer(adapted, settings, rows, held)
             trainer.remove_callback(PrinterCallback)
             trainer.stops.onward = onward

@@ -13,7 +13,7 @@ from adapters.progress import Job, at_hand
 @contextlib.contextmanager
 def downloading(name: str) -> Iterator[None]:
     """Within it the hub's files come: a `Bar` counts their bytes, and an interrupt says that they stay in its cache."""
-    line = f"what was downloaded of {name} stays in the hub's cache; the same command goes on from there"
+    line = f"whole files that were downloaded of {name} stay in the hub's cache; the same command fetches the rest"
     with Job(f"loading {name}", None, "bytes"), interrupts.leaving(lambda: line):
         yield
 

@@ -113,9 +113,11 @@ class Campaign:
             self._try_all(settings)
             self._test_all()
             return self._told(baseline, pictured, time.monotonic() - began)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as fault:
             done = sum(map(len, self.results.values()))
-            say(f"interrupted: {done} of {self.planned} trials are done and kept; go on with {self.onward}")
+            line = f"interrupted: {done} of {self.planned} trials are done and kept; go on with {self.onward}"
+            say(line)
+            fault.add_note(line)  # the command line says nothing besides
             raise
 
     # ------------------------------------------------------------------ plan

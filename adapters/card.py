@@ -12,6 +12,11 @@ from adapters.contracts import Adapted
 from adapters.places import is_path
 
 PARTS = {"test": "this adapter", "untrained": "before training", "majority": "without a look at the input"}
+# Other metrics of the record, in a sentence.
+TOLD = {
+    "validation": "validation: {}, at its best, which chose the weights",
+    "start": "The head as it was solved on frozen features before any step, on rows that were held back: {}",
+}
 
 
 def card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
@@ -92,7 +97,7 @@ def _results(adapted: Adapted) -> list[str]:
     for part in [name for name in metrics if name not in PARTS and name != "train"]:
         if isinstance(metrics[part], Mapping):
             shown = ", ".join(f"{k} {_cell(v)}" for k, v in metrics[part].items() if isinstance(v, int | float))
-            lines += ["", f"{part}: {shown}, at its best, which chose the weights." if part == "validation" else shown]
+            lines += ["", f"{TOLD[part].format(shown)}." if part in TOLD else f"{part}: {shown}."]
     return lines
 
 

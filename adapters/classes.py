@@ -170,7 +170,7 @@ class Classes:
         if names:
             return tuple(names)
         found: dict[str, int] = {}
-        for number, value in enumerate(rows["label"]):
+        for number, value in enumerate(rows["label"][:]):
             for name in names_in(value, number, (), many=self.problem == "multi-label", check=False):
                 found.setdefault(name, number)
         one_kind(found)
@@ -195,7 +195,7 @@ class Classes:
         if self.problem != "single-label":
             return self.class_weights
         if "label" in rows.column_names:
-            cells = enumerate(rows["label"])
+            cells = enumerate(rows["label"][:])
             counts = Counter(names_in(named(rows, cell), n, self.labels, many=False)[0] for n, cell in cells)
         else:
             need_column(rows, "labels")
@@ -214,7 +214,7 @@ class Classes:
             DataError: a label that is missing or unknown, with its row.
         """
         need_column(rows, "label")
-        for number, value in enumerate(rows["label"]):
+        for number, value in enumerate(rows["label"][:]):
             self.target(named(rows, value), number)
 
     def check_prepared(self, rows: Dataset) -> None:

@@ -19,12 +19,13 @@ from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
 from adapters.commands.plan import plan
 from adapters.commands.predict import predict
+from adapters.commands.push import push
 from adapters.commands.quickstart import quickstart
 from adapters.commands.report import report
 from adapters.commands.sweep import sweep
 from adapters.commands.train import train
 from adapters.commands.validate import validate
-from adapters.console import Progress
+from adapters.console import Progress, spoken
 from adapters.errors import AdaptersError
 
 
@@ -64,6 +65,7 @@ for command in (  # in the order of the help
     inspect,
     report,
     merge,
+    push,
     doctor,
 ):
     app.command()(unwound(command))
@@ -91,7 +93,7 @@ def main() -> NoReturn:
 def single(command: Callable[..., Any]) -> typer.Typer:
     """A program that is one command alone."""
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    program.command()(command)
+    program.command()(unwound(command))
     return program
 
 
@@ -107,6 +109,7 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
     Raises:
         SystemExit: it did not go well; one line on standard error has said why.
     """
+    interrupts.unwind()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[Progress()])
     for logger, said in NOISE.items():
@@ -123,13 +126,14 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         progress.end()
         if debug:
             raise
-        print(f"adapters: {fault}", file=sys.stderr)
+        print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
         print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as ended:
-        _interrupted(ended)
+        if isinstance(ended.code, int) and ended.code > 128:
+            _interrupted(ended)
         raise
     finally:
         progress.end()

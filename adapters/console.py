@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, final
@@ -24,6 +25,23 @@ STRATEGY_NAMES = (
 )
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
 Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one on the hub.")]
+
+
+COLUMNS = re.compile(r"columns=\{([^}]*)\}")  # as Python's callers write it
+
+
+def spoken(text: str) -> str:
+    """A message of the library in a command's words: `--column text=...` where Python says columns={"text": ...}."""
+
+    def option(found: re.Match[str]) -> str:
+        said = []
+        for part in found[1].split(","):
+            wanted, _, column = part.replace("'", "").replace('"', "").partition(":")
+            task = wanted.strip().replace("...", "TASK_COLUMN")
+            said.append(f"--column {task}={column.strip().replace('...', '') or 'YOUR_COLUMN'}")
+        return " ".join(said)
+
+    return COLUMNS.sub(option, text)
 
 
 _SAID: set[str] = set()

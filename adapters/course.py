@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 WINDOW = 16  # steps of the moving median
 LOST = 0.5  # share of what was gained that a run may lose again
+HELD = WINDOW // 2  # steps in a row that it has to stay there
 RISE = 0.2  # share of the first median that it may rise above its best in any case
 
 
@@ -19,7 +20,7 @@ class Divergence(TrainerCallback):
     """Says once that the moving median of the loss has risen for good.
 
     A single bad batch does not move a median of 16 steps. What counts as risen: above the best median by more than
-    half of what the run had gained until then, and by a fifth of where it began.
+    half of what the run had gained until then, and by a fifth of where it began, for 8 steps in a row.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -28,6 +29,7 @@ class Divergence(TrainerCallback):
         self._step = 0.0
         self._first = self._best = float("nan")
         self._best_step = 0
+        self._risen = 0
         self.said = False
 
     def add(self, loss: float) -> None:
@@ -35,8 +37,9 @@ class Divergence(TrainerCallback):
         self._step += loss
 
     def lately(self) -> float | None:
-        """The median loss of the last steps; None before the first."""
-        return median(self._losses) if self._losses else None
+        """The median loss of the last steps, that at hand included; None before the first."""
+        losses = [*self._losses, *([self._step] if self._step else [])]
+        return median(losses) if losses else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step more; its loss is the sum over its micro-batches."""
@@ -48,7 +51,9 @@ class Divergence(TrainerCallback):
         if not now >= self._best:  # also the first one, against nan
             self._first = now if self._first != self._first else self._first
             self._best, self._best_step = now, state.global_step
-        elif now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first)):
+        risen = now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first))
+        self._risen = self._risen + 1 if risen else 0
+        if self._risen == HELD:
             self.said = True
             self._say(
                 f"the loss diverged: median {now:.4g} over the {WINDOW} steps up to {state.global_step}, after "

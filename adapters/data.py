@@ -30,6 +30,7 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
+PARTS = ("train", "validation", "test")
 SUFFIXES = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "conll", "iob", "bio")
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of one part
 KINDS = "csv, tsv, json, jsonl, parquet, txt, conll, iob or bio; .gz too"
@@ -384,7 +385,8 @@ def texts_in(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
     Raises:
         DataError: a row that is not text, or an empty one.
     """
-    for index, value in enumerate(values):
+    texts = list(values[:])  # a lazy column is read whole: one row after the other takes many times as long
+    for index, value in enumerate(texts):
         if not isinstance(value, str) or not value.strip():
             raise DataError(
                 message(
@@ -395,7 +397,7 @@ def texts_in(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
                     remedy="Fill or remove the row.",
                 )
             )
-    return list(values)
+    return texts
 
 
 def pictures(rows: Dataset, column: str = "image") -> Dataset:

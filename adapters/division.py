@@ -49,7 +49,7 @@ def split(
             message("wrong shares", where="split", expected="shares > 0, below 1 in sum", found=dict(parts))
         )
     generator = np.random.default_rng(seed)
-    strata = [json.dumps(value, default=str) for value in rows[by]] if by else [""] * total
+    strata = [json.dumps(value, default=str) for value in rows[by][:]] if by else [""] * total
     together: dict[Any, list[int]] = {}
     for index, key in enumerate(identities(rows, text) if text else range(total)):
         together.setdefault(key, []).append(index)
@@ -162,7 +162,7 @@ def sample(rows: Dataset, count: int, *, seed: int, by: str | None = None) -> Da
     order = np.random.default_rng(seed).permutation(len(rows))
     if by is None:
         return rows.select(sorted(order[:count].tolist()))
-    keys = [json.dumps(value, default=str) for value in rows[by]]
+    keys = [json.dumps(value, default=str) for value in rows[by][:]]
     # Rank of each row in its class as a share of the class: the lowest shares are a proportional draw, and each
     # class's first row comes before any second one.
     sizes, seen, ranks = Counter(keys), Counter[str](), {}

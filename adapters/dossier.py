@@ -196,8 +196,11 @@ def phases(events: Sequence[journal.Event]) -> dict[str, Any]:
 def trained(document: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters, bytes and blocks that trained."""
     stems: dict[str, set[int]] = {}
+    prefix = document["backbone"]["fingerprint"].get("prefix") or ""
+    live = {disk.removeprefix(f"{prefix}."): memory for memory, disk in document["backbone"]["names"].items()}
     for name in document["backbone"]["fingerprint"]["tensors"]:
-        if match := BLOCK.match(name):
+        # The fingerprint has the names of the files, the trained tensors those of the model in memory.
+        if match := BLOCK.match(live.get(name, name).removeprefix(f"{prefix}.")):
             stems.setdefault(match["stem"], set()).add(int(match["number"]))
     blocks: dict[str, dict[int, int]] = {stem: {} for stem, numbers in stems.items() if len(numbers) > 1}
     for name, entry in document["tensors"].items():

@@ -98,7 +98,10 @@ def draft(
         if faults:
             raise RequestError(*faults)
     recipe: dict[str, Any] = {"task": found.task, "data": source}
-    reasons = {"task": found.why, "data": ", ".join(f"{len(part)} {name}" for name, part in splits.items()) + " rows"}
+    reasons = {
+        "task": found.why,
+        "data": ", ".join(f"{len(splits[p])} {p}" for p in data.PARTS if p in splits) + " rows",
+    }
     if found.columns:
         recipe["columns"] = {part: found.columns[part] for part in kind.columns if part in found.columns}
     facts = _facts(rows, found, kind, backbone)
@@ -187,8 +190,7 @@ def _plain_task(backbone: Sketch | None) -> str:
         return PLAIN_TASK
     if backbone.two_sided:
         return "denoising"
-    tables = installed.heads()
-    return "masked-lm" if backbone.kind in tables["AutoModelForMaskedLM"] else PLAIN_TASK
+    return "masked-lm" if backbone.kind in installed.heads("AutoModelForMaskedLM") else PLAIN_TASK
 
 
 def _model_of(task: str) -> tuple[str, str]:
@@ -238,7 +240,7 @@ def _facts(rows: Dataset, found: roles.Roles, kind: Any, backbone: Sketch | None
             counts, key=lambda name: (column == "tags" and name != "O", name)
         )
         said["labels"] = survey.balance(counts)
-        blank = len(survey.empty(arranged[column])) if problem != "multi-label" else 0
+        blank = len(survey.empty(arranged[column][:])) if problem != "multi-label" else 0
         if blank:
             said["note"] = f"{blank} rows have no {column}; validate names them"
         shown = ", ".join(f"{name} {counts[name]}" for name in order[:4]) + (" ..." if len(order) > 4 else "")
@@ -249,7 +251,7 @@ def _facts(rows: Dataset, found: roles.Roles, kind: Any, backbone: Sketch | None
     for name in ("text", "source", "prompt", "context", "tokens"):
         if name in arranged.column_names:
             limit = backbone.positions if backbone is not None else None
-            lengths = survey.lengths(arranged[name], backbone.folder if backbone is not None else None, limit)
+            lengths = survey.lengths(arranged[name][:], backbone.folder if backbone is not None else None, limit)
             if lengths is not None:
                 said["length"] = f"{name}: {lengths}"
                 reasons[f"columns.{name}"] = (
@@ -278,7 +280,7 @@ def _lines(recipe: Mapping[str, Any], reasons: Mapping[str, str]) -> list[str]:
         if len(line) >= PLACE and len(line) + len(said) > WIDTH:
             lines += [f"{line[: len(line) - len(line.lstrip())]}{said}", line]
         else:
-            lines.append(f"{line:<{PLACE - 1}} {said}".rstrip())
+            lines.append(f"{line:<{PLACE - 2}}  {said}".rstrip())
     return lines
 
 

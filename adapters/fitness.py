@@ -12,7 +12,7 @@ from typing import Any, final
 from adapters import backbones, installed, places, shards
 from adapters.adapt import Row
 from adapters.errors import FolderError, RequestError, message, nearest
-from adapters.tasks import headless
+from adapters.tasks import TASKS, headless
 
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DECODER_DEPTH = ("num_decoder_layers", "decoder_layers", *DEPTH)  # blocks are counted from the top: the decoder's
@@ -45,7 +45,7 @@ class Sketch:
     def two_sided(self) -> bool:
         """Whether it is an encoder-decoder."""
         said = self.config.get("is_encoder_decoder")
-        return said if isinstance(said, bool) else self.kind in installed.heads()["AutoModelForSeq2SeqLM"]
+        return said if isinstance(said, bool) else self.kind in installed.heads("AutoModelForSeq2SeqLM")
 
     @property
     def depth(self) -> int | None:
@@ -116,7 +116,9 @@ def faults(
         where = str(found.folder / "config.json")
         yield message("the config names no kind of model", where=where, expected="a 'model_type'")
         return
-    if found.kind not in installed.model_types() and not trusted:
+    tables = {other.auto_class: installed.heads(other.auto_class) for other in TASKS.values()}
+    known = any(found.kind in table for table in tables.values())
+    if not known and not trusted and found.kind not in installed.model_types():
         yield message(
             f"the installed transformers knows no model of type {found.kind!r}",
             where=found.name,
@@ -124,7 +126,7 @@ def faults(
             f"load: {{trust_remote_code: true}}. {nearest(found.kind, installed.model_types())}",
         )
         return
-    fault = "" if trusted else headless(found.kind, task, installed.heads(), found.name)
+    fault = "" if trusted else headless(found.kind, task, tables, found.name)
     if fault:
         yield fault
     elif task.auto_class == "AutoModelForMaskedLM" and found.two_sided:

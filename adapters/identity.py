@@ -26,7 +26,7 @@ def identities(rows: Dataset, column: str) -> list[Any]:
     from datasets import Image
 
     if not isinstance(rows.features[column], Image):
-        return [json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in rows[column]]
+        return [json.dumps(cell) if isinstance(cell, list | dict) else cell for cell in rows[column][:]]
     cells = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
     return [_picture_digest(cell, f"row {number}, column {column!r}") for number, cell in enumerate(cells)]
 

@@ -121,56 +121,51 @@ def _enumerations(tree: ast.Module | None) -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def heads() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-    """transformers' tables of model classes: name of the Auto class -> kind of model -> its classes."""
-    tree = _source("models", "auto", "modeling_auto.py")
-    assert tree is not None
-    tables = _tables(tree)
-    found = {}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
+def heads(auto_class: str) -> Mapping[str, tuple[str, ...]]:
+    """transformers' table of the classes that an Auto class can make: kind of model -> its classes."""
+    for node in _auto().body:
+        if not isinstance(node, ast.ClassDef) or node.name.lstrip("_") != auto_class:
             continue
         for entry in node.body:
             if isinstance(entry, ast.Assign) and ast.unparse(entry.targets[0]) == "_model_mapping":
-                table = tables.get(f"{ast.unparse(entry.value)}_NAMES", {})
+                table = _table(_auto(), f"{ast.unparse(entry.value)}_NAMES")
                 # A family has one class, or several for the same head (DeiT).
-                classes = {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in table.items()}
-                found[node.name.lstrip("_")] = classes
-    return found
+                return {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in table.items()}
+    return {}
+
+
+@cache
+def _auto() -> ast.Module:
+    tree = _source("models", "auto", "modeling_auto.py")
+    assert tree is not None
+    return tree
 
 
 @cache
 def model_types() -> frozenset[str]:
     """Every kind of model that a config.json may name."""
-    name = "CONFIG_MAPPING_NAMES"
-    found: dict[str, Any] = {}
+    found: set[str] = set()
     for file in ("auto_mappings.py", "configuration_auto.py"):  # the second one adds to the first one's table
         tree = _source("models", "auto", file)
         if tree is not None:
-            found |= _tables(tree, {name: found}).get(name, {})
-    return frozenset({*found, *(kind for table in heads().values() for kind in table)})
+            found |= _table(tree, "CONFIG_MAPPING_NAMES").keys()
+    return frozenset(found)
 
 
-def _tables(tree: ast.Module, before: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-    """The module's dicts of plain values, by name, written as dicts or as lists of pairs.
-
-    Args:
-        tree: the module.
-        before: tables of other modules, to which this one may add.
-    """
-    found: dict[str, dict[str, Any]] = dict(before or {})
+def _table(tree: ast.Module, name: str) -> dict[str, Any]:
+    """A dict of plain values in a module, written as a dict or as a list of pairs, with what is added to it below."""
+    found: dict[str, Any] = {}
     for node in tree.body:
         call = node.value if isinstance(node, ast.Expr) else None
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "update":
-            with contextlib.suppress(ValueError):
-                found.get(ast.unparse(call.func.value), {}).update(ast.literal_eval(call.args[0]))
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         value = getattr(node, "value", None)
-        if not isinstance(target, ast.Name) or not target.id.endswith("_NAMES"):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{name}.update":
+            value = call.args[0]
+        elif not isinstance(target, ast.Name) or target.id != name:
             continue
-        if isinstance(value, ast.Call) and value.args:
+        elif isinstance(value, ast.Call) and value.args:
             value = value.args[0]
         if isinstance(value, ast.List | ast.Dict):
-            with contextlib.suppress(ValueError):  # a table made of other tables, of which no task takes any
-                found[target.id] = dict(ast.literal_eval(value))
+            with contextlib.suppress(ValueError):  # made of other tables, as none of a task's is
+                found.update(ast.literal_eval(value))
     return found

@@ -166,6 +166,6 @@ def _cell(text: str, where: str) -> Any:
 
 def class_names(rows: Dataset, column: str = "label") -> list[str]:
     """The names of a ClassLabel feature, or of a list of them; empty for any other."""
-    feature = rows.features[column]
+    feature = rows.info.features[column]  # `rows.features` copies all of them, which a call a row cannot bear
     names: list[str] = getattr(getattr(feature, "feature", feature), "names", None) or []
     return names

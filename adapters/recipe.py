@@ -229,7 +229,7 @@ def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
     """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import interrupts, locks, processes, shards, storage
+    from adapters import disk, interrupts, locks, processes, shards, storage
 
     faults = processes.faults(recipe.train)
     if faults:
@@ -241,7 +241,8 @@ def _run(
 
         refuse_output(Path(recipe.merge).expanduser())
     work = output.with_name(f".{output.name}.run")
-    left = interrupts.leaving(lambda: _left(work, output, onward))
+    written = disk.outcome(output)
+    left = interrupts.leaving(lambda: _left(work, onward) or written())
     with left, locks.held(output.with_name(f".{output.name}.lock"), str(output)):
         try:
             return _steps(recipe, say, resume, override, onward, output, work)
@@ -251,14 +252,12 @@ def _run(
             raise
 
 
-def _left(work: Path, output: Path, onward: str) -> str:
-    """What an interrupt leaves of a run that did not stop by itself."""
+def _left(work: Path, onward: str) -> str:
+    """How to go on with a run that did not stop by itself; empty where it had not saved a step."""
     from adapters import checkpoints
 
     steps = [checkpoints.step_of(folder) for folder in work.glob("checkpoint-*")]
-    if steps:
-        return f"step {max(steps)} is kept in {work}; go on with {onward}"
-    return f"nothing was written to {output}; the same command begins anew"
+    return f"step {max(steps)} is kept in {work}; go on with {onward}" if steps else ""
 
 
 def _steps(

@@ -140,8 +140,13 @@ def find(rows: Dataset, task: str | None, given: Mapping[str, str], plain: str) 
             pair = next((pair for pair in pairs if set(pair) <= set(known) and _are_texts(known, pair)), None)
             if pair is not None:
                 return _paired(name, f"columns {pair[0]!r} and {pair[1]!r}", parts, pair)
+    languages = [name for name, column in known.items() if LANGUAGES.fullmatch(name) and column.words]
+    if goal is None and not given and len(languages) == 2:
+        why = f"two languages, from {languages[0]} to {languages[1]}; the other way round, swap the two"
+        return _paired("seq2seq", why, ("source", "target"), languages)
     if form is not None and goal is not None and not given and FORMS.get(form.gives) == goal:
-        return Roles(goal, "as you said", reasons={}, options=_problem(known.get("label")))
+        why = "as you said" if task else f"pictures in the column {pictures[0].name!r}"
+        return Roles(goal, why, options=_problem(known.get("label")))
     if goal == "seq2seq" and not given:
         return _paired(goal, "as you said", ("source", "target"), _two_texts(columns, TURNED, goal))
     if goal == "causal-lm" and not given:
@@ -150,7 +155,7 @@ def find(rows: Dataset, task: str | None, given: Mapping[str, str], plain: str) 
             return _paired(goal, "as you said", ("prompt", "completion"), pair)
     if goal in ("token-classification", "question-answering") and not given:
         return _by_synonym(goal, known)
-    return _classes_or_texts(columns, known, goal, given, plain)
+    return _classes_or_texts(columns, known, task, given, plain)
 
 
 def _format(rows: Dataset) -> formats.Format | None:
@@ -216,9 +221,9 @@ def _classes_or_texts(
     reasons = dict.fromkeys(chosen, "as you said")
     pictures = [column.name for column in columns if column.picture]
     wants_label = task is None or task in ("text-classification", "image-classification")
-    if task == "image-classification" and "image" not in chosen:
+    if (task == "image-classification" or (task is None and pictures)) and "image" not in chosen:
         if not pictures and "image" not in known:
-            raise _unknown(columns, task, "image=...")
+            raise _unknown(columns, "image-classification", "image=...")
         chosen["image"] = pictures[0] if pictures else "image"
     label = known[chosen["label"]] if "label" in chosen else None
     if wants_label and label is None:
@@ -238,10 +243,11 @@ def _classes_or_texts(
                 raise _unknown(columns, task or "any task", "text=...")
             chosen["text"], reasons["text"] = text.name, why
     if label is not None and wants_label:
-        goal = task or "text-classification"
+        goal = task or ("image-classification" if pictures else "text-classification")
         problem = _problem(label)
         held = "numbers" if problem.get("problem") == "regression" else f"{label.different} different values"
-        why = "as you said" if task else f"texts, and a column {label.name!r} of {held}"
+        why = f"{'pictures' if pictures else 'texts'}, and a column {label.name!r} of {held}"
+        why = "as you said" if task else why
         return Roles(goal, why, {p: n for p, n in chosen.items() if p != n}, reasons, problem)
     goal = task or plain
     why = "as you said" if task else "texts without a column of labels"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,10 @@ COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 SHAPES: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS: Final = (("bytes", "adapter file"), ("seconds", "training time"))
 NAMED: Final = 24  # settings that the key lists
+FEW_DECADES: Final = 30.0  # half of an axis that spans less has ticks at 1, 2, 5
+LIFTS: Final = (5, -12, 17, -24, 29, -36)  # pixels that a number may stand above its point
+WIDE: Final = 14  # pixels of a number
+HIGH: Final = 11
 
 
 def draw(table: Sequence[Standing], document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -41,7 +45,10 @@ def draw(table: Sequence[Standing], document: Mapping[str, Any], folder: Path) -
     seeds = len(document["seeds"])
     spread = f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
     figure.suptitle(
-        f"{metric} against file size and time{spread}; ringed: Pareto front by the validation rows", fontsize=11
+        f"{metric} against file size and time{spread}\nringed: Pareto front by the validation rows",
+        fontsize=10,
+        x=0.01,
+        horizontalalignment="left",
     )
     handles = [
         places[0].plot([], [], SHAPES[i % 8], color=COLOURS[i % 8], linestyle="none", label=name)[0]
@@ -52,7 +59,7 @@ def draw(table: Sequence[Standing], document: Mapping[str, Any], folder: Path) -
     blank = [places[0].plot([], [], linestyle="none", label=text)[0] for text in named]
     figure.legend(
         handles=[*handles, *blank],
-        loc="outside right upper",
+        loc="outside right center",
         frameon=False,
         fontsize=9,
         handletextpad=0.4,
@@ -71,6 +78,8 @@ def _panel(
     axis: Any, shown: Sequence[Standing], cost: str, strategies: Sequence[str], *, tested: bool, greater: bool
 ) -> None:
     """One cost on a logarithmic scale against the number."""
+    from matplotlib.ticker import LogLocator
+
     fronted = standings.front(shown, cost, greater=greater)
     line = sorted((one for one in shown if one.name in fronted), key=lambda one: one.cost(cost))
     seen = {one.name: found for one in shown if (found := one.test if tested else one.validation) is not None}
@@ -82,7 +91,7 @@ def _panel(
         linestyle="--",
         zorder=1,
     )
-    for number, one in enumerate(shown, 1):
+    for one in shown:
         kind, spread = strategies.index(one.strategy) % 8, seen[one.name]
         axis.errorbar(
             [one.cost(cost)],
@@ -100,18 +109,37 @@ def _panel(
             axis.plot(
                 [one.cost(cost)], [spread.mean], "o", markersize=14, markerfacecolor="none", color="#222222", zorder=3
             )
-        axis.annotate(str(number), (one.cost(cost), spread.mean), xytext=(8, 6), textcoords="offset points", fontsize=9)
+    costs = [one.cost(cost) for one in shown]
     axis.set_xscale("log")
+    middle, around = (min(costs) * max(costs)) ** 0.5, max(3.0, (max(costs) / min(costs)) ** 0.6)
+    axis.set_xlim(middle / around, middle * around)
+    if around < FEW_DECADES:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.grid(True, color="#e5e5e5", linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    show = standings.sized if cost == "bytes" else _seconds
-    axis.xaxis.set_major_formatter(lambda value, _place: show(round(value)) if cost == "bytes" else _seconds(value))
+    axis.xaxis.set_major_formatter(lambda value, _place: _SHOWN[cost](value))
     axis.xaxis.set_minor_formatter(lambda _value, _place: "")
     if not greater:
         axis.invert_yaxis()  # better is up
+    _number(axis, [(one.cost(cost), seen[one.name].mean) for one in shown])
 
 
-def _seconds(value: float) -> str:
-    return f"{value:g} s"
+def _number(axis: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Each point's number beside it, where no other number stands."""
+    taken: list[tuple[float, float]] = []
+    for number, point in enumerate(points, 1):
+        x, y = axis.transData.transform(point)
+        places = [(x + side, y + lift) for lift in LIFTS for side in (11, -20)]
+        free = (p for p in places if all(abs(p[0] - q[0]) > WIDE or abs(p[1] - q[1]) > HIGH for q in taken))
+        place = next(free, places[0])
+        taken.append(place)
+        shift = (place[0] - x, place[1] - y)
+        axis.annotate(str(number), point, xytext=shift, textcoords="offset pixels", fontsize=9)
+
+
+_SHOWN: Final[Mapping[str, Callable[[float], str]]] = {
+    "bytes": lambda value: standings.sized(round(value)),
+    "seconds": lambda value: f"{value:g} s",
+}

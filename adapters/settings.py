@@ -83,6 +83,7 @@ SETTLED: Mapping[str, tuple[object, str]] = {
 SAMPLING = ("group_by_length", "random", "sequential", "batch_rebalance")
 WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the metric of the best weights
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+LOOSE = ("fsdp",)  # transformers takes more kinds than it says
 # Loggers that `report_to` may name -> a package of each, where its import name is another.
 REPORTERS = {
     **{name: (name,) for name in ("comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "wandb", "codecarbon")},
@@ -168,7 +169,10 @@ def _value_faults(name: str, value: Any, *, literal: bool) -> list[str]:
         fine, expected = number and value >= 0, "a number >= 0"
     else:
         setting = installed.settings()[name]
-        fine, expected = not literal or setting.fits(getattr(value, "value", value)), setting.expected()
+        fine, expected = (
+            not literal or name in LOOSE or setting.fits(getattr(value, "value", value)),
+            setting.expected(),
+        )
     if fine:
         return []
     remedy = unquoted(value)

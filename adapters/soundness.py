@@ -144,7 +144,7 @@ def _without_blanks(entry: Part, task: Any, part: str, found: Findings, maker: A
             continue
         if column in ANSWERS and getattr(maker, "problem", "") == "multi-label":
             continue  # a row without any label is one
-        blank = survey.empty(rows[column])
+        blank = survey.empty(rows[column][:])
         if blank:
             what = "the label is missing" if column in ANSWERS else "an empty text"
             where = f"{entry.shown(blank)}: {len(blank)} of {len(rows)}; column {column!r}"
@@ -247,17 +247,24 @@ def _summary(recipe: Recipe, made: Any, good: dict[str, Part], backbone: Sketch 
     _labels(made, train, found)
     for column in ("text", "source", "prompt", "context", "tokens"):
         if column in train.column_names:
-            own = getattr(made, "max_length", None)
-            limit = min(filter(None, (own, backbone.positions if backbone else None)), default=None)
-            found_lengths = survey.lengths(train[column], backbone.folder if backbone else None, limit)
-            if found_lengths is not None:
-                found.fine["length"] = f"{column}: {found_lengths}"
-                if found_lengths.over and column in ("text", "source", "tokens") and not getattr(made, "packing", None):
-                    share = f"{100 * found_lengths.over:.1f} % of the rows are longer than {limit} tokens and are cut"
-                    found.remarks.append(("data", "train", share))
+            _length(made, column, train[column][:], backbone, found)
             break
     if "image" in train.column_names:
         found.fine["pictures"] = f"all {sum(map(len, given.values()))} opened"
+
+
+def _length(made: Any, column: str, texts: list[Any], backbone: Sketch | None, found: Findings) -> None:
+    """How long the texts are, and how many of them are cut."""
+    own = getattr(made, "max_length", None)
+    limit = min(filter(None, (own, backbone.positions if backbone else None)), default=None)
+    lengths = survey.lengths(texts, backbone.folder if backbone else None, limit)
+    if lengths is None:
+        return
+    found.fine["length"] = f"{column}: {lengths}"
+    a_row = column in ("text", "source", "tokens") and "second" not in made.columns  # where a text is no document
+    if lengths.over and a_row and not getattr(made, "packing", None):
+        share = f"{100 * lengths.over:.1f} % of the rows are longer than {limit} tokens and are cut"
+        found.remarks.append(("data", "train", share))
 
 
 def _renumbered(remark: str, good: Mapping[str, Part]) -> str:
@@ -275,7 +282,7 @@ def _labels(made: Any, train: Dataset, found: Findings) -> None:
     if column is None:
         return
     if getattr(made, "problem", "") == "regression":
-        numbers = [float(value) for value in train[column]]
+        numbers = [float(value) for value in train[column][:]]
         found.fine["labels"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
         return
     counts: Counter[str] = survey.counted(

@@ -145,7 +145,7 @@ def empty(values: Sequence[Any]) -> list[int]:
 def label_names(rows: Dataset, column: str, *, many: bool) -> list[list[str]]:
     """The label names of each row; none where the cell is missing or of another form."""
     found = []
-    for number, cell in enumerate(rows[column]):
+    for number, cell in enumerate(rows[column][:]):
         value = named(rows, cell, column)
         try:
             if isinstance(value, list) or many:
@@ -208,7 +208,7 @@ def unusable(part: Part, probe: Callable[[Dataset], Any]) -> list[Bad]:
     for number, text in found:
         if number is None:
             continue
-        kinds.setdefault(ROW.sub("row", text).split("; ")[0], []).append((number, text))
+        kinds.setdefault(text.split(" (")[0], []).append((number, text))
     made = [Bad(text) for text in whole]
     for group in kinds.values():
         places = tuple(place for place, _ in group)

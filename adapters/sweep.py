@@ -66,7 +66,9 @@ class Sweep(BaseModel):
         try:
             made = cls(**given)
         except ValidationError as fault:
-            raise RequestError(f"{where}: " + "; ".join(_line(error, cls) for error in fault.errors())) from fault
+            raise RequestError(
+                f"{where}: " + "; ".join(dict.fromkeys(_line(error, cls) for error in fault.errors()))
+            ) from fault
         made.space()
         return made
 
@@ -177,6 +179,9 @@ def _line(error: Mapping[str, Any], cls: type[Sweep]) -> str:
         return message(f"unknown key {path!r}", remedy=inner or nearest(path, cls.model_fields))
     if error["type"] == "missing":
         return message(f"the key {path!r} is missing", expected=cls.model_fields[path].description or "")
+    if path.startswith("seeds"):
+        expected = "how many (3), or which ([0, 7, 9])"
+        return message("a wrong value", where="seeds", expected=expected, found=repr(error["input"]))
     return f"{path}: {error['msg']}" if path else str(error["msg"])
 
 

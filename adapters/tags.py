@@ -104,7 +104,7 @@ def found_in(rows: Dataset) -> tuple[str, ...]:
     if names:
         return tuple(names)
     found: set[str] = set()
-    for number, cell in enumerate(rows["tags"]):
+    for number, cell in enumerate(rows["tags"][:]):
         found |= set(tags_in(cell, number, None))
     return tuple(sorted(found, key=lambda tag: (tag != OUTSIDE, tag)))
 

@@ -89,7 +89,7 @@ class Trainer(ObjectiveTrainer):
         self._progress: dict[str, Any] = {}
         self._gauge = gauge.Gauge(self._throughput, self._now)
         self._bars = self.pop_callback(ProgressCallback) is not None
-        if self._bars or progress.shown():
+        if self._bars:
             self.add_callback(self._gauge)
         self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
         self._portions = memory.Portions()

@@ -26,7 +26,7 @@ FORMAT: Final = 1
 MAX_RESULT: Final = 1 << 20  # bytes
 STEPS: Final = ("learning_rate", "num_train_epochs", "max_steps")  # settings of steps, which a solved strategy lacks
 # Keys whose change would make two settings answer different questions.
-FIXED: Final = ("data", "columns", "labels", "task", "validation", "test", "limit", "output", "split_seed")
+FIXED: Final = ("data", "columns", "labels", "task", "validation", "test", "limit", "split_seed")
 
 
 @final
@@ -156,6 +156,8 @@ class Space:
         where = f"over {one.key}"
         if section == "seed":
             return message("seeds are no axis", where=where, remedy="Say --seeds 3, or --seeds 0,7,9.")
+        if section in ("output", "merge"):
+            return message(f"{section!r} is the sweep's own affair", where=where, remedy="Say --output for all of it.")
         if section in FIXED:
             what = "settings over different rows or tasks cannot be compared"
             return message(what, where=where, remedy="Sweep each of them.")
@@ -163,7 +165,8 @@ class Space:
             right = KEY_ALIASES.get(section) or next(
                 (f"options.{n}" for n in (ALIASES.get(section, section),) if self._option(n)), None
             )
-            remedy = f"The key is {right!r}." if right else nearest(section, [*Recipe.model_fields, *self._known()])
+            known = [*Recipe.model_fields, *([] if dot else self._known())]
+            remedy = f"The key is {right!r}." if right else nearest(section, known)
             return message(f"unknown key {one.key!r}", where="over", remedy=remedy)
         if section in ("options", "train", "load", "processor") and not (dot and name):
             return message(f"{section!r} has keys of its own", where=where, expected=f"{section}.NAME")
@@ -171,8 +174,8 @@ class Space:
             return message(f"{section!r} has no keys of its own", where=where)
         if section == "options" and not self._option(name):
             right = ALIASES.get(name, "")
-            known = set().union(*map(self._names, self.strategies))
-            remedy = f"The name here is {right!r}." if right in known else nearest(name, known)
+            options = set().union(*map(self._names, self.strategies))
+            remedy = f"The name here is {right!r}." if right in options else nearest(name, options)
             what = f"no option {name!r} of strategy {' or '.join(map(repr, self.strategies))}, nor of the task"
             return message(what, where=where, remedy=remedy)
         if section == "strategy":
@@ -226,7 +229,7 @@ def key_of(recipe: Recipe, identity: Mapping[str, str]) -> str:
         recipe: with its seed.
         identity: digests of the rows of every part, and of the backbone.
     """
-    beside = {"model", "data", "columns", "output", "validation", "test", "limit", "split_seed"}
+    beside = {"model", "data", "columns", "output", "validation", "test", "limit", "split_seed", "merge"}
     said = recipe.model_dump(exclude=beside)
     said["labels"] = list(said["labels"] or ())
     text = json.dumps({"recipe": said, **identity, "format": FORMAT}, sort_keys=True, default=str)

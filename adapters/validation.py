@@ -292,7 +292,7 @@ def _usable(said: Mapping[str, Any], task: Any) -> Recipe | None:
     if task is None or not isinstance(said.get("data"), str | Mapping):
         return None
     kept = {"model": "none", "output": "none", "data": said["data"], "task": task.name}
-    for name in ("columns", "labels", "validation", "test", "seed", "limit"):
+    for name in ("columns", "labels", "validation", "test", "seed", "split_seed", "limit"):
         if name in said:
             try:
                 Recipe(**{**kept, name: said[name]})

@@ -92,9 +92,17 @@ def ready(code: str) -> str:
 
 
 def names(page: str) -> dict[str, Any]:
-    """What a page's first block finds besides the builtins: the README shows the library, not the reading of rows."""
+    """What a page's first block finds besides the builtins, where reading rows and training are not its subject."""
     rows = texts(48)
-    return {"train": rows[:24], "val": rows[24:36], "test": rows[36:]} if page == "README.md" else {}
+    if page == "README.md":
+        return {"train": rows[:24], "val": rows[24:36], "test": rows[36:]}
+    if page == "reports.md":
+        import adapters
+
+        adapters.Recipe.read("recipe.yaml", {"output": "out/sst2"}).run()
+        adapted = adapters.adapt(model("roberta-base"), "lora", labels=["neg", "pos"])
+        return {"trainer": adapters.Trainer(adapted, {"output_dir": "runs/mine", "max_steps": 2}, rows)}
+    return {}
 
 
 def texts(n: int = 40, seed: int = 0) -> list[dict[str, str]]:
@@ -109,6 +117,8 @@ def texts(n: int = 40, seed: int = 0) -> list[dict[str, str]]:
 
 def files(folder: Path) -> None:
     """The files that pages speak of, put where their blocks run."""
+    recipe = {"model": model("roberta-base"), "data": "reviews.csv", "output": "out/reviews", "train": {"max_steps": 2}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     for name, rows in (("reviews.csv", texts()), ("test.csv", texts(12, 1))):
         with (folder / name).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, ["text", "label"])

@@ -717,3 +717,41 @@ def test_an_interrupted_run_saves_its_step_and_goes_on(
         done = warm(*arguments, *fewer, "--resume", "--override", "num_train_epochs", "--json", folder=tmp_path)
     assert done.document()["output"] == "out"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option() -> None:
+    from typer.main import get_command
+
+    from adapters.cli import app
+
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    sections = {part.split("\n", 1)[0].strip(): part for part in page.split("\n## ")[1:]}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert name in sections, name
+        if re.search(r"See \[\w+\]\(\w+\.md\)\.\s*$", sections[name]) and "```" not in sections[name]:
+            continue  # a page of its own
+        for option in command.params:
+            spelt = [word for word in (*option.opts, *option.secondary_opts) if word.startswith("--")]
+            assert not spelt or any(f"{word}" in sections[name] for word in spelt), (name, spelt)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Name the right one: columns={'text': ...}.", "Name the right one: --column text=YOUR_COLUMN."),
+        ("e.g. columns={'source': 'de', 'target': 'en'}.", "e.g. --column source=de --column target=en."),
+        ("name the columns to read: columns={...}.", "name the columns to read: --column TASK_COLUMN=YOUR_COLUMN."),
+        ("nothing of the kind {'a': 1}", "nothing of the kind {'a': 1}"),
+    ],
+)
+def test_columns_are_spoken_of_as_the_command_line_takes_them(text: str, said: str) -> None:
+    from adapters.console import spoken
+
+    assert spoken(text) == said
+
+
+def test_a_column_that_is_missing_names_the_option(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "odd.csv", [{"words": "a", "label": tiny.LABELS[0]}] * 4)
+    done = warm("evaluate", place.saved, "--data", rows)
+    assert done.code == 3
+    assert "--column text=YOUR_COLUMN" in done.fault()

@@ -184,6 +184,16 @@ def test_the_navigation_holds_every_page() -> None:
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES if DOCS in page.parents)
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/choosing.md", "docs/concepts/probing.md"])
+def test_figures_are_those_of_the_benchmarks(name: str) -> None:
+    """What is told again elsewhere, in a table with seconds or percents or below a picture, is what was measured."""
+    measured = set(re.findall(r"\d[\d,]*\.\d+", (DOCS / "benchmarks.md").read_text("utf-8")))
+    told = [line for line in prose(ROOT / name) if line.startswith(("|", "!["))]
+    figures = {figure for line in told for figure in re.findall(r"\d[\d,]*\.\d+", line)}
+    assert len(figures) >= 5
+    assert not figures - measured
+
+
 def test_pictures_are_small() -> None:
     assert [p.name for p in (DOCS / "images").iterdir() if p.stat().st_size > 200_000] == []
 

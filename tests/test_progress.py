@@ -481,3 +481,70 @@ def test_in_a_process_of_its_own(terminal: bool) -> None:
     assert rows[0] == "in between"
     assert rows[1].startswith("reading: 40 rows in ")
     assert rows[2:] == [""]
+
+
+# ---------------------------------------------------------------------- a run
+
+
+def trained(folder: Path, **more: Any) -> Any:
+    import adapters
+    from tests import tiny
+
+    args = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        **more,
+    }
+    adapted = adapters.adapt(tiny.model("bert"), "lora", labels=list(tiny.LABELS), processor=tiny.tokenizer())
+    return adapters.Trainer(adapted, args, tiny.rows(24), tiny.rows(12, seed=1))
+
+
+def test_a_run_shows_loss_metric_tokens_and_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters.gauge import Gauge
+
+    stream = shown(io.StringIO())
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    notes: list[tuple[str, str]] = []
+    inner = Job.to
+
+    def to(job: Job, done: float) -> None:
+        inner(job, done)
+        notes.append((f"{job.what} {job.done:g} of {job.total:g} {job.unit}", job.note))
+
+    monkeypatch.setattr(Job, "to", to)
+    trainer = trained(tmp_path, eval_strategy="steps", eval_steps=2)
+    assert not [c for c in trainer.callback_handler.callbacks if "ProgressCallback" in type(c).__name__]
+    assert sum(isinstance(c, Gauge) for c in trainer.callback_handler.callbacks) == 1
+    trainer.train()
+    steps = [note for what, note in notes if what.startswith("training")]
+    done = [what for what, _ in notes if what.startswith("training")]
+    assert done == [f"training {n} of 4 steps" for n in (1, 2, 3, 4)]
+    assert all(re.search(r"^loss [0-9.]+, .*[0-9,]+ tokens/s, [0-9]+ % padding$", note) for note in steps), steps
+    assert "validation accuracy" in steps[-1]
+    assert "training: 4 steps in " in stream.getvalue()
+    assert progress.at_hand() is None
+
+
+def test_a_run_that_fails_leaves_no_job_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(tmp_path)
+
+    def broken(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(trainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert progress.at_hand() is None
+
+
+def test_transformers_own_bar_never_runs_beside_ours(tmp_path: Path, capsys: Any) -> None:
+    """A library's run: transformers would draw with tqdm; here nothing is drawn where there is no terminal."""
+    trained(tmp_path).train()
+    said = capsys.readouterr()
+    assert "\r" not in said.err
+    assert "it/s" not in said.err
+    quiet = trained(tmp_path / "quiet", disable_tqdm=True)
+    assert not [c for c in quiet.callback_handler.callbacks if type(c).__name__ == "Gauge"]

@@ -42,8 +42,10 @@ PUBLIC = {
     "plan",
     "predict",
     "pseudo_perplexity",
+    "push",
     "run_recipe",
     "save",
+    "validate",
 }
 
 

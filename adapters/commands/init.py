@@ -8,12 +8,14 @@ import typer
 
 from adapters.console import STRATEGY_NAMES, TASK_NAMES, Json, out, pairs, say
 
+TASKS_ALONE = TASK_NAMES.replace(" (unless another is named)", "")
+
 
 def init(
     data: Annotated[
         list[str], typer.Option(help="Your rows: a file, folder or hub id; several files as --data train=a.csv.")
     ],
-    task: Annotated[str | None, typer.Option(help=f"Left out: found from the columns. {TASK_NAMES}.")] = None,
+    task: Annotated[str | None, typer.Option(help=f"Left out: found from the columns. {TASKS_ALONE}.")] = None,
     model: Annotated[str | None, typer.Option(help="Id or folder of the backbone; left out: a small one.")] = None,
     strategy: Annotated[str, typer.Option(help=f"{STRATEGY_NAMES}.")] = "lora",
     output: Annotated[str, typer.Option(help="The recipe to write.")] = "recipe.yaml",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +31,7 @@ def predict(
     with Job("importing torch"):
         from adapters.data import read
         from adapters.formats import arrange
+        from adapters.manifest import is_standalone
         from adapters.predict import predict as answer
         from adapters.storage import load
     adapted = load(folder, model)
@@ -56,6 +59,8 @@ def predict(
             print(f"{json.dumps(found, ensure_ascii=False)}\t{row}")
         else:
             print(f"{'' if label is None else label}\t{'' if score is None else f'{score:.4f}'}\t{row}")
+    if Path(folder).is_dir() and not is_standalone(Path(folder)):
+        say(f"next      adapters merge {shlex.quote(folder)} {shlex.quote(folder.rstrip('/') + '-merged')}")
 
 
 def _cell(value: Any, number: int) -> str:

@@ -74,10 +74,10 @@ def train(
         if as_json:
             out(results)
         else:
-            _print(results)
+            _print(results, plan)
 
 
-def _print(results: Mapping[str, Any]) -> None:
+def _print(results: Mapping[str, Any], plan: Recipe) -> None:
     """What was saved, how good it is, and what to type next."""
     metric = results["metric"]
     print(f"saved     {results['output']} ({results['adapter_bytes'] / 1e6:.2f} MB)")
@@ -88,14 +88,19 @@ def _print(results: Mapping[str, Any]) -> None:
         )
         if not results["beat_baseline"]:
             print("warning   the run did not beat its baselines")
+    if results.get("report"):
+        print(f"report    {results['report']}")
     if "merged" in results:
         print(f"merged    {results['merged']}")
-    print(f"next      adapters predict {results['output']} {_example(results['task'])}")
+    print(f"next      adapters predict {results['output']} {_example(results['task'], plan)}")
 
 
-def _example(task: str) -> str:
-    """What stands for a row in the line that says how to go on."""
+def _example(task: str, plan: Recipe) -> str:
+    """What stands for a row in the line that says how to go on: a text, or where that is not enough the rows."""
     from adapters.adapt import task_class
 
-    first = str(next(iter(task_class(task).columns)))
-    return "'a text'" if first in ("text", "tokens", "source") else "--data ROWS" if first != "image" else "IMAGE"
+    if str(next(iter(task_class(task).columns))) in ("text", "tokens", "source"):
+        return "'a text'"
+    data = plan.data if isinstance(plan.data, str) else plan.data.get("test", next(iter(plan.data.values())))
+    renamed = [f"--column {shlex.quote(f'{wanted}={found}')}" for wanted, found in plan.columns.items()]
+    return " ".join(["--data", shlex.quote(data), *renamed])

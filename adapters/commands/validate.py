@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from adapters.console import Json, out, pairs
+from adapters.console import Json, out, pairs, spoken
 
 
 def validate(
@@ -23,6 +23,6 @@ def validate(
     if as_json:
         out(report.to_json())
     else:
-        print("\n".join(report.lines()))
+        print("\n".join(map(spoken, report.lines())))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
