@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
 
 import adapters
 
@@ -136,6 +136,7 @@ settings = {
 }
 began = time.monotonic()
 trainer = adapters.Trainer(adapted, settings, train, held)
+trainer.remove_callback(PrinterCallback)  # the epochs are told below
 trainer.train()
 for entry in trainer.state.log_history:
     if "eval_accuracy" in entry:

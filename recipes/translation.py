@@ -1,6 +1,6 @@
 """English to French with an encoder-decoder: T5 with LoRA on sentences from books.
 
-Needs     @TR@; pip install "holdfast[translation]"
+Needs     2.5 GB on a GPU at its peak (adapters plan): any card of 4 GB; pip install "holdfast[translation]"
 Reaches   not measured here. Literary sentences are hard for a small model: expect a BLEU below 10. chrF moves earlier.
 Run       python recipes/translation.py          (or accelerate launch ...)
           adapters train recipes/translation.yaml

