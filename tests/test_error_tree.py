@@ -41,6 +41,7 @@ PROTOCOLS = {
     ("forms.py", "ValueError"): "what is no form; it is computed again",
     ("handing.py", "TypeError"): "a block that cannot be passed over; whoever tries it says so",
     ("interrupts.py", "SystemExit"): "what a signal ends the process with",
+    ("journal.py", "OSError"): "a disk that is full; the journal says so once and the run goes on",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
     ("readout.py", "_Reached"): "ends a pass at the output layer, and is caught there",
     ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",

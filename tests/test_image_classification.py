@@ -732,7 +732,7 @@ def test_the_command_line_trains_evaluates_answers_and_merges(
         *["train", "--task", "image-classification", "--model", base, "--data", str(pictures), "--output", out],
         *["--strategy", "probe", "--set", "train.num_train_epochs=2", "--set", "options.augment=standard"],
     )
-    assert f"adapters predict {out} IMAGE" in said
+    assert f"adapters predict {out} --data {pictures}" in said
     numbers = json.loads(run(capsys, "evaluate", out, "--data", str(pictures), "--json"))
     assert numbers["rows"] == 45
     one = str(pictures / "red" / "000.png")
