@@ -25,6 +25,10 @@ STRATEGY_NAMES = (
 )
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, progress on standard error.")]
 Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one on the hub.")]
+Backbone = Annotated[
+    str | None, typer.Option("--model", help="The backbone, where it is not the one that the adapter names.")
+]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")]
 
 
 COLUMNS = re.compile(r"columns=\{([^}]*)\}")  # as Python's callers write it
@@ -98,3 +102,8 @@ def pairs(entries: list[str], option: str) -> dict[str, Any]:
             raise RequestError(message(f"{entry!r} is not key=value", where=option))
         result[key] = parse_yaml(value, f"{option} {key}") if value else ""
     return result
+
+
+def renamed(columns: list[str] | None) -> dict[str, str]:
+    """Task column -> data column, as `--column` gives them."""
+    return {wanted: str(found) for wanted, found in pairs(columns or [], "--column").items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapters.errors import FolderError, message
@@ -56,6 +57,39 @@ def refuse_strays(folder: Path, *, deep: bool) -> None:
                 )
         elif not entry.is_file():
             raise FolderError(message("neither a file nor a folder", where=str(folder / entry.relative_to(root))))
+
+
+def refuse_taken(target: Path, ours: Callable[[Sequence[str]], bool], expected: str) -> None:
+    """Refuse an output folder that holds something that is not ours to replace.
+
+    Args:
+        target: the folder that is to be written.
+        ours: whether the folder, with these names in it, is of our making.
+        expected: what it may be, for the message.
+
+    Raises:
+        FolderError: with what was found.
+    """
+    if "\0" in str(target):
+        raise FolderError(message("no name of a folder", where=repr(str(target))))
+    below = next((parent for parent in target.parents if parent.exists()), None)
+    if below is not None and not below.is_dir():
+        raise FolderError(message("the output lies below a file", where=str(target), found=f"{below} is no folder"))
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FolderError(message("the output is not a folder", where=str(target), remedy="Give another output."))
+    content = sorted(entry.name for entry in target.iterdir())
+    if content and not ours(content):
+        raise FolderError(
+            message(
+                "the output folder already holds something else",
+                where=str(target),
+                expected=expected,
+                found=", ".join(content[:5]),
+                remedy="Give another output.",
+            )
+        )
 
 
 def cache_folder() -> Path:

@@ -64,6 +64,26 @@ def drawn(recipe: Asked, say: Callable[[str], None]) -> tuple[dict[str, Dataset]
     return splits, task, options, remarks
 
 
+def labelled(source: str, columns: Mapping[str, str], task: Task, say: Callable[[str], None]) -> tuple[str, Dataset]:
+    """Rows to measure an adapter on: the test part, where the data has parts; which part it was, and its rows.
+
+    Args:
+        source: file, folder or hub id.
+        columns: task column -> column of the data.
+        task: of the adapter.
+        say: takes what is to be said.
+
+    Raises:
+        RequestError, DataError: what cannot be read or arranged.
+    """
+    splits = data.read(source, say)
+    part = "test" if "test" in splits else "train"
+    rows, remark = formats.arrange(splits[part], columns, task.columns)
+    if remark:
+        say(f"{part}: {remark}")
+    return part, rows
+
+
 @contextlib.contextmanager
 def _task_named(recipe: Asked, rows: Dataset) -> Iterator[None]:
     """Rows that the default task cannot take may be right for another, which has to be named."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters import axes, trials
 from adapters.campaign import BEST, FILE, Campaign, Terms
-from adapters.errors import FolderError, RequestError, message, nearest
+from adapters.errors import RequestError, message, nearest
 from adapters.recipe import Recipe, changed
 from adapters.search import Kind
 from adapters.trials import Space
@@ -133,10 +133,15 @@ class Sweep(BaseModel):
             FolderError: the output holds something else, or another process writes there.
             DiskError: the disk refuses.
         """
-        from adapters import locks
+        from adapters import locks, places
 
         output = Path(self.output).expanduser()
-        _refuse_foreign(output)
+        file = output / FILE
+
+        def ours(_: object) -> bool:
+            return file.is_file() and file.read_text(errors="replace").startswith(MARK)
+
+        places.refuse_taken(output, ours, "a new folder, or one with a sweep of ours")
         with locks.held(output.with_name(f".{output.name}.lock"), str(output)):
             return Campaign(self._terms(), output, say or logger.info, retry=retry, onward=onward).whole()
 
@@ -183,20 +188,3 @@ def _line(error: Mapping[str, Any], cls: type[Sweep]) -> str:
         expected = "how many (3), or which ([0, 7, 9])"
         return message("a wrong value", where="seeds", expected=expected, found=repr(error["input"]))
     return f"{path}: {error['msg']}" if path else str(error["msg"])
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FolderError(message("the output is not a folder", where=str(output), remedy="Give another output."))
-    content = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    file = output / FILE
-    if content and not (file.is_file() and file.read_text(errors="replace").startswith(MARK)):
-        raise FolderError(
-            message(
-                "the output folder already holds something else",
-                where=str(output),
-                expected="a new folder, or one with a sweep of ours",
-                found=", ".join(content[:5]),
-                remedy="Give another output.",
-            )
-        )

@@ -6,33 +6,25 @@ from typing import Annotated
 
 import typer
 
-from adapters.console import Folder, Json, out, pairs, say
+from adapters.console import Backbone, Columns, Folder, Json, out, renamed, say
 from adapters.progress import Job
 
 
 def evaluate(
     folder: Folder,
     data: Annotated[str, typer.Option(help="Labelled rows.")],
-    model: Annotated[
-        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
-    ] = None,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    model: Backbone = None,
+    columns: Columns = None,
     as_json: Json = False,
 ) -> None:
     """Metrics of an adapter on labelled rows (the test part, where the data has parts)."""
     with Job("importing torch"):
-        from adapters.data import read
-        from adapters.formats import arrange
+        from adapters.portions import labelled
         from adapters.predict import evaluate as measure
         from adapters.storage import load
 
     adapted = load(folder, model)
-    splits = read(data, say)
-    part = "test" if "test" in splits else "train"
-    renamed = {k: str(v) for k, v in pairs(columns or [], "--column").items()}
-    rows, remark = arrange(splits[part], renamed, adapted.task.columns)
-    if remark:
-        say(f"{part}: {remark}")
+    part, rows = labelled(data, renamed(columns), adapted.task, say)
     numbers = measure(adapted, rows)
     if as_json:
         out({"rows": len(rows), "split": part, **numbers})

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.console import Folder, Json, out, pairs, say
+from adapters.console import Backbone, Columns, Folder, Json, out, renamed, say
 from adapters.errors import RequestError, message
 from adapters.progress import Job
 
@@ -19,10 +19,8 @@ def predict(
     folder: Folder,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer, or files of pictures.")] = None,
     data: Annotated[str | None, typer.Option(help="A file of rows instead.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
-    ] = None,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    model: Backbone = None,
+    columns: Columns = None,
     as_json: Json = False,
 ) -> None:
     """What an adapter answers to texts, or to the rows of a file."""
@@ -37,8 +35,7 @@ def predict(
     adapted = load(folder, model)
     rows: Any = texts
     if data is not None:
-        renamed = {k: str(v) for k, v in pairs(columns or [], "--column").items()}
-        rows, remark = arrange(read(data, say)["train"], renamed, adapted.task.columns)
+        rows, remark = arrange(read(data, say)["train"], renamed(columns), adapted.task.columns)
         if remark:
             say(remark)
     answers = answer(adapted, rows)

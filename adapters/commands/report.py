@@ -7,16 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.console import Folder, Json, out, pairs, say
+from adapters.console import Backbone, Columns, Folder, Json, out, renamed, say
 
 
 def report(
     folder: Folder,
     data: Annotated[str | None, typer.Option(help="Labelled rows to measure and to show answers of.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The backbone, where it is not the one that the adapter names.")
-    ] = None,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")] = None,
+    model: Backbone = None,
+    columns: Columns = None,
     rows: Annotated[bool, typer.Option(help="Show texts and pictures of rows, or leave them out.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -27,18 +25,12 @@ def report(
     place = fetch(folder)
     found: dict[str, Any] | None = None
     if data is not None:
-        from adapters.data import read
-        from adapters.formats import arrange
+        from adapters.portions import labelled
         from adapters.predict import measure
         from adapters.storage import load
 
         adapted = load(folder, model)
-        splits = read(data, say)
-        part = "test" if "test" in splits else "train"
-        renamed = {k: str(v) for k, v in pairs(columns or [], "--column").items()}
-        raw, remark = arrange(splits[part], renamed, adapted.task.columns)
-        if remark:
-            say(f"{part}: {remark}")
+        _, raw = labelled(data, renamed(columns), adapted.task, say)
         measured = measure(adapted, raw)
         source = {"source": Path(data).name, "numbers": measured.numbers}
         found = {**page.findings(adapted, measured, raw), **source}
