@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 import tiny
+from warm_host import environment, serving
 
 import adapters
 
@@ -29,44 +29,6 @@ pytestmark = pytest.mark.xdist_group("cli")  # one host process serves the whole
 
 ROOT = Path(adapters.__file__).parents[1]
 HEAVY = {"torch", "transformers", "datasets", "pandas", "peft", "numpy", "accelerate", "sklearn"}
-HOST = """
-import json, os, runpy, signal, sys, time, traceback
-import adapters, datasets, pandas, scipy.stats, sklearn.metrics
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
-for name in adapters.__all__:
-    getattr(adapters, name)
-print("ready", flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for number, stream in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
-                handle = os.open(stream, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                os.dup2(handle, number)
-            os.chdir(asked["folder"])
-            sys.argv = ["adapters", *asked["arguments"]]
-            runpy.run_module("adapters", run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    deadline = time.monotonic() + 60
-    while asked["interrupt"] and time.monotonic() < deadline:
-        if os.path.exists(asked["err"]) and asked["interrupt"] in open(asked["err"]).read():
-            os.kill(child, asked["signal"])
-            break
-        time.sleep(0.01)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -93,11 +55,6 @@ class Done:
         return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-
-
 def alone(*arguments: Any, folder: Path | None = None, options: tuple[str, ...] = ()) -> Done:
     """`python -m adapters` in a fresh process."""
     done = subprocess.run(
@@ -115,33 +72,12 @@ def alone(*arguments: Any, folder: Path | None = None, options: tuple[str, ...] 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
     """The same in a child of a process that has imported torch."""
-    streams = tmp_path_factory.mktemp("streams")
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    assert host.stdin is not None
-    assert host.stdout is not None
-    assert host.stdout.readline() == "ready\n"
+    with serving(tmp_path_factory.mktemp("streams")) as serve:
 
-    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
-        out, err = streams / "out", streams / "err"
-        err.unlink(missing_ok=True)
-        asked = {
-            "arguments": [str(argument) for argument in arguments],
-            "folder": str(folder or streams),
-            "out": str(out),
-            "err": str(err),
-            "interrupt": interrupt,
-            "signal": int(number),
-        }
-        host.stdin.write(json.dumps(asked) + "\n")
-        host.stdin.flush()
-        code = int(host.stdout.readline())
-        return Done(code, out.read_text(), err.read_text())
+        def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
+            return Done(*serve(*arguments, folder=folder, said=interrupt, number=number))
 
-    yield run
-    host.stdin.close()
-    host.wait(timeout=60)
+        yield run
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

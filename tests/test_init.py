@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 import tiny
 from typer.testing import CliRunner
+from warm_host import environment
 
-import adapters
 from adapters import adapt, drafting, manifest
 from adapters.cli import app
 from adapters.drafting import draft, write
@@ -25,13 +24,6 @@ from adapters.tasks import TASKS
 from adapters.validation import validate
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "bitsandbytes", "accelerate"}
-ROOT = Path(adapters.__file__).parents[1]
-
-
-def environment() -> dict[str, str]:
-    """A child runs the package that this process tests."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 WORDS = ["good", "bad", "long", "short", "warm"]

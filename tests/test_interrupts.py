@@ -20,62 +20,12 @@ import pytest
 import adapters
 from adapters import disk, interrupts
 from tests import tiny
-from tests.test_cli import environment, write_rows
+from tests.test_cli import write_rows
+from tests.warm_host import environment, serving
 
 pytestmark = pytest.mark.xdist_group("interrupts")  # one host process serves the whole file
 
 ROOT = Path(adapters.__file__).parents[1]
-HOST = """
-import functools, importlib, json, os, runpy, signal, sys, traceback
-import adapters, datasets, pandas, scipy.stats, sklearn.metrics
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
-for name in adapters.__all__:
-    getattr(adapters, name)
-print("ready", flush=True)
-
-def armed(place, after, number):
-    path, _, name = place.rpartition(".")
-    module, _, kind = path.partition(":")
-    owner = importlib.import_module(module)
-    owner = getattr(owner, kind) if kind else owner
-    inner, seen = getattr(owner, name), []
-    @functools.wraps(inner)
-    def outer(*args, **kwargs):
-        seen.append(1)
-        if len(seen) == after:
-            os.kill(os.getpid(), number)
-        return inner(*args, **kwargs)
-    setattr(owner, name, outer)
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            for number, stream in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
-                handle = os.open(stream, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                os.dup2(handle, number)
-            os.chdir(asked["folder"])
-            os.environ["XDG_CACHE_HOME"] = asked["folder"] + "/cache"
-            sys.argv = ["adapters", *asked["arguments"]]
-            if asked["place"]:
-                armed(asked["place"], asked["after"], asked["signal"])
-            runpy.run_module("adapters", run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -99,28 +49,13 @@ class Left:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Left]]:
-    streams = tmp_path_factory.mktemp("streams")
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    assert host.stdin is not None
-    assert host.stdout is not None
-    assert host.stdout.readline() == "ready\n"
+    with serving(tmp_path_factory.mktemp("streams")) as serve:
 
-    def asked(folder: Path, *arguments: Any, place: str = "", after: int = 1, number: int = signal.SIGINT) -> Left:
-        assert host.stdin is not None
-        assert host.stdout is not None
-        out, err = streams / "out", streams / "err"
-        request = {"arguments": list(map(str, arguments)), "folder": str(folder), "out": str(out), "err": str(err)}
-        request |= {"place": place, "after": after, "signal": int(number)}
-        host.stdin.write(json.dumps(request) + "\n")
-        host.stdin.flush()
-        code = int(host.stdout.readline())
-        return Left(code, out.read_text(), err.read_text())
+        def asked(folder: Path, *arguments: Any, place: str = "", after: int = 1, number: int = signal.SIGINT) -> Left:
+            more = {"XDG_CACHE_HOME": f"{folder}/cache"}
+            return Left(*serve(*arguments, folder=folder, place=place, after=after, number=number, more=more))
 
-    yield asked
-    host.stdin.close()
-    host.wait(timeout=60)
+        yield asked
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pytest
 from adapters import bars, progress, screen
 from adapters.progress import Job
 from adapters.screen import Screen
-from tests.test_cli import environment
+from tests.warm_host import environment
 
 
 class Terminal(io.StringIO):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,8 +17,8 @@ import transformers
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
+from warm_host import environment
 
-import adapters
 from adapters import fitness, installed, quantize, settings, survey
 from adapters.adapt import STRATEGIES, adapt, row_of, task_class
 from adapters.cli import app
@@ -29,13 +28,6 @@ from adapters.tasks import TASKS
 from adapters.validation import Report, validate
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "bitsandbytes", "accelerate"}
-ROOT = Path(adapters.__file__).parents[1]
-
-
-def environment() -> dict[str, str]:
-    """A child runs the package that this process tests."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
