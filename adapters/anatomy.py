@@ -7,6 +7,7 @@ model names.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -163,6 +164,37 @@ def select(patterns: Sequence[str], paths: Iterable[str], *, option: str) -> lis
             )
         )
     return [path for path in known if any(matches(pattern, path) for pattern in patterns)]
+
+
+def found_parameters(model: nn.Module, patterns: Sequence[str], where: str) -> set[str]:
+    """The parameters, by the backbone's own names, that regular expressions find; each must find one.
+
+    Args:
+        model: with or without adapters.
+        patterns: searched in the names.
+        where: for messages.
+
+    Raises:
+        RequestError: no regular expression, or one that finds nothing.
+    """
+    names = [own_name(name) for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            hits = {name for name in names if re.search(pattern, name)}
+        except re.error as fault:
+            raise RequestError(message(f"{pattern!r} is no regular expression", where=where, found=fault)) from fault
+        if not hits:
+            raise RequestError(
+                message(
+                    f"the pattern {pattern!r} finds nothing",
+                    where=where,
+                    expected="a regular expression that finds parameter names",
+                    remedy=f"Names look like {names[0]!r} and {names[len(names) // 2]!r}.",
+                )
+            )
+        found |= hits
+    return found
 
 
 def shortest_suffixes(paths: Iterable[str], others: Iterable[str]) -> list[str]:

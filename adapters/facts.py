@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import shards
-from adapters.contracts import Adapted
+from adapters.contracts import Adapted, Strategy, Vocabulary
 from adapters.manifest import FORMAT
 from adapters.schema import load_fault
 
@@ -23,17 +23,44 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
 
 
-def trainable_tokens(adapted: Adapted, document: Mapping[str, Any]) -> dict[str, Any]:
+def sidecars(
+    strategy: Strategy, vocabulary: Vocabulary | None, backbone: str | None, revision: str | None
+) -> dict[str, dict[str, Any]]:
+    """The JSON files by which peft and the servers read an adapter, with the backbone that they ask for."""
+    return {
+        name: {
+            **document,
+            **_trainable_tokens(vocabulary, document),
+            "base_model_name_or_path": backbone or None,
+            "revision": revision or None,
+        }
+        for name, document in strategy.sidecars().items()
+    }
+
+
+def _trainable_tokens(vocabulary: Vocabulary | None, document: Mapping[str, Any]) -> dict[str, Any]:
     """peft's option for added tokens, which its LoRA has, so that plain peft reads the rows."""
-    vocabulary = adapted.vocabulary
     if vocabulary is None or document.get("peft_type") != "LORA":
         return {}
     weights = [name for name in vocabulary.axes if name.endswith(".weight")]
     return {"trainable_token_indices": {name.split(".")[-2]: list(vocabulary.ids) for name in weights}}
 
 
-def _sha(tensor: Tensor) -> str:
-    return hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest()
+def described(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and digest of each tensor of an adapter file."""
+    return {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest(),
+        }
+        for name, tensor in state.items()
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and those of the packages that made an adapter."""
+    return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
 
 
 def plain(value: Any) -> Any:
@@ -63,7 +90,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
             saved_as[bare] = name
     return {
         "format": FORMAT,
-        "holdfast": _version("holdfast"),
+        "holdfast": version_of("holdfast"),
         "strategy": {"name": adapted.strategy.name, "options": options_of(adapted.strategy)},
         "task": {"name": adapted.task.name, "options": options_of(record.task or adapted.task)},
         "backbone": {
@@ -82,14 +109,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
         },
         "head": sorted(adapted.head),
         "new": [name for name in record.new if name not in record.unread],
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "sha256": _sha(tensor),
-            }
-            for name, tensor in state.items()
-        },
+        "tensors": described(state),
         "vocabulary": adapted.vocabulary.to_json() if adapted.vocabulary is not None else None,
         "seed": record.seed,
         "data": record.data,
@@ -98,7 +118,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "notes": record.notes,
         "reproducible": bool(record.recipe),
         **({} if record.recipe else {"why_not_reproducible": record.why_not}),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -119,7 +139,8 @@ def _string_keys(value: Any) -> Any:
 
 
 @functools.cache  # asked at every save, and slow: it parses the package's metadata
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """A package's version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

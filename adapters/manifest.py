@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -88,6 +89,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     _check_files(folder, document)
     return document
+
+
+def seal(folder: Path, document: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose other files are all there, with their digests and its own; read it back.
+
+    Args:
+        folder: the staged folder.
+        document: all fields but "files" and "digest", which are filled in.
+    """
+    document["files"] = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": shards.sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.relative_to(folder).as_posix() not in EDITABLE
+    }
+    document["digest"] = shards.digest_of(document)
+    shards.write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    read_manifest(folder)
 
 
 def _check_files(folder: Path, document: Mapping[str, Any]) -> None:

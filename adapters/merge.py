@@ -16,25 +16,25 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, final
 
-from adapters import bars, disk, interrupts, parts, progress, shards, standalone
+from adapters import disk, interrupts, parts, progress, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
+from adapters.changes import base_folder, edits_of
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
 from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
-from adapters.storage import strategy_of, task_of
+from adapters.storage import task_of
 from adapters.stream import plan
-from adapters.vocabulary import all_edits, of_manifest
+from adapters.vocabulary import all_edits
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapters.edits import Edit
     from adapters.stream import Step
 
 logger = logging.getLogger(__name__)
@@ -186,8 +186,8 @@ def merge_on_disk(
     refuse_output(target)
     _refuse_config(document, where)
     with single_threaded():
-        edits = _edits(document, read_tensors(adapter, document), where)
-    source = _base_folder(document, base, where)
+        edits = edits_of(document, read_tensors(adapter, document), where)
+    source = base_folder(document, base, where)
     check_folder(source)
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
@@ -266,26 +266,6 @@ def _divided(stage: Path, steps: list[Step], document: Mapping[str, Any]) -> tup
     return place, [step for step in steps if step.name not in head], tensors
 
 
-def _edits(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Edit]:
-    """What the adapter does to its backbone's tensors.
-
-    Raises:
-        FolderError: options that its tensors do not bear out.
-    """
-    try:
-        return all_edits(of_manifest(document, where), strategy_of(document, where), tensors)
-    except AdaptersError:
-        raise
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as fault:
-        raise FolderError(
-            message(
-                "the adapter's tensors are not those of its strategy",
-                where=where,
-                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:200],
-            )
-        ) from fault
-
-
 def _refuse_config(document: Mapping[str, Any], where: str) -> None:
     """The merged model's config takes over what the task sets, and nothing that a manifest might plant there."""
     strangers = sorted(set(document["backbone"]["config"]) - set(task_of(document, where).config()) - CONFIG_FIELDS)
@@ -337,43 +317,6 @@ def refuse_output(target: Path) -> None:
                 remedy="Give another output.",
             )
         )
-
-
-def _base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:
-    from adapters.backbones import local_folder
-    from adapters.manifest import backbone_name, refuse_gone
-    from adapters.places import is_path
-
-    name = str(base) if base is not None else backbone_name(document, Path(where))
-    revision = document["backbone"]["revision"]
-    if not name:
-        raise RequestError(
-            message("the adapter was made on a live model without a name", where=where, remedy="Give base=folder.")
-        )
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    place = isinstance(base, Path) or is_path(name) or (base is not None and "/" not in name)
-    cached = None if place else local_folder(name, {} if base is not None else {"revision": revision})
-    if cached is not None:
-        return cached
-    if place or base is not None:
-        raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
-    refuse_gone(document, where)
-    from huggingface_hub import snapshot_download
-
-    try:
-        with bars.downloading(name):
-            return Path(snapshot_download(name, revision=revision or None, tqdm_class=cast("Any", bars.Bar)))
-    except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
-        raise RequestError(
-            message(
-                "the backbone is neither here nor to be had from the hub",
-                where=name,
-                found=" ".join(str(fault).split())[:200],
-                remedy="Give base=folder.",
-            )
-        ) from fault
 
 
 def _write_config(

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from adapters import crew, shards
 from adapters.edits import Edit, by_rows
-from adapters.errors import BackboneError, NumbersError, RequestError, message
+from adapters.errors import NumbersError, RequestError, message
 from adapters.progress import Job
 from adapters.shards import INDEX, WEIGHTS, Slot
-from adapters.stream import Step
+from adapters.stream import Step, expect, refuse_other
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +198,7 @@ class _Passage:
         if step.source is None:
             written = self._whole(None)
         else:
-            _refuse_other(step, self.prints)
+            refuse_other(step, self.prints)
             parts = list(_pieces(step))
             with step.source.file.open("rb", buffering=0) as stream:
                 if step.edit is None and step.dtype == step.source.dtype:
@@ -222,7 +222,7 @@ class _Passage:
             shards.read_at(source, content, self.step.source.start + part.start, self.step.source.file)
             digest.update(content)
             self._write(content, part.start)
-        _expect(self.step, self.prints, digest.hexdigest())
+        expect(self.step, self.prints, digest.hexdigest())
         return digest.hexdigest()
 
     def _edited(self, source: int, parts: list[_Piece]) -> str:
@@ -250,7 +250,7 @@ class _Passage:
             position += len(new)
             del new
             again.update(_result(old, part.edit, step.dtype)[0])
-        _expect(step, self.prints, before.hexdigest())
+        expect(step, self.prints, before.hexdigest())
         if not finite:
             raise _not_finite(step)
         return again.hexdigest()
@@ -267,7 +267,7 @@ class _Passage:
             try:
                 old = shards.read_tensor(source) if source is not None else None
                 if old is not None:
-                    _expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(old)))
+                    expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(old)))
                 new, finite = _result(old, step.edit, step.dtype)
                 if not finite:
                     raise _not_finite(step)
@@ -349,44 +349,3 @@ def _result(old: Tensor | None, edit: Edit | None, dtype: str) -> tuple[memoryvi
 
 def _not_finite(step: Step) -> NumbersError:
     return NumbersError(message("the merged tensor is not finite", where=step.name, found=f"in {step.dtype}"))
-
-
-# ---------------------------------------------------------------------- the fingerprint
-
-
-def _refuse_other(step: Step, prints: Mapping[str, Any]) -> None:
-    """Before anything is read: the recorded shape; and where dtypes differ, the recorded samples."""
-    from adapters.fingerprint import Fingerprint, TensorPrint, differences, print_of_slot
-
-    if not step.plain or step.source is None:
-        return
-    recorded = TensorPrint.from_json(prints[step.plain])
-    if recorded.shape != step.source.shape:
-        raise _another(step)
-    if recorded.dtype == step.source.dtype and recorded.hash:
-        return  # every byte is compared as it passes
-    found = Fingerprint({step.plain: print_of_slot(step.source, full=False)}, "")
-    if differences(Fingerprint({step.plain: recorded}, ""), found):
-        raise _another(step)
-
-
-def _expect(step: Step, prints: Mapping[str, Any], digest: str) -> None:
-    """The hash of the source's bytes must be the recorded one, where one of this dtype was."""
-    if not step.plain or step.source is None:
-        return
-    _, dtype, recorded, _ = prints[step.plain]
-    if dtype == step.source.dtype and recorded and recorded != digest:
-        raise _another(step)
-
-
-def _another(step: Step) -> BackboneError:
-    assert step.source is not None
-    return BackboneError(
-        message(
-            "this is not the backbone that the adapter was trained on",
-            where=f"{step.source.file}: {step.name}",
-            expected="the recorded values",
-            found="other values",
-            remedy="Give the right base.",
-        )
-    )

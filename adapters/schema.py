@@ -199,6 +199,7 @@ class Manifest(_Strict):
     notes: list[str]
     reproducible: bool
     why_not_reproducible: str = ""
+    made: dict[str, Any] = {}  # of an adapter that was computed: by what, from which others, how exactly
     versions: dict[str, str | None]
     files: dict[Annotated[str, AfterValidator(_file_name)], FileEntry]
     digest: Sha256

@@ -6,14 +6,14 @@ reads. `adapters.load` opens the whole wherever it lies.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from adapters import shards
+from adapters.facts import described as described_tensors
 from adapters.fingerprint import Fingerprint, print_of_slot
-from adapters.manifest import CARD, EDITABLE, MANIFEST, RECIPE, WEIGHTS, read_manifest
+from adapters.manifest import CARD, RECIPE, WEIGHTS, seal
 from adapters.strategies.probe import Probe
 
 if TYPE_CHECKING:
@@ -41,14 +41,7 @@ def write(stage: Path, adapter: Path, document: Mapping[str, Any], facts: Mappin
             shards.copy(adapter / name, stage / name)
     made = _manifest(document, facts)
     shards.write_text(stage / CARD, _card(made))
-    made["files"] = {
-        file.relative_to(stage).as_posix(): {"size": file.stat().st_size, "sha256": shards.sha256(file)}
-        for file in sorted(stage.rglob("*"))
-        if file.is_file() and file.relative_to(stage).as_posix() not in EDITABLE
-    }
-    made["digest"] = shards.digest_of(made)
-    shards.write_text(stage / MANIFEST, json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    read_manifest(stage)
+    seal(stage, made)
 
 
 def described(
@@ -75,8 +68,6 @@ def described(
 
 def _manifest(document: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The old manifest, with a probe on the new backbone in its place."""
-    import hashlib
-
     old = document["backbone"]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in facts["tensors"].values()}
     kept = {name: value for name, value in old["config"].items() if name != "vocab_size"}
@@ -100,14 +91,7 @@ def _manifest(document: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str
         },
         "head": list(facts["tensors"]),
         "new": list(facts["tensors"]),
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "sha256": hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest(),
-            }
-            for name, tensor in facts["tensors"].items()
-        },
+        "tensors": described_tensors(facts["tensors"]),
         "vocabulary": None,
         "notes": [*document["notes"], f"merged from a {document['strategy']['name']} adapter"],
         "reproducible": False,

@@ -20,7 +20,6 @@ from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
 from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import (
     CARD,
-    EDITABLE,
     FORMAT,
     MANIFEST,
     RECIPE,
@@ -33,6 +32,7 @@ from adapters.manifest import (
     read_tensors,
     refuse_gone,
     refuse_other_backbone,
+    seal,
 )
 from adapters.manifest import refuse_foreign as refuse_foreign
 from adapters.options import make
@@ -92,14 +92,10 @@ def write(adapted: Adapted, folder: Path) -> None:
             )
     shards.save_tensors(folder / WEIGHTS, state, {"format": "pt", "holdfast": str(FORMAT)})
     elsewhere = pooling.placed(adapted.model).elsewhere  # peft would open it, and answer otherwise
-    for name, document in ({} if elsewhere else adapted.strategy.sidecars()).items():
-        filled = {
-            **document,
-            **facts.trainable_tokens(adapted, document),
-            "base_model_name_or_path": adapted.record.backbone or None,
-            "revision": adapted.record.revision or None,
-        }
-        shards.write_text(folder / name, json.dumps(filled, indent=2, sort_keys=True) + "\n")
+    record = adapted.record
+    beside = facts.sidecars(adapted.strategy, adapted.vocabulary, record.backbone, record.revision)
+    for name, document in ({} if elsewhere else beside).items():
+        shards.write_text(folder / name, json.dumps(document, indent=2, sort_keys=True) + "\n")
     if adapted.processor is not None:
         adapted.processor.save_pretrained(folder)
         facts.keep_input_names(adapted.processor, folder)
@@ -111,14 +107,7 @@ def write(adapted: Adapted, folder: Path) -> None:
         shards.write_text(folder / RECIPE, f"{RUN_MARK}\n{text}")
     document = facts.of(adapted, state)
     shards.write_text(folder / CARD, card(adapted, document))
-    document["files"] = {
-        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": shards.sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in EDITABLE
-    }
-    document["digest"] = shards.digest_of(document)
-    shards.write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    read_manifest(folder)
+    seal(folder, document)
 
 
 def _without_code(folder: Path) -> None:

@@ -150,3 +150,44 @@ def _plain_of(disk_name: str, prefix: str, known: set[str], names: Mapping[str, 
     # Checkpoints from before 2019 spell LayerNorm's parameters as TensorFlow did; transformers renames them on load.
     modern = bare.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return modern if modern in known else bare
+
+
+# ---------------------------------------------------------------------- the fingerprint
+
+
+def refuse_other(step: Step, prints: Mapping[str, Any]) -> None:
+    """Before anything is read: the recorded shape; and where dtypes differ, the recorded samples."""
+    from adapters.fingerprint import Fingerprint, TensorPrint, differences, print_of_slot
+
+    if not step.plain or step.source is None:
+        return
+    recorded = TensorPrint.from_json(prints[step.plain])
+    if recorded.shape != step.source.shape:
+        raise _another(step)
+    if recorded.dtype == step.source.dtype and recorded.hash:
+        return  # every byte is compared as it passes
+    found = Fingerprint({step.plain: print_of_slot(step.source, full=False)}, "")
+    if differences(Fingerprint({step.plain: recorded}, ""), found):
+        raise _another(step)
+
+
+def expect(step: Step, prints: Mapping[str, Any], digest: str) -> None:
+    """The hash of the source's bytes must be the recorded one, where one of this dtype was."""
+    if not step.plain or step.source is None:
+        return
+    _, dtype, recorded, _ = prints[step.plain]
+    if dtype == step.source.dtype and recorded and recorded != digest:
+        raise _another(step)
+
+
+def _another(step: Step) -> BackboneError:
+    assert step.source is not None
+    return BackboneError(
+        message(
+            "this is not the backbone that the adapter was trained on",
+            where=f"{step.source.file}: {step.name}",
+            expected="the recorded values",
+            found="other values",
+            remedy="Give the right base.",
+        )
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
@@ -122,28 +121,9 @@ class Freeze:
         return replace(self, layers=layers)
 
     def _found(self, model: PreTrainedModel) -> set[str]:
-        from adapters.errors import RequestError, message
+        from adapters.anatomy import found_parameters
 
-        names = [name for name, _ in model.named_parameters()]
-        found: set[str] = set()
-        for pattern in self.pattern or ():
-            try:
-                hits = {name for name in names if re.search(pattern, name)}
-            except re.error as fault:
-                raise RequestError(
-                    message(f"{pattern!r} is no regular expression", where="freeze: pattern", found=fault)
-                ) from fault
-            if not hits:
-                raise RequestError(
-                    message(
-                        f"the pattern {pattern!r} finds nothing",
-                        where="freeze: pattern",
-                        expected="a regular expression that finds parameter names",
-                        remedy=f"Names look like {names[0]!r} and {names[len(names) // 2]!r}.",
-                    )
-                )
-            found |= hits
-        return found
+        return found_parameters(model, self.pattern or (), "freeze: pattern")
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """The chosen blocks and all above them train; no module changes."""

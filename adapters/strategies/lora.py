@@ -7,7 +7,8 @@ backbone stays: what is trained is B A - B0 A0, a plain LoRA of twice the rank w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from adapters.anatomy import LinearMap
     from adapters.edits import Edit
+    from adapters.lowrank import Factors
     from adapters.pace import Pace
 
 PAIRED = re.compile(r"pissa(_niter_[1-9][0-9]*)?|olora")  # starts that are factors of the weight
@@ -65,7 +67,9 @@ class Lora:
             (both factors random, their product 0), "pissa" (the largest singular directions, Meng et al., 2024) or
             "pissa_niter_16" (the same, found faster in 16 iterations), or "olora" (a QR decomposition, Buyukakyuz,
             2024). The last three write factors of rank 2 r.
-        modules_to_save: filled on resolving: the head and new modules, trained whole.
+        unfrozen_parameters: regular expressions searched in the backbone's parameter names; what any of them finds
+            trains whole beside the factors (layer norms, say). Each must find something.
+        modules_to_save: filled on resolving: the head and other modules that train whole.
         modules: filled on resolving: path -> [in, out, transposed, has bias] of each adapted module.
     """
 
@@ -84,10 +88,13 @@ class Lora:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    unfrozen_parameters: Sequence[str] = ()
     modules_to_save: Sequence[str] = field(default=(), metadata=RESOLVED)
     modules: Mapping[str, Sequence[Any]] = field(default_factory=dict, metadata=RESOLVED)
 
     def __post_init__(self) -> None:
+        if isinstance(self.unfrozen_parameters, str):
+            object.__setattr__(self, "unfrozen_parameters", (self.unfrozen_parameters,))
         check_types(self)
         self._check()
         self._check_start()
@@ -115,15 +122,38 @@ class Lora:
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             check_patterns(option, patterns, chosen)
         self._check_ranks(chosen)
+        unfrozen = self._unfrozen(model, chosen)
         layers = self.layers_to_transform
         return replace(
             self,
             target_modules=tuple(shortest_suffixes(every_layer, others)),
             exclude_modules=None,
             layers_to_transform=[layers] if isinstance(layers, int) else None if layers is None else list(layers),
-            modules_to_save=tuple(whole_modules(model, head)),
+            unfrozen_parameters=tuple(self.unfrozen_parameters),
+            modules_to_save=tuple(whole_modules(model, head | unfrozen)),
             modules=layout(chosen),
         )
+
+    def _unfrozen(self, model: PreTrainedModel, chosen: Collection[str]) -> set[str]:
+        """The parameters that train whole beside the factors, by the backbone's own names.
+
+        Raises:
+            RequestError: a pattern that finds nothing, or a weight that is adapted.
+        """
+        from adapters.anatomy import found_parameters, owner
+        from adapters.errors import RequestError, message
+
+        found = found_parameters(model, self.unfrozen_parameters, "unfrozen_parameters")
+        both = sorted(name for name in found if name.endswith(".weight") and owner(name) in chosen)
+        if both:
+            raise RequestError(
+                message(
+                    "a weight cannot be adapted and train whole as well",
+                    where=f"unfrozen_parameters: {both[0]}",
+                    remedy="Take its module out of target_modules, or narrow the pattern.",
+                )
+            )
+        return found
 
     def _check(self) -> None:
         from adapters.errors import RequestError, message
@@ -197,14 +227,18 @@ class Lora:
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """Put peft's layers around the target modules; their factors (and the biases asked for) train."""
+        from adapters import starts
+        from adapters.anatomy import own_name
         from adapters.injection import inject
 
         names = inject(model, self._config(), self.modules)
+        own = self._unfrozen(model, self.modules)
+        names |= {name for name, _ in model.named_parameters() if own_name(name) in own}
         if self._paired:
             for path in self.modules:
                 down, up = _factors(model, path)
-                down.register_hook(_held(0, down.shape[0] // 2))
-                up.register_hook(_held(1, up.shape[1] // 2))
+                down.register_hook(starts.held(0, down.shape[0] // 2))
+                up.register_hook(starts.held(1, up.shape[1] // 2))
         return names
 
     def begin(self, model: PreTrainedModel) -> None:
@@ -213,12 +247,13 @@ class Lora:
             return
         import torch
 
+        from adapters import starts
         from adapters.injection import by_pattern
 
         with torch.no_grad():
             for path in self.modules:
                 rank, scale = int(by_pattern(self.rank_pattern, path, self.r)), self._scale(path)
-                down, up = _principal(_weight(model, path), rank, scale, str(self.init_lora_weights))
+                down, up = starts.principal(starts.weight(model, path), rank, scale, str(self.init_lora_weights))
                 live_down, live_up = _factors(model, path)
                 live_down.copy_(torch.cat([down, down]))
                 live_up.copy_(torch.cat([up, -up], dim=1))
@@ -234,7 +269,7 @@ class Lora:
         options = {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if entry.name not in ("modules", "modules_to_save", "exclude_modules")
+            if entry.name not in ("modules", "modules_to_save", "exclude_modules", "unfrozen_parameters")
         }
         options["target_modules"] = list(self.target_modules or ())
         options["init_lora_weights"] = True if self._paired else self.init_lora_weights
@@ -289,6 +324,45 @@ class Lora:
             edits[f"{path}.weight"] = AddLowRank(down, up, self._scale(path), bool(self.modules[path][2]))
         return edits | replace_all(whole)
 
+    @classmethod
+    def of_factors(cls, factors: Mapping[str, Factors], unfrozen: Collection[str] = ()) -> Lora:
+        """The adapter that holds computed factors as they are (its scale is 1), and whole tensors beside them.
+
+        Args:
+            factors: by module path.
+            unfrozen: the backbone's own names of the whole tensors, the head's left out.
+
+        Returns:
+            Not resolved: the model tells the rest.
+        """
+        ranks = {path: found.rank for path, found in factors.items()}
+        most = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: rank for path, rank in ranks.items() if rank != most}
+        return cls(
+            r=most,
+            lora_alpha=most,
+            target_modules=tuple(ranks),
+            rank_pattern={re.escape(path): rank for path, rank in others.items()},
+            alpha_pattern={re.escape(path): float(rank) for path, rank in others.items()},
+            unfrozen_parameters=tuple(f"^{re.escape(name)}$" for name in sorted(unfrozen)),
+        )
+
+    def tensors(self, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """Computed factors by their keys in the adapter file; B is divided by the scale that each module has here."""
+        from adapters.injection import PREFIX
+
+        found = {}
+        for path, pair in factors.items():
+            _, _, transposed, has_bias = self.modules[path]
+            first, second = (
+                ("lora_embedding_A", "lora_embedding_B")
+                if transposed and not has_bias
+                else ("lora_A.weight", "lora_B.weight")
+            )
+            found[f"{PREFIX}{path}.{first}"] = pair.down
+            found[f"{PREFIX}{path}.{second}"] = pair.up / self._scale(path)
+        return found
+
     def _scale(self, path: str) -> float:
         from adapters.injection import by_pattern
 
@@ -333,56 +407,3 @@ def _factors(model: PreTrainedModel, path: str) -> tuple[Any, Any]:
 
     layer: Any = model.get_submodule(path)
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-
-
-def _held(dim: int, start: int) -> Callable[[Tensor], Tensor]:
-    """A gradient hook: from `start` on along `dim` nothing moves.
-
-    Weight decay still shrinks both halves alike, and with them the change: towards the backbone.
-    """
-
-    def hook(grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        grad.narrow(dim, start, grad.shape[dim] - start).zero_()
-        return grad
-
-    return hook
-
-
-def _weight(model: PreTrainedModel, path: str) -> Tensor:
-    """The weight that an adapted module computes with, shape (out, in), float32."""
-    from adapters.anatomy import linear_map
-    from adapters.quantize import dequantized, is_packed
-
-    layer: Any = model.get_submodule(path)
-    base = layer.get_base_layer()
-    if is_packed(base):
-        return dequantized(base)
-    described = linear_map(path, base)
-    weight: Tensor = base.weight.float()
-    return weight.T if described is not None and described.transposed else weight
-
-
-def _principal(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
-    """Factors of a weight's leading part: scale * up @ down.
-
-    Args:
-        weight: shape (out, in), float32.
-        rank, scale: of the update.
-        start: "pissa", "pissa_niter_<n>" (Meng et al., 2024, eq. 2 and 3) or "olora" (Buyukakyuz, 2024, algorithm 1).
-
-    Returns:
-        down (rank, in), up (out, rank).
-    """
-    import torch
-
-    if start == "olora":
-        up, down = torch.linalg.qr(weight)
-        return down[:rank], up[:, :rank]
-    if start == "pissa":
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        left, values, columns = torch.svd_lowrank(weight, rank, niter=int(start.rpartition("_")[2]))
-        right = columns.T
-    root = (values[:rank] / scale).sqrt()
-    return root[:, None] * right[:rank], left[:, :rank] * root

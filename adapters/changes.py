@@ -1,0 +1,260 @@
+"""What an adapter did to its backbone: edits from its folder, and the backbone's values, compared as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, final
+
+from adapters import bars, parts, shards
+from adapters.backbones import check_folder, local_folder
+from adapters.edits import AddLowRank, Edit
+from adapters.errors import AdaptersError, BackboneError, FolderError, RequestError, message
+from adapters.fingerprint import Fingerprint, differences
+from adapters.manifest import backbone_name, fetch, read_manifest, read_tensors, refuse_gone
+from adapters.places import is_path
+from adapters.quantize import RoundTrip
+from adapters.storage import strategy_of
+from adapters.stream import Step, expect, plan, refuse_other
+from adapters.vocabulary import all_edits, of_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Changes:
+    """An adapter folder as what it does.
+
+    Attributes:
+        folder: verified.
+        document: its manifest.
+        edits: by the backbone's own tensor names; those of the head create their tensors.
+    """
+
+    folder: Path
+    document: Mapping[str, Any]
+    edits: Mapping[str, Edit]
+
+    @property
+    def head(self) -> frozenset[str]:
+        """The backbone's own names of the tensors that it brings."""
+        return frozenset(self.document["head"])
+
+    @property
+    def inside(self) -> dict[str, Edit]:
+        """The edits of what the backbone itself holds."""
+        return {name: edit for name, edit in self.edits.items() if name not in self.head}
+
+
+def read(folder: str | Path) -> Changes:
+    """An adapter folder, every digest checked.
+
+    Raises:
+        FolderError: damaged, or not an adapter.
+    """
+    here = fetch(folder)
+    document = read_manifest(here)
+    return Changes(here, document, edits_of(document, read_tensors(here, document), str(here)))
+
+
+def refuse_apart(one: Changes, others: Sequence[Changes]) -> None:
+    """Adapters can only be put together where they changed the same backbone, kept and spelt in the same way.
+
+    Raises:
+        BackboneError: tensors that both backbones have differ, or an adapter changes one that the first lacks.
+        RequestError: other added tokens, another storage of the frozen rest.
+    """
+    mine = Fingerprint.from_json(one.document["backbone"]["fingerprint"])
+    for other in others:
+        theirs = Fingerprint.from_json(other.document["backbone"]["fingerprint"])
+        shared = set(mine.tensors) & set(theirs.tensors)
+        lines = differences(*(Fingerprint({n: p.tensors[n] for n in shared}, p.prefix) for p in (mine, theirs)))
+        if lines or not shared:
+            raise BackboneError(
+                message(
+                    "the adapters were trained on different backbones",
+                    where=f"{one.folder}, {other.folder}",
+                    expected=f"one backbone, as {_named(one)}",
+                    found=f"{_named(other)}, where {len(lines)} of {len(shared)} shared tensors differ"
+                    + (f": {'; '.join(lines[:3])}" if lines else ""),
+                    remedy="Combine adapters of one backbone; of others each can only be merged alone.",
+                )
+            )
+        for what, told in (("added tokens", _tokens), ("storage of the frozen weights", _storage)):
+            wanted, found = told(one.document), told(other.document)
+            if wanted != found:
+                raise RequestError(
+                    message(
+                        f"the adapters differ in their {what}",
+                        where=f"{one.folder}, {other.folder}",
+                        expected=wanted,
+                        found=found,
+                        remedy="Combine adapters that were trained alike in this.",
+                    )
+                )
+
+
+def _named(changes: Changes) -> str:
+    backbone = changes.document["backbone"]
+    return f"{backbone['name'] or backbone['model_class']} ({backbone['fingerprint']['digest'][:12]})"
+
+
+def _tokens(document: Mapping[str, Any]) -> str:
+    entry = document["vocabulary"]
+    if entry is None:
+        return "none"
+    return ", ".join(f"{token!r} as {index}" for token, index in zip(entry["tokens"], entry["ids"], strict=True))
+
+
+def _storage(document: Mapping[str, Any]) -> str:
+    backbone = document["backbone"]
+    return f"{backbone['quantization']}, {len(backbone['packed'])} weights" if backbone["packed"] else "as they are"
+
+
+# ---------------------------------------------------------------------- the backbone's values
+
+
+@final
+@dataclass(frozen=True)
+class Originals:
+    """The tensors of a backbone on disk that some edits change, each compared with the fingerprint as it is read.
+
+    Attributes:
+        folder: of the checkpoint.
+        steps: the backbone's own name -> where the tensor lies.
+        prints: the fingerprint's.
+    """
+
+    folder: Path
+    steps: Mapping[str, Step]
+    prints: Mapping[str, Any]
+
+    def old(self, name: str) -> Tensor:
+        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        import xxhash
+
+        step = self.steps[name]
+        assert step.source is not None
+        refuse_other(step, self.prints)
+        tensor = shards.read_tensor(step.source)
+        expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(tensor)))
+        match step.edit:
+            case RoundTrip(kind, dtype, transposed, _):
+                return RoundTrip(kind, dtype, transposed)(tensor)
+        return tensor.float()
+
+    def delta(self, name: str, edit: Edit) -> Tensor:
+        """What an edit adds to its tensor, float32, in the tensor's own layout; low-rank edits need no value."""
+        if isinstance(edit, AddLowRank):
+            return edit.delta()
+        old = self.old(name)
+        return edit(old).sub_(old)
+
+
+def originals(changes: Changes, base: str | Path | None = None, also: Collection[str] = ()) -> Originals:
+    """The backbone that an adapter changes.
+
+    Args:
+        changes: the adapter.
+        base: its folder, where it is not the one that the adapter names.
+        also: further tensors of the backbone, by its own names, whose values will be asked for.
+
+    Raises:
+        RequestError: the backbone is not to be had, or holds tensors in other pieces than memory does.
+        BackboneError: it lacks tensors.
+    """
+    where = str(changes.folder)
+    source = base_folder(changes.document, base, where)
+    check_folder(source)
+    wanted = {**{name: AddNothing() for name in also}, **changes.edits}
+    found = parts.on_disk(wanted, changes.document, source)
+    if set(found) != set(wanted):
+        odd = sorted(set(wanted) - set(found))
+        raise RequestError(
+            message(
+                "the checkpoint holds these tensors in other pieces than memory does",
+                where=f"{source}: {', '.join(odd[:3])}",
+                remedy="Merge the adapter in memory instead: adapters.merge(adapters.load(folder)).",
+            )
+        )
+    steps = plan(changes.document, found, shards.read_directory(source), None, str(source))
+    by_edit = {id(step.edit.then if isinstance(step.edit, RoundTrip) else step.edit): step for step in steps}
+    places = {name: by_edit[id(edit)] for name, edit in wanted.items()}
+    prints = changes.document["backbone"]["fingerprint"]["tensors"]
+    return Originals(source, {name: step for name, step in places.items() if step.source is not None}, prints)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class AddNothing:
+    """The tensor as it is."""
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None:
+            raise RequestError("a tensor that is left as it is must be in the backbone")
+        return old.float()
+
+
+def base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:
+    """The folder of an adapter's backbone: the one given, the one named, or the download of a hub id.
+
+    Raises:
+        RequestError: neither here nor to be had.
+    """
+    name = str(base) if base is not None else backbone_name(document, Path(where))
+    revision = document["backbone"]["revision"]
+    if not name:
+        raise RequestError(
+            message("the adapter was made on a live model without a name", where=where, remedy="Give base=folder.")
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    place = isinstance(base, Path) or is_path(name) or (base is not None and "/" not in name)
+    cached = None if place else local_folder(name, {} if base is not None else {"revision": revision})
+    if cached is not None:
+        return cached
+    if place or base is not None:
+        raise RequestError(message("there is no such backbone folder", where=name, remedy="Give base=folder."))
+    refuse_gone(document, where)
+    from huggingface_hub import snapshot_download
+
+    try:
+        with bars.downloading(name):
+            return Path(snapshot_download(name, revision=revision or None, tqdm_class=cast("Any", bars.Bar)))
+    except Exception as fault:  # the hub client raises a family of its own, and whatever the network raises
+        raise RequestError(
+            message(
+                "the backbone is neither here nor to be had from the hub",
+                where=name,
+                found=" ".join(str(fault).split())[:200],
+                remedy="Give base=folder.",
+            )
+        ) from fault
+
+
+def edits_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Edit]:
+    """What the adapter does to its backbone's tensors.
+
+    Raises:
+        FolderError: options that its tensors do not bear out.
+    """
+    try:
+        return all_edits(of_manifest(document, where), strategy_of(document, where), tensors)
+    except AdaptersError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as fault:
+        raise FolderError(
+            message(
+                "the adapter's tensors are not those of its strategy",
+                where=where,
+                found=" ".join(f"{type(fault).__name__}: {fault}".split())[:200],
+            )
+        ) from fault
