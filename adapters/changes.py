@@ -132,8 +132,8 @@ class Originals:
     steps: Mapping[str, Step]
     prints: Mapping[str, Any]
 
-    def old(self, name: str) -> Tensor:
-        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it lies in the checkpoint, in its own dtype.
 
         Raises:
             BackboneError: it is not the recorded backbone's.
@@ -145,7 +145,16 @@ class Originals:
         refuse_other(step, self.prints)
         tensor = shards.read_tensor(step.source)
         expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(tensor)))
-        match step.edit:
+        return tensor
+
+    def old(self, name: str) -> Tensor:
+        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        tensor = self.stored(name)
+        match self.steps[name].edit:
             case RoundTrip(kind, dtype, transposed, _):
                 return RoundTrip(kind, dtype, transposed)(tensor)
         return tensor.float()
@@ -200,6 +209,22 @@ class AddNothing:
         if old is None:
             raise RequestError("a tensor that is left as it is must be in the backbone")
         return old.float()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The tensor that another checkpoint holds in the old one's place; it is read when it is asked for."""
+
+    slot: shards.Slot
+
+    @property
+    def new(self) -> Tensor:
+        """The tensor, in its own dtype."""
+        return shards.read_tensor(self.slot)
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        return self.new.float()
 
 
 def base_folder(document: Mapping[str, Any], base: str | Path | None, where: str) -> Path:

@@ -10,21 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import disk, interrupts, parts, progress, shards, standalone
+from adapters import disk, fidelity, interrupts, parts, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.changes import base_folder, edits_of
 from adapters.contracts import Adapted
-from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
+from adapters.errors import FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
-from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import task_of
@@ -178,7 +174,7 @@ def merge_on_disk(
         FolderError: a damaged folder, or an output that holds something else.
         NumbersError: the written model does not answer as the adapted one does.
     """
-    _refuse_rows(rows)
+    fidelity.refuse_rows(rows)
     adapter = fetch(folder)
     document = read_manifest(adapter)
     where = str(adapter)
@@ -280,22 +276,6 @@ def _refuse_config(document: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _refuse_rows(rows: list[Any] | None) -> None:
-    """The rows of the logits check go to another process as JSON."""
-    try:
-        json.dumps(rows)
-    except TypeError as fault:
-        raise RequestError(
-            message(
-                "rows of the logits check that are no plain values",
-                where="rows",
-                expected="texts, numbers, paths",
-                found=fault,
-                remedy="Give pictures by their files.",
-            )
-        ) from fault
-
-
 def refuse_output(target: Path) -> None:
     """Refuse to write a merged model over anything but an earlier one.
 
@@ -355,26 +335,10 @@ def _with_fidelity(
     report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
 ) -> MergeReport:
     """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = free_memory()
-    need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if need > free:
-        return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
     request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(
-            message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
-        )
-    found = json.loads(child.stdout.strip().splitlines()[-1])
+    found = fidelity.asked(request, 3 * max(document["backbone"]["bytes"], report.bytes), report.output)
+    if "skipped" in found:
+        return _replaced(report, **found)
     coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
     bound = BOUNDS[coarsest] * max(found["spread"], 1e-6)
     if not found["max_difference"] <= bound:  # so that a NaN is refused too

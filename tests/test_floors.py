@@ -12,6 +12,10 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "decomposition": 9,
+    "extract": 10,
+    "finetuned": 9,
+    "packing": 9,
     "journal": 1,
     "machine": 1,
     "charts": 0,
