@@ -37,7 +37,7 @@ class ExtractReport:
 
     Attributes:
         output: the written folder.
-        form: "lora", "delta" or "packed".
+        form: "lora", "delta" or "packed"; strategy: of the adapter, `freeze` or `probe` where nothing could be factors.
         factors, whole, left_out, unchanged: how many of the backbone's changed tensors became factors, were kept
             whole, were left out, or turned out not to have changed; the head is not counted.
         ranks: lowest and highest rank of the factors, 0 and 0 where there are none.
@@ -53,6 +53,7 @@ class ExtractReport:
 
     output: str
     form: str
+    strategy: str = ""
     factors: int = 0
     whole: int = 0
     left_out: int = 0
@@ -262,6 +263,8 @@ def _written(
     notes = list(report.notes)
     if not changed:
         notes.append("nothing inside the backbone had changed: the adapter is its head alone")
+    elif report.form == "lora" and not factors:
+        notes.append("no matrix that LoRA can adapt had changed: the adapter holds whole tensors")
     error = math.sqrt(sum(part.error**2 for part in changed.values()))
     norm = math.sqrt(sum(part.norm**2 for part in changed.values()))
     lost = sorted(((part.share, name) for name, part in changed.items() if part.error), reverse=True)
@@ -275,10 +278,11 @@ def _written(
         "error": error / norm if norm else 0.0,
         "worst": worst,
     }
-    remake.compose(place, found, originals.folder, factors=factors, whole=whole, made=made, notes=notes)
+    written = remake.compose(place, found, originals.folder, factors=factors, whole=whole, made=made, notes=notes)
     kinds = [part.kind for part in parts.values()]
     report = replace(
         report,
+        strategy=written["strategy"]["name"],
         factors=len(factors),
         whole=kinds.count("whole"),
         left_out=kinds.count("left out"),
