@@ -19,14 +19,13 @@ from adapters.decomposition import Maps, Part, Size, brought, maps_of, refuse_ra
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
 from adapters.lowrank import Factors
 from adapters.manifest import MANIFEST, PACKED, WEIGHTS, fetch, is_packed, refuse_foreign
+from adapters.merge import BOUNDS
 from adapters.shards import remove
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMS = ("lora", "delta", "packed")
-BOUND = 1e-4  # share of the logits' spread by which an extraction that loses nothing may differ; four bits take more
-BOUND_PACKED = 1e-1
 WORST = 5  # modules that a report names
 
 
@@ -330,7 +329,7 @@ def _compared(
     if "skipped" in found:
         return replace(report, **found)
     found.pop("dtype")
-    bound = (BOUND_PACKED if packed else BOUND) * max(found["spread"], 1e-6)
+    bound = BOUNDS[backbone["dtype"]] * max(found["spread"], 1e-6)  # factors are rounded to the backbone's dtype
     if whole and not found["max_difference"] <= bound:  # so that a NaN is refused too
         raise NumbersError(
             message(

@@ -249,7 +249,8 @@ def test_checkpoints_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> No
     base.save_pretrained(tmp_path / "base")
     extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
     again = adapters.load(tmp_path / "out")
-    assert apart(net, again.model.float()) < 1e-5
+    limit = 1e-5 if again.model.dtype == torch.float32 else 5e-3  # factors on a bfloat16 backbone are bfloat16
+    assert apart(net, again.model.float()) < limit
 
 
 # ---------------------------------------------------------------------- deltas
@@ -287,9 +288,9 @@ def test_a_packed_delta_is_restored_bit_for_bit(tmp_path: Path, kind: str, strat
     for name in ("adapter_model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "delta" / name).read_bytes()
     assert (tmp_path / "again" / "adapter.json").read_bytes() == (tmp_path / "packed" / "adapter.json").read_bytes()
-    assert apart(adapters.load(tmp_path / "again").model, adapted.model) < 1e-6
+    limit = 1e-5 if dtype == "float32" else 0.05  # bfloat16 rounds what LoRA adds
+    assert apart(adapters.load(tmp_path / "again").model, adapted.model) < limit
     extracted(tmp_path / "packed", tmp_path / "lora")  # unpacked on the way
-    limit = 1e-5 if dtype == "float32" else 0.05
     assert apart(adapters.load(tmp_path / "lora").model, adapted.model) < limit
 
 
