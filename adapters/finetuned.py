@@ -64,6 +64,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
                 remedy="Give the checkpoint that the fine-tuning began with.",
             )
         )
+    remarks = _disagreements(wanted, found)
     for folder in (source, tuned):
         shards.read_directory(folder)  # pickles alone are refused here
     task = _task(tuned, found)
@@ -84,7 +85,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
     head = tuple(name for name in adapted.chosen if own_name(name) in adapted.head)
     with disk.writing(scratch):
         storage.write(dataclasses.replace(adapted, chosen=head or adapted.chosen[:1]), scratch)
-    return Changes(scratch, read_manifest(scratch), edits), _disagreements(wanted, found)
+    return Changes(scratch, read_manifest(scratch), edits), remarks
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -2,8 +2,8 @@
 
 Both were trained on banking77 by `benchmarks.parts`. For each rank: bytes of the weights, the share of the change that
 is lost, how far logits lie from the source's on test rows, how many answers agree, accuracy on the test rows, seconds
-of the extraction (without its logits check). Then the delta, and what packing it against the backbone saves; zlib on the
-weights file stands beside it. Last the rank of a LoRA adapter, changed here on its factors and by peft's
+of the extraction (without its logits check). Then the delta, and what packing it against the backbone saves; zlib on
+the weights file stands beside it. Last the rank of a LoRA adapter, changed here on its factors and by peft's
 `convert_to_lora`, which decomposes the whole matrices; both from imported libraries to a written folder, taking turns.
 
     python -m benchmarks.extracting            # about four minutes where the adapters are trained already
@@ -57,7 +57,7 @@ def ranks(strategy: str, wanted: Sequence[int | None], rows: Sequence[dict[str, 
     size = (source / WEIGHTS).stat().st_size
     yield f"{strategy} on {SET}: {size / 1e6:.2f} MB, accuracy {accuracy(source, rows):.1f} % on {len(rows)} test rows"
     yield ""
-    yield "| rank | MB | of the source | change lost | logits apart, of their spread | answers agree | accuracy | seconds |"
+    yield "| rank | MB | of the source | change lost | logits apart, of their spread | agree | accuracy | seconds |"
     yield "|---|---|---|---|---|---|---|---|"
     texts = [row["text"] for row in rows]
     for rank in wanted:

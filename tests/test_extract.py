@@ -147,7 +147,7 @@ def test_what_cannot_be_factors_can_be_left_out(tmp_path: Path) -> None:
     assert report.error > 0.01
     again = adapters.load(tmp_path / "out")
     assert {name.rpartition(".")[2] for name in again.trained if name not in again.head} == {"weight"}
-    assert 1e-5 < apart(again.model, adapted.model)
+    assert apart(again.model, adapted.model) > 1e-5
 
 
 def test_an_embedding_is_whole_or_low_rank_whichever_is_smaller(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_configs_that_differ_are_told_or_refused(tmp_path: Path) -> None:
     report = extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
     assert "rms_norm_eps 1e-06 -> 0.5" in report.notes[0]
     file.write_text(json.dumps(config | {"tie_word_embeddings": not config["tie_word_embeddings"]}))
-    with pytest.raises(adapters.AdaptersError, match="ties its embeddings|missing|not in"):
+    with pytest.raises(adapters.RequestError, match="ties its embeddings, the other does not"):
         extracted(tmp_path / "tuned", tmp_path / "out2", base=tmp_path / "base")
 
 
@@ -524,8 +524,8 @@ def test_a_full_disk_leaves_nothing_half_way(
     extracted(full, tmp_path / "new", form=form)
     total, flushes = flushes, 0
     shutil.rmtree(tmp_path / "new")
-    for bad in (1, total // 2, total - 1):
-        flushes = 0
+    for number in (1, total // 2, total - 1):
+        bad, flushes = number, 0
         with pytest.raises(adapters.DiskError, match=r"cannot be written.*out.*No space left"):
             extracted(full, tmp_path / "out", form=form)
         assert names(tmp_path) == ["out"]

@@ -21,9 +21,7 @@ def extract(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="The adapter folder to write.")],
     rank: Annotated[int | None, typer.Option(help="Of every matrix; left out: nothing is lost.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Instead: the share of each change to keep, such as 0.99.")
-    ] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead: the share of each change that is kept.")] = None,
     base: Annotated[str | None, typer.Option(help="The backbone's folder, where it is not the one named.")] = None,
     form: Annotated[str, typer.Option("--as", help="lora, delta, or packed.")] = "lora",
     only_factors: Annotated[bool, typer.Option("--only-factors", help="Leave out norms, biases, embeddings.")] = False,
@@ -59,9 +57,8 @@ def extract(
         f"{report.left_out} left out" if report.left_out else "",
         f"{report.unchanged} unchanged" if report.unchanged else "",
     ]
-    print(
-        f"written   {report.output}: {report.bytes / 1e6:.2f} MB of weights, the source has {report.source_bytes / 1e6:.2f}"
-    )
+    size, before = (f"{count / 1e6:.2f} MB" for count in (report.bytes, report.source_bytes))
+    print(f"written   {report.output}: {size} of weights; the source has {before}")
     if any(parts):
         print(f"tensors   {', '.join(filter(None, parts))}; strategy {report.strategy}")
         print(f"error     {100 * report.error:.2g} % of the change{_worst(report.worst)}")
