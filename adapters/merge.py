@@ -13,14 +13,14 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import disk, interrupts, parts, progress, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
-from adapters.changes import base_folder, edits_of
+from adapters.changes import Changes, base_folder, edits_of
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
@@ -184,18 +184,40 @@ def merge_on_disk(
     where = str(adapter)
     target = Path(out).expanduser()
     refuse_output(target)
-    _refuse_config(document, where)
     with single_threaded():
-        edits = edits_of(document, read_tensors(adapter, document), where)
+        found = Changes(adapter, document, edits_of(document, read_tensors(adapter, document), where))
+    return written(found, target, base=base, dtype=dtype, rows=rows, check_logits=check_logits)
+
+
+def written(
+    found: Changes,
+    target: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    merged: Sequence[str] = (),
+    rows: list[Any] | None = None,
+    check_logits: bool = True,
+) -> MergeReport:
+    """Write the backbone with edits in it; the output has been looked at.
+
+    Args:
+        found: the edits, and the adapter whose backbone, head, config and processor they go with.
+        target, base, dtype, rows, check_logits: as for `merge_on_disk`.
+        merged: digests of the adapters that the edits stand for; empty for that of the one adapter.
+    """
+    adapter, document = found.folder, found.document
+    where = str(adapter)
+    _refuse_config(document, where)
     source = base_folder(document, base, where)
     check_folder(source)
-    edits = parts.on_disk(edits, document, source)
+    edits = parts.on_disk(found.edits, document, source)
     shape = _shape_of(document, source, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
     with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
         place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
         verified = rewrite(place, steps, source, document, threads)
-        _write_config(place, source, adapter, document, dtype, shape)
+        _write_config(place, source, adapter, document, dtype, shape, merged or [document["digest"]])
         if shape.reason:
             facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)
             standalone.write(stage, adapter, document, facts)
@@ -320,7 +342,13 @@ def refuse_output(target: Path) -> None:
 
 
 def _write_config(
-    stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None, shape: _Shape
+    stage: Path,
+    source: Path,
+    adapter: Path,
+    document: Mapping[str, Any],
+    dtype: str | None,
+    shape: _Shape,
+    merged: Sequence[str],
 ) -> None:
     """config.json with the task's labels, the source's generation config, the adapter's processor files."""
     backbone = document["backbone"]
@@ -331,7 +359,7 @@ def _write_config(
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     config["architectures"] = [backbone["model_class"]]
-    config[MARK] = [*config.get(MARK, []), document["digest"]]
+    config[MARK] = [*config.get(MARK, []), *merged]
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
