@@ -40,6 +40,8 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "combine": "combine",
+    "CombineReport": "combine",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from adapters.adapt import disabled as disabled
     from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
+    from adapters.combine import CombineReport as CombineReport
+    from adapters.combine import combine as combine
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
