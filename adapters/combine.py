@@ -16,8 +16,9 @@ from adapters.changes import Changes
 from adapters.data import one
 from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.formats import arrange
+from adapters.gathering import opened
 from adapters.merge import refuse_output, written
-from adapters.mixture import Made, Mixture, opened
+from adapters.mixture import Made, Mixture
 from adapters.predict import evaluate
 from adapters.weighing import Tried, chosen, weighed
 

@@ -1,4 +1,4 @@
-"""Adapters that are to become one: read, held against each other, and computed at any weights.
+"""Adapters that are to become one, computed at any weights.
 
 Computed is on what training did to each tensor, whatever the strategy: a sum of low-rank updates stays factors,
 exactly; what is no update of a linear map becomes a whole tensor; what is dense in a linear map becomes factors where
@@ -8,25 +8,22 @@ that is exact and smaller, or where a rank is asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from adapters import lowrank
-from adapters.anatomy import LinearMap, linear_maps, own_name, owner
+from adapters import lowrank, shards
+from adapters.anatomy import LinearMap, own_name
 from adapters.arithmetic import Fused, Method, Term, mean, seeded
-from adapters.blueprint import drawn
-from adapters.changes import Changes, Originals, originals, read, refuse_apart
+from adapters.changes import Changes, Originals
 from adapters.edits import AddLowRank, Blend, Edit, MergeLayer, PutEntries, Replace
-from adapters.errors import RequestError, message
-from adapters.injection import candidates
 from adapters.lowrank import Factors, Fit
 from adapters.manifest import WEIGHTS
-from adapters.storage import task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.shards import Slot
 
 WEIGHT: Final = ".weight"
 
@@ -70,6 +67,7 @@ class Mixture:
         like: the one whose head, task and processor the result has.
         base: the backbone's values.
         maps: the linear maps that may hold factors, by path.
+        heads: tensors of a head that the backbone's checkpoint has and all of them trained on: name -> where it lies.
         method, density, scale, seed: of the arithmetic.
         kept: deltas and old values that were computed, where they are asked for again and again; None keeps none.
     """
@@ -78,6 +76,7 @@ class Mixture:
     like: Changes
     base: Originals
     maps: Mapping[str, LinearMap]
+    heads: Mapping[str, Slot]
     method: Method
     density: float
     scale: float
@@ -85,9 +84,22 @@ class Mixture:
     kept: dict[tuple[str, int], Tensor] | None = field(default=None, compare=False)
 
     @functools.cached_property
+    def changed(self) -> tuple[dict[str, Edit], ...]:
+        """Of each adapter, what it did to tensors that were there before."""
+        return tuple(
+            part.inside | {name: part.edits[name] for name in self.heads if name in part.head} for part in self.parts
+        )
+
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The backbone's tensors that any of them changes."""
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.inside))
+        """The tensors that any of them changes."""
+        return tuple(dict.fromkeys(name for edits in self.changed for name in edits))
+
+    @property
+    def brought(self) -> dict[str, Edit]:
+        """The head that the result has as one adapter brings it."""
+        own = self.like.head - set(self.heads)
+        return {name: edit for name, edit in self.like.edits.items() if name in own}
 
     @property
     def packed(self) -> bool:
@@ -105,9 +117,9 @@ class Mixture:
     def _edits(self, name: str, weights: Sequence[float], zeros: bool) -> list[tuple[int, float, Edit]]:
         """Of each adapter that changes a tensor: its number, its weight, what it does."""
         return [
-            (number, weight * self.scale, part.inside[name])
-            for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True))
-            if name in part.inside and (weight != 0 or zeros)
+            (number, weight * self.scale, edits[name])
+            for number, (edits, weight) in enumerate(zip(self.changed, weights, strict=True))
+            if name in edits and (weight != 0 or zeros)
         ]
 
     def _seed(self, number: int, name: str) -> int:
@@ -117,9 +129,10 @@ class Mixture:
 
     def edits(self, weights: Sequence[float]) -> dict[str, Edit]:
         """What the whole does to each tensor of the backbone, the head included; nothing is computed yet."""
-        head = {name: edit for name, edit in self.like.edits.items() if name in self.like.head}
         made = {name: self._edit(name, weights) for name in self.names}
-        return {name: edit for name, edit in made.items() if edit is not None} | head
+        for name in self.heads:  # a merge writes the head as the adapter brings it
+            made[name] = Replace(self._whole(name, weights, [], fixed=True))
+        return {name: edit for name, edit in made.items() if edit is not None} | self.brought
 
     def _edit(self, name: str, weights: Sequence[float], zeros: bool = False) -> Edit | None:
         found = self._edits(name, weights, zeros)
@@ -163,9 +176,9 @@ class Mixture:
             rank, energy: of the factors, as for `lowrank.reduced`; without them nothing is left out.
             fixed: the shapes do not hang on the weights, so that a live adapter can take one after the other.
         """
-        result = Made({}, {name: edit(None) for name, edit in self.like.edits.items() if name in self.like.head}, {})
+        result = Made({}, {name: edit(None) for name, edit in self.brought.items()}, {})
         for name in self.names:
-            found = self._edits(name, weights, fixed)
+            found = self._edits(name, weights, zeros=fixed or name in self.heads)
             if found:
                 self._make(result, name, weights, found, rank, energy, fixed)
         return result
@@ -217,7 +230,7 @@ class Mixture:
         """A tensor as it becomes, in the dtype that all adapters have it in; of one that only grew, its new entries."""
         import torch
 
-        edit = self._edit(name, weights, zeros=fixed)
+        edit = self._edit(name, weights, zeros=fixed or name in self.heads)
         if isinstance(edit, PutEntries):
             return edit.values
         assert edit is not None
@@ -254,11 +267,12 @@ class Mixture:
         return delta
 
     def _old(self, name: str) -> Tensor:
-        if self.kept is None:
-            return self.base.old(name)
-        if (name, -1) not in self.kept:
-            self.kept[name, -1] = self.base.old(name)
-        return self.kept[name, -1]
+        if self.kept is not None and (name, -1) in self.kept:
+            return self.kept[name, -1]
+        old = shards.read_tensor(self.heads[name]).float() if name in self.heads else self.base.old(name)
+        if self.kept is not None:
+            self.kept[name, -1] = old
+        return old
 
     def state(self, adapted: Any, made: Made) -> dict[str, Tensor]:
         """The tensors by their keys in the file of a live adapter that was loaded from tensors of these shapes."""
@@ -282,147 +296,3 @@ def _padded(pair: Factors, rank: int) -> Factors:
 
     more = rank - pair.rank
     return Factors(pad(pair.down, (0, 0, 0, more)), pad(pair.up, (0, more))) if more > 0 else pair
-
-
-# ---------------------------------------------------------------------- opening
-
-
-def opened(
-    folders: Sequence[str | Path],
-    *,
-    method: Method,
-    density: float,
-    scale: float,
-    seed: int,
-    head: str | Path | None = None,
-    base: str | Path | None = None,
-) -> Mixture:
-    """Read adapters and hold them against each other; only headers of the backbone are read.
-
-    Args:
-        folders: of the adapters.
-        method, density, scale, seed: of the arithmetic.
-        head: which of them gives the head, where several bring one.
-        base: the backbone's folder, where it is not the one that they name.
-
-    Raises:
-        FolderError: a damaged folder, or no adapter.
-        BackboneError: different backbones.
-        RequestError: two new heads, different added tokens or storage, a folder that holds its backbone, tensors that
-            the result's model class does not have.
-    """
-    parts = tuple(read(folder) for folder in folders)
-    for part in parts:
-        if part.document["backbone"].get("inside"):
-            raise RequestError(
-                message(
-                    "the folder holds its backbone inside: it is a merged model and no adapter beside one",
-                    where=str(part.folder),
-                    remedy="Give the adapter that it was merged from.",
-                )
-            )
-    like = _like(parts, folders, head)
-    others = [part for part in parts if part is not like]
-    refuse_apart(like, others)
-    _refuse_grown_apart(like, others)
-    names = {name: None for part in others for name in part.inside}
-    where = str(like.folder)
-    inside = Changes(like.folder, like.document, like.edits)
-    first = originals(inside, base)  # says what is wrong with the backbone's folder before anything else is asked of it
-    net = drawn(first.folder, task_of(like.document, where), like.document["backbone"]["load"])
-    known = {own_name(name) for name, _ in net.model.named_parameters()}
-    known |= {own_name(name) for name, _ in net.model.named_buffers()}
-    for part in others:
-        odd = sorted(set(part.inside) - known) + sorted(set(part.inside) & like.head)
-        if odd:
-            raise RequestError(
-                message(
-                    "an adapter changes tensors that the result's model class does not take from the backbone",
-                    where=str(part.folder),
-                    expected=f"tensors of {like.document['backbone']['model_class']}, the class of {like.folder}",
-                    found=", ".join(odd[:3]),
-                    remedy="Combine adapters of one model class, or name another head.",
-                )
-            )
-    values = originals(inside, base, also=[name for name in names if name not in like.edits])
-    return Mixture(parts, like, values, dict(_maps(net.model, parts, like.head)), method, density, scale, seed)
-
-
-def _maps(net: Any, parts: Sequence[Changes], head: frozenset[str]) -> Iterator[tuple[str, LinearMap]]:
-    """The linear maps inside the blocks, and whatever else low-rank updates stand beside."""
-    owners = {owner(name) for name in head}
-    yield from ((path, found) for path, found in linear_maps(net).items() if path not in owners)
-    known = candidates(net, head)
-    for part in parts:
-        for name, edit in part.inside.items():
-            path = name.removesuffix(WEIGHT)
-            if isinstance(edit, AddLowRank) and path in known:
-                yield path, known[path]
-
-
-def _like(parts: Sequence[Changes], folders: Sequence[str | Path], head: str | Path | None) -> Changes:
-    """The adapter whose head the result has.
-
-    Raises:
-        RequestError: several bring one, or the named one brings none.
-    """
-    bring = [part for part in parts if part.head]
-    if head is not None:
-        wanted = Path(head).expanduser()
-        by_path = [p for p, f in zip(parts, folders, strict=True) if str(f) == str(head) or _same(p.folder, wanted)]
-        found = by_path or [part for part in parts if part.folder.name == str(head)]
-        if len({part.folder for part in found}) != 1 or not found[0].head:
-            raise RequestError(
-                message(
-                    "no adapter of that name brings a head",
-                    where=f"head={str(head)!r}",
-                    expected=" or ".join(str(part.folder) for part in bring) or "none: no adapter brings one",
-                )
-            )
-        return found[0]
-    others = [part for part in bring[1:] if not _alike(bring[0], part)]
-    if others:
-        raise RequestError(
-            message(
-                "two adapters bring a new head each, which cannot be put together",
-                where=f"{bring[0].folder}, {others[0].folder}",
-                found=", ".join(sorted(bring[0].head)[:2]),
-                remedy=f"Say whose head to take: --head {bring[0].folder} (head=... in Python).",
-            )
-        )
-    return bring[0] if bring else parts[0]
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
-def _alike(one: Changes, other: Changes) -> bool:
-    """Whether two adapters have one head: the same task, and the same tensors bit for bit."""
-    import torch
-
-    if one.head != other.head or one.document["task"] != other.document["task"]:
-        return False
-    pairs = ((one.edits[name], other.edits[name]) for name in one.head)
-    return all(
-        isinstance(a, Replace) and isinstance(b, Replace) and a.new.shape == b.new.shape and torch.equal(a.new, b.new)
-        for a, b in pairs
-    )
-
-
-def _refuse_grown_apart(like: Changes, others: Sequence[Changes]) -> None:
-    """Where tokens were added, the same tensors must have trained whole, and the same ones in their new rows alone."""
-    for other in others:
-        mine, theirs = like.document["vocabulary"], other.document["vocabulary"]
-        if mine is None or theirs is None:
-            continue
-        inside = set(other.inside) | set(like.inside)
-        one, two = ({k: v for k, v in entry["whole"].items() if k in inside} for entry in (mine, theirs))
-        if one != two or mine["axes"] != theirs["axes"]:
-            raise RequestError(
-                message(
-                    "the added tokens' rows trained alone in one adapter, with all rows in the other",
-                    where=f"{like.folder}, {other.folder}",
-                    remedy="Combine adapters that were trained alike in this.",
-                )
-            )
