@@ -56,7 +56,7 @@ class Divergence(TrainerCallback):
             self._first = now if self._first != self._first else self._first
             self._best, self._best_step = now, state.global_step
             noise = NOISE * median(abs(after - before) for before, after in pairwise(self._losses))
-            self._apart = min(noise, LOST * abs(self._first))  # of a run that is lost from the start, noise says nothing
+            self._apart = min(noise, LOST * abs(self._first))  # where all is lost from the start, noise says nothing
         risen = now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first), self._apart)
         self._risen = self._risen + 1 if risen else 0
         if self._risen == HELD:
