@@ -137,8 +137,7 @@ def _like(
                 message(
                     "no adapter of that name brings a head",
                     where=f"head={str(head)!r}",
-                    expected=" or ".join(str(part.folder) for part in parts if part.head)
-                    or "none: no adapter brings one",
+                    expected=having or "none: no adapter brings one",
                 )
             )
         return found[0]
