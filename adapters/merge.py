@@ -13,17 +13,17 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import disk, interrupts, parts, progress, shards, standalone
+from adapters import disk, interrupts, marks, parts, places, progress, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
-from adapters.changes import base_folder, edits_of
+from adapters.changes import base_folder, streamed_edits
 from adapters.contracts import Adapted
 from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
-from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
+from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
 from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
@@ -44,7 +44,6 @@ BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 ROWS = 8  # rows of the logits check
 # Fields of the backbone's config that classes of answers, padding and added tokens set.
 CONFIG_FIELDS = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size"}
-MARK = "merged_adapters"  # config field that names what has been merged into a checkpoint
 
 
 @final
@@ -186,15 +185,18 @@ def merge_on_disk(
     refuse_output(target)
     _refuse_config(document, where)
     with single_threaded():
-        edits = edits_of(document, read_tensors(adapter, document), where)
+        edits, in_file = streamed_edits(document, adapter)
     source = base_folder(document, base, where)
     check_folder(source)
+    marks.refuse_marked(document, shards.read_json(source / "config.json", MAX_CONFIG), str(source))
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
     steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
     with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
         place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
         verified = rewrite(place, steps, source, document, threads)
+        if in_file:
+            refuse_changed(adapter, document)
         _write_config(place, source, adapter, document, dtype, shape)
         if shape.reason:
             facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)
@@ -302,21 +304,14 @@ def refuse_output(target: Path) -> None:
     Raises:
         FolderError: the folder holds something else, or is no folder.
     """
-    content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    ours = is_standalone(target)
-    if "config.json" in content:
-        with contextlib.suppress(FolderError):
-            ours = MARK in shards.read_json(target / "config.json", MAX_CONFIG)
-    if target.is_symlink() or (target.exists() and not target.is_dir()) or (content and not ours):
-        raise FolderError(
-            message(
-                "the output folder already holds something else",
-                where=str(target),
-                expected="a new or empty folder, or an earlier merge",
-                found=", ".join(content[:5]) or "not a folder",
-                remedy="Give another output.",
-            )
-        )
+
+    def ours(content: Sequence[str]) -> bool:
+        if "config.json" in content:
+            with contextlib.suppress(FolderError):
+                return marks.MARK in shards.read_json(target / "config.json", MAX_CONFIG)
+        return is_standalone(target)
+
+    places.refuse_taken(target, ours, "a new or empty folder, or an earlier merge")
 
 
 def _write_config(
@@ -331,7 +326,7 @@ def _write_config(
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     config["architectures"] = [backbone["model_class"]]
-    config[MARK] = [*config.get(MARK, []), document["digest"]]
+    config[marks.MARK] = [*marks.of(config), document["digest"]]
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

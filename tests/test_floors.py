@@ -12,6 +12,8 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "marks": 1,
+    "stored": 2,
     "journal": 1,
     "machine": 1,
     "charts": 0,
