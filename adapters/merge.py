@@ -10,21 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import disk, interrupts, marks, parts, places, progress, shards, standalone
+from adapters import disk, exactness, interrupts, marks, parts, places, requantize, shards, standalone
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.changes import base_folder, streamed_edits
 from adapters.contracts import Adapted
-from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
+from adapters.errors import FolderError, RequestError, message, nearest
+from adapters.exactness import BOUNDS as BOUNDS
+from adapters.exactness import Rounding
 from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
-from adapters.memory import free_memory
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import task_of
@@ -35,14 +33,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from adapters.edits import Edit
     from adapters.stream import Step
 
 logger = logging.getLogger(__name__)
 
-# How far merged logits may lie from adapted ones, as a share of the logits' spread, by the coarsest dtype at work.
-BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-ROWS = 8  # rows of the logits check
 # Fields of the backbone's config that classes of answers, padding and added tokens set.
+ONTO = ("training", "original")
 CONFIG_FIELDS = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size"}
 
 
@@ -60,6 +57,13 @@ class MergeReport:
         max_difference, mean_difference: between the logits of the merged and the adapted model, absolute.
         agreement: share of rows whose best answer is the same.
         spread: standard deviation of the adapted model's logits.
+        onto: "training" for the weights that the adapter was trained on, "original" for those of the checkpoint; they
+            differ where it was trained on packed weights. `base` says it in words.
+        quantization: the form that weights are packed into, or None; packed: how many are, kept: linear maps that are
+            not.
+        bound: the share of the spread that the difference had to keep; accepted: it did not, and that was accepted.
+        beside: where the merge is onto the original weights, max_difference and agreement of one onto the training
+            base.
         form: "plain" for a folder that transformers opens; "standalone" for a backbone with its head beside it, which
             `adapters.load` opens, because the head reads where the model class does not; `reason` says which.
         left_out: tensors of the backbone that are not in it, because they lie above the block that the head reads.
@@ -82,6 +86,14 @@ class MergeReport:
     form: str = "plain"
     reason: str = ""
     left_out: int = 0
+    onto: str = "training"
+    base: str = ""
+    quantization: str | None = None
+    packed: int = 0
+    kept: int = 0
+    bound: float | None = None
+    accepted: bool = False
+    beside: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -114,7 +126,8 @@ def merge(adapted: Adapted) -> PreTrainedModel:
                 "a merge into packed weights is lossy",
                 where=f"quantization {adapted.storage.quantization!r}",
                 remedy="Save the adapter and merge it into the full-precision backbone: "
-                "adapters.merge_on_disk(folder, output).",
+                f"adapters.merge_on_disk(folder, output), with quantization={adapted.storage.quantization!r} to have "
+                "it packed again, measured.",
             )
         )
     model = adapted.model
@@ -158,6 +171,9 @@ def merge_on_disk(
     dtype: str | None = None,
     rows: list[Any] | None = None,
     check_logits: bool = True,
+    quantization: str | None = None,
+    onto: str = "training",
+    accept: bool = False,
 ) -> MergeReport:
     """Write a plain transformers folder: the backbone with the adapter's edits in it.
 
@@ -168,16 +184,23 @@ def merge_on_disk(
         dtype: of the written tensors, e.g. "bfloat16"; None keeps each tensor's own.
         rows: raw rows of the task (or texts) for the logits check; None makes synthetic ones.
         check_logits: compare the logits of the merged and the adapted model in a child process.
+        quantization: "nf4", "fp4" or "int8" packs the merged weights, which rounds them; None leaves them whole.
+        onto: for an adapter that was trained on packed weights: "training" merges onto what the packing made of them,
+            "original" onto the checkpoint's own.
+        accept: go on where rounding that was asked for moves the logits further than the bound, or is not measured.
 
     Returns:
-        The report; its differences lie within the stated bound.
+        The report; its differences lie within the stated bound, or it says that they do not.
 
     Raises:
-        BackboneError: the base is not the adapter's backbone; nothing is left behind.
+        BackboneError: the base is not the adapter's backbone, or has this adapter in it; nothing is left behind.
         FolderError: a damaged folder, or an output that holds something else.
         NumbersError: the written model does not answer as the adapted one does.
+        RequestError: an unknown dtype, quantization or base; nothing to pack; a rounding that nobody measures.
     """
     _refuse_rows(rows)
+    requantize.refuse_unknown(quantization)
+    _refuse_onto(onto)
     adapter = fetch(folder)
     document = read_manifest(adapter)
     where = str(adapter)
@@ -191,30 +214,133 @@ def merge_on_disk(
     marks.refuse_marked(document, shards.read_json(source / "config.json", MAX_CONFIG), str(source))
     edits = parts.on_disk(edits, document, source)
     shape = _shape_of(document, source, where)
-    steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
-    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
-        place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
-        verified = rewrite(place, steps, source, document, threads)
+    if quantization is not None and shape.reason:
+        raise RequestError(
+            message(
+                "a backbone with its head beside it is not packed",
+                where=f"quantization={quantization!r}",
+                found=shape.reason,
+                remedy="Leave quantization out.",
+            )
+        )
+    trained_in = document["backbone"]["quantization"]
+    moved = trained_in if onto == "original" else None
+    job = _Job(adapter, document, edits, source, shape, dtype, quantization)
+    steps = job.steps(original=moved is not None)  # before anything is written: an unknown dtype, another backbone
+    like = next((step.dtype for step in steps if step.edit is not None), steps[0].dtype)
+    rounding = Rounding(like, quantization, moved)
+    if not check_logits:
+        exactness.refuse_blind(rounding, "check_logits=False", accept=accept)
+    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage:
+        report = job.write(stage, steps, str(target), onto, _base_of(trained_in, moved))
         if in_file:
             refuse_changed(adapter, document)
-        _write_config(place, source, adapter, document, dtype, shape)
-        if shape.reason:
-            facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)
-            standalone.write(stage, adapter, document, facts)
-        edited = [step for step in steps if step.edit is not None]
+        if not check_logits:
+            return report
+        skipped = exactness.too_large(max(document["backbone"]["bytes"], sum(step.nbytes for step in steps)))
+        if skipped:
+            exactness.refuse_blind(rounding, skipped, accept=accept)
+            return _replaced(report, skipped=skipped)
+        found = exactness.measured(adapter, stage, source, rows, str(target))
+        bound = exactness.refuse_far(found, rounding, str(target), accept=accept)
+        beside = _beside(job, stage, rows, str(target)) if moved is not None else None
+        return _replaced(
+            report,
+            logits_checked=True,
+            bound=rounding.bound(found.pop("dtype"))[0],
+            accepted=found["max_difference"] > bound,
+            beside=beside,
+            **found,
+        )
+
+
+def _refuse_onto(onto: str) -> None:
+    if onto not in ONTO:
+        raise RequestError(message(f"unknown base {onto!r}", where="onto", remedy=nearest(str(onto), ONTO)))
+
+
+def _base_of(trained_in: str | None, moved: str | None) -> str:
+    """The base of a merge in words."""
+    if trained_in is None:
+        return "the weights that the adapter was trained on, the checkpoint's own"
+    if moved is None:
+        return f"what {trained_in} made of the weights, on which the adapter was trained"
+    return f"the checkpoint's own weights; the adapter was trained on what {trained_in} made of them"
+
+
+def _beside(job: _Job, stage: Path, rows: list[Any] | None, output: str) -> dict[str, float]:
+    """How a merge onto the training base would answer: written beside, compared, and gone again."""
+    place = stage / ".training"
+    place.mkdir()
+    job.write(place, job.steps(original=False), output, "training", "")
+    found = exactness.measured(job.adapter, place, job.source, rows, output)
+    shards.remove(place)
+    return {name: found[name] for name in ("max_difference", "mean_difference", "agreement")}
+
+
+@final
+@dataclass(frozen=True)
+class _Job:
+    """One adapter on its way into one backbone.
+
+    Attributes:
+        adapter: its folder; document: its manifest.
+        edits: by names that the checkpoint knows.
+        source: the backbone's folder.
+        shape: in which form the merge is written.
+        dtype: of the written tensors, or None; quantization: the form that they are packed into, or None.
+    """
+
+    adapter: Path
+    document: Mapping[str, Any]
+    edits: Mapping[str, Edit]
+    source: Path
+    shape: _Shape
+    dtype: str | None
+    quantization: str | None
+
+    def steps(self, *, original: bool) -> list[Step]:
+        """The plan, onto the training base or the original one."""
+        slots = shards.read_directory(self.source)
+        left_out = self.shape.left_out
+        return plan(self.document, self.edits, slots, self.dtype, str(self.source), left_out, original=original)
+
+    def write(self, stage: Path, steps: list[Step], output: str, onto: str, base: str) -> MergeReport:
+        """Everything into an existing folder; what is packed is written whole before, in a folder in it."""
+        whole = stage / ".whole" if self.quantization is not None else stage
+        whole.mkdir(exist_ok=True)
+        with single_threaded() as threads:
+            place, written, head = (
+                (whole, steps, {}) if not self.shape.reason else _divided(whole, steps, self.document)
+            )
+            verified = rewrite(place, written, self.source, self.document, threads)
+            _write_config(place, self.source, self.adapter, self.document, self.dtype, self.shape)
+            if self.shape.reason:
+                prefix = self.document["backbone"]["fingerprint"]["prefix"]
+                facts = standalone.described(place, written, head, prefix, self.shape.task)
+                standalone.write(whole, self.adapter, self.document, facts)
+        edited = [step for step in written if step.edit is not None]
         report = MergeReport(
-            output=str(target),
-            tensors=len(steps),
+            output=output,
+            tensors=len(written),
             edited=len(edited),
             created=sum(step.source is None for step in edited),
-            bytes=sum(step.nbytes for step in steps),
-            dtype=edited[0].dtype if edited else steps[0].dtype,
+            bytes=sum(step.nbytes for step in written),
+            dtype=edited[0].dtype if edited else written[0].dtype,
             verified=verified,
-            form="standalone" if shape.reason else "plain",
-            reason=shape.reason,
-            left_out=len(shape.left_out),
+            form="standalone" if self.shape.reason else "plain",
+            reason=self.shape.reason,
+            left_out=len(self.shape.left_out),
+            onto=onto,
+            base=base,
+            quantization=self.quantization,
         )
-        return _with_fidelity(report, stage, adapter, source, document, rows) if check_logits else report
+        if self.quantization is None:
+            return report
+        packing = requantize.planned(whole, self.document["backbone"]["model_class"], self.quantization)
+        done = requantize.pack_folder(whole, stage, packing, report.dtype)
+        shards.remove(whole)
+        return _replaced(report, tensors=done.tensors, bytes=done.bytes, packed=done.packed, kept=done.kept)
 
 
 @final
@@ -341,48 +467,6 @@ def _write_config(
         if name not in skipped:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             shards.copy(adapter / name, stage / name)
-
-
-# ---------------------------------------------------------------------- fidelity
-
-
-def _with_fidelity(
-    report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
-) -> MergeReport:
-    """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = free_memory()
-    need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if need > free:
-        return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
-    request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(
-            message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
-        )
-    found = json.loads(child.stdout.strip().splitlines()[-1])
-    coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
-    bound = BOUNDS[coarsest] * max(found["spread"], 1e-6)
-    if not found["max_difference"] <= bound:  # so that a NaN is refused too
-        raise NumbersError(
-            message(
-                "the merged model does not answer as the adapted one does",
-                where=f"{report.output}, {ROWS} rows",
-                expected=f"logits within {bound:.2e} ({BOUNDS[coarsest]} of their spread, {coarsest})",
-                found=f"{found['max_difference']:.2e} apart",
-                remedy="Nothing was written. Merge with dtype='float32'.",
-            )
-        )
-    return _replaced(report, logits_checked=True, **found)
 
 
 def _replaced(report: MergeReport, **changes: Any) -> MergeReport:

@@ -13,6 +13,8 @@ ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
     "marks": 1,
+    "exactness": 2,
+    "requantize": 4,
     "stored": 2,
     "journal": 1,
     "machine": 1,
