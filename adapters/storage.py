@@ -214,7 +214,7 @@ def load(
         refuse_gone(document, str(folder))
     if verify != "off":
         place = type(base).__name__ if live_model(base) else str(base)
-        marks.refuse_marked(document, _config_at_hand(base, options), place)
+        marks.refuse_marked(document, (document["digest"],), _config_at_hand(base, options), place)
 
     def accept(strategy: Strategy, found: Fingerprint, trained: Mapping[str, tuple[int, ...]]) -> None:
         if facts.plain(facts.options_of(strategy)) != facts.plain(facts.options_of(saved_strategy)):

@@ -13,6 +13,7 @@ ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
     "marks": 1,
+    "deployment": 8,
     "exactness": 2,
     "requantize": 4,
     "stored": 2,
