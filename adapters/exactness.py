@@ -57,9 +57,7 @@ class Rounding:
     def remedy(self) -> str:
         """What to do where it is too far."""
         if self.packed is not None:
-            return (
-                "Nothing was written. Go on with accept=True (--accept), or leave quantization out: dtype='bfloat16'."
-            )
+            return "Nothing was written. Go on with accept=True (--accept), or merge into 16 bits: dtype='bfloat16'."
         if self.moved is not None:
             return "Nothing was written. Go on with accept=True (--accept), or merge onto the training base."
         if self.dtype in ("float16", "bfloat16"):

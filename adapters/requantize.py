@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+Entry = tuple[str, tuple[int, ...], int]  # what a header says of a tensor: dtype, shape, bytes
 FORMS = (*KINDS, "int8")
 # bitsandbytes' CPU kernel takes 4-bit weights only in such shapes, and dies of others: they stay as they are.
 OUTPUTS = 32
@@ -146,7 +147,7 @@ def pack_folder(folder: Path, out: Path, packing: Packing, dtype: str) -> Outcom
     total = 0
     with Job("packing", len(slots), "tensors") as job:
         for file, here in by_file.items():
-            entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+            entries: dict[str, Entry] = {}
             digests: dict[str, str] = {}
             for name, slot in here.items():
                 for part, found, content in _parts(name, slot, packing):
@@ -186,7 +187,7 @@ def _settings(packing: Packing, dtype: str) -> dict[str, Any]:
     return settings
 
 
-def _parts(name: str, slot: Slot, packing: Packing) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int], Any]]:
+def _parts(name: str, slot: Slot, packing: Packing) -> Iterator[tuple[str, Entry, Any]]:
     """A tensor of the checkpoint as it is written: name, what the header says of it, its bytes in pieces."""
     if name not in packing.weights:
         yield name, (slot.dtype, slot.shape, slot.nbytes), shards.read_bytes(slot)
@@ -234,25 +235,37 @@ def _digest(pieces: Any) -> str:
     return digest.hexdigest()
 
 
-def _write(
-    file: Path,
-    entries: Mapping[str, tuple[str, tuple[int, ...], int]],
-    here: Mapping[str, Slot],
-    packing: Packing,
-    job: Job,
-) -> None:
-    """One file: header, then every tensor, made a second time; what was made first is what it must read back as."""
-    with file.open("xb") as stream:
-        stream.write(shards.header_bytes(entries, {"format": "pt"}))
+def _write(file: Path, entries: Mapping[str, Entry], here: Mapping[str, Slot], packing: Packing, job: Job) -> None:
+    """One file: header, then every tensor, made a second time; what was made first is what it must read back as.
+
+    Wide values come first, so that each lies at a multiple of its width, as readers that map the file want it.
+    """
+    order = sorted(entries, key=lambda name: -shards.WIDTHS[entries[name][0]])
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        header = shards.header_bytes({name: entries[name] for name in order}, {"format": "pt"})
+        shards.write_at(handle, memoryview(header), 0)
+        os.ftruncate(handle, len(header) + sum(nbytes for _, _, nbytes in entries.values()))
+        slots = shards.read_header(file)[0]
         for name, slot in here.items():
-            for _, _, content in _parts(name, slot, packing):
+            for part, found, content in _parts(name, slot, packing):
+                if entries[part] != found:
+                    raise _otherwise(file, part)
+                position = slots[part].start
                 for piece in content:
-                    stream.write(piece)
+                    shards.write_at(handle, piece, position)
+                    position += len(piece)
             job.advance()
-        shards.flush(stream)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _read_back(file: Path, digests: Mapping[str, str]) -> None:
     for name, slot in shards.read_header(file)[0].items():
         if _digest(shards.read_bytes(slot)) != digests[name]:
-            raise NumbersError(message("a written tensor reads back otherwise", where=f"{file}: {name}"))
+            raise _otherwise(file, name)
+
+
+def _otherwise(file: Path, name: str) -> NumbersError:
+    return NumbersError(message("a written tensor reads back otherwise", where=f"{file}: {name}"))
