@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -39,20 +38,16 @@ class Stored:
         """All of it, float32."""
         return shards.read_tensor(self.slot).float()
 
-    def __getitem__(self, rows: slice | list[int]) -> Tensor:
-        """Some entries along the first axis, in the file's own dtype."""
+    def __getitem__(self, rows: slice | list[int]) -> Stored | Tensor:
+        """Some entries along the first axis: of a slice where they lie, of single ones their values."""
         import torch
 
         if isinstance(rows, list):
-            return torch.cat([self[row : row + 1] for row in rows]) if rows else self[0:0]
+            parts = [self[row : row + 1].float() for row in rows]
+            return torch.cat(parts) if parts else torch.empty((0, *self.slot.shape[1:]))
         start, stop, _ = rows.indices(self.slot.shape[0])
         entry = self.slot.shape[1:]
         width = math.prod(entry) * shards.WIDTHS[self.slot.dtype]
-        raw = torch.empty(max(0, stop - start) * width, dtype=torch.uint8)
-        handle = os.open(self.slot.file, os.O_RDONLY)
-        try:
-            shards.read_at(handle, memoryview(raw.numpy().data), self.slot.start + start * width, self.slot.file)
-        finally:
-            os.close(handle)
-        dtype: torch.dtype = getattr(torch, self.slot.dtype)
-        return raw.view(dtype).reshape(max(0, stop - start), *entry)
+        count = max(0, stop - start)
+        begin = self.slot.start + start * width
+        return Stored(Slot(self.slot.file, self.slot.dtype, (count, *entry), begin, count * width))
