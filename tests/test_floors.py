@@ -12,6 +12,11 @@ import adapters
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
     "errors": 0,
+    "marks": 1,
+    "deployment": 8,
+    "exactness": 2,
+    "requantize": 4,
+    "stored": 2,
     "journal": 1,
     "machine": 1,
     "charts": 0,
