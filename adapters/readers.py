@@ -47,6 +47,7 @@ class ExportOptions:
         dtype: of the written tensors: "float32", "float16", "bfloat16"; None for the target's own choice.
         rows: raw rows of the task on which answers are compared; None makes inputs at random.
         check: compare the answers of what was written with the adapted model's.
+        accept: go on where a lossy target changes more answers than its bound allows.
     """
 
     base: str | Path | None = None
@@ -55,6 +56,7 @@ class ExportOptions:
     dtype: str | None = None
     rows: Sequence[Any] | None = None
     check: bool = True
+    accept: bool = False
 
 
 @final
