@@ -45,6 +45,7 @@ class ExportOptions:
         rank: cut every update to this rank, at an error that is measured; None leaves out nothing.
         max_rank: the highest rank that the server is started for.
         dtype: of the written tensors: "float32", "float16", "bfloat16"; None for the target's own choice.
+        heads: the server takes an output layer called classifier or score beside the factors (newer vLLM).
         rows: raw rows of the task on which answers are compared; None makes inputs at random.
         check: compare the answers of what was written with the adapted model's.
         accept: go on where a lossy target changes more answers than its bound allows.
@@ -54,6 +55,7 @@ class ExportOptions:
     rank: int | None = None
     max_rank: int = 16
     dtype: str | None = None
+    heads: bool = False
     rows: Sequence[Any] | None = None
     check: bool = True
     accept: bool = False
