@@ -363,12 +363,11 @@ def _hushed() -> Iterator[None]:
 
 def _shrunk(stage: Path, external: bool) -> Session:
     """The graph of a folder in 8 bits, in its place."""
-    with progress.Job("rounding to 8 bits"):
-        with tempfile.TemporaryDirectory(dir=stage) as place:
-            old = Path(place)
-            for file in stage.glob(f"{GRAPH}*"):
-                file.rename(old / file.name)
-            quantised(old / GRAPH, stage / GRAPH, external=external)
+    with progress.Job("rounding to 8 bits"), tempfile.TemporaryDirectory(dir=stage) as place:
+        old = Path(place)
+        for file in stage.glob(f"{GRAPH}*"):
+            file.rename(old / file.name)
+        quantised(old / GRAPH, stage / GRAPH, external=external)
     return Session(stage / GRAPH)
 
 
@@ -409,7 +408,7 @@ def _compared(wanted: Sequence[Tensor], found: Sequence[Tensor], document: Mappi
 def _on_rows(
     adapted: Adapted, graph: Session, document: Mapping[str, Any], rows: Sequence[Any] | None, target: str
 ) -> tuple[Agreement | None, dict[str, dict[str, float]], int]:
-    """Model and graph on the same rows: how far they agree, the metrics of both where the rows have labels, the rows."""
+    """How far they agree on the same rows, the metrics of both where the rows have labels, how many rows."""
     if not rows:
         return None, {}, 0
     task, model, processor = adapted.task, adapted.model, adapted.processor
