@@ -48,6 +48,7 @@ class ExportOptions:
         heads: the server takes an output layer called classifier or score beside the factors (newer vLLM).
         rows: raw rows of the task on which answers are compared; None makes inputs at random.
         check: compare the answers of what was written with the adapted model's.
+        accept: go on where a lossy target changes more answers than its bound allows.
     """
 
     base: str | Path | None = None
@@ -57,6 +58,7 @@ class ExportOptions:
     heads: bool = False
     rows: Sequence[Any] | None = None
     check: bool = True
+    accept: bool = False
 
 
 @final
