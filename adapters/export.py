@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters import factorfiles
+from adapters import factorfiles, onnxfile
 from adapters.errors import RequestError, message, nearest
 from adapters.manifest import fetch
 from adapters.merge import merge_on_disk
@@ -28,6 +28,7 @@ def export(
     heads: bool = False,
     rows: Sequence[Any] | None = None,
     check: bool = True,
+    accept: bool = False,
 ) -> ExportReport:
     """Write an adapter for another program: linted first, rewritten where that is exact, refused where it is not.
 
@@ -42,6 +43,7 @@ def export(
         heads: the server takes output layers called classifier or score (newer vLLM).
         rows: raw rows of the task on which answers are compared; None makes inputs at random.
         check: compare the answers of what was written with the adapted model's, in a child process.
+        accept: go on where a lossy target changes more answers than its bound allows.
 
     Returns:
         The report; what was rewritten is in its findings.
@@ -54,7 +56,9 @@ def export(
         DiskError: the disk is full or fails; nothing is left behind.
     """
     exporter = TARGETS[_known(to)]
-    options = ExportOptions(base, rank, max_rank, dtype, heads, rows, check)
+    options = ExportOptions(
+        base=base, rank=rank, max_rank=max_rank, dtype=dtype, heads=heads, rows=rows, check=check, accept=accept
+    )
     report = exporter(fetch(folder), Path(out).expanduser(), options)
     for finding in report.findings:
         logger.info("%s", finding)
@@ -105,4 +109,9 @@ def _transformers(folder: Path, out: Path, options: ExportOptions) -> ExportRepo
 
 
 # The reader's name -> who writes for it: function(folder, out, options) -> ExportReport.
-TARGETS: dict[str, Exporter] = {**factorfiles.EXPORTERS, "transformers": _transformers}
+TARGETS: dict[str, Exporter] = {
+    **factorfiles.EXPORTERS,
+    "transformers": _transformers,
+    "onnx": onnxfile.export_onnx,
+    "int8": onnxfile.export_int8,
+}

@@ -11,7 +11,6 @@ import adapters
 
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
-    "readers": 1,
     "served": 2,
     "gguffile": 3,
     "updates": 9,

@@ -24,6 +24,12 @@ def export(
     heads: Annotated[
         bool, typer.Option("--heads", help="The server takes output layers called classifier or score (newer vLLM).")
     ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Rows on which answers are compared; left out: inputs at random.")
+    ] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Go on where a lossy target changes more answers than it may.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what the reader takes, and write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
