@@ -190,10 +190,26 @@ def test_trained_biases_and_norms_are_seen_before_anything_is_written(place: Pat
     for target in SERVERS:
         with pytest.raises(adapters.RequestError, match=r"whole tensors.*layernorm.*--to transformers"):
             adapters.export(norms, tmp_path / "out", to=target)
-    biases, _ = made(place, "gpt2", "ia3")  # known only when it is merged: ia3 scales biases
-    with pytest.raises(adapters.RequestError, match=r"whole tensors.*bias.*--to transformers"):
-        adapters.export(biases, tmp_path / "out", to="llama.cpp", rank=32)
-    assert [f.what for f in findings(biases, to="llama.cpp", rank=32) if f.done == REFUSED] == ["whole tensors"]
+
+
+def test_biases_that_only_a_merge_shows_are_refused(tmp_path: Path) -> None:
+    """ia3 scales the outputs of keys and values, their biases with them."""
+    net = tiny.backbone("gpt2", auto="AutoModelForCausalLM")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    net.save_pretrained(tmp_path / "base")
+    tiny.processor("gpt2").save_pretrained(tmp_path / "base")
+    adapted = adapters.adapt(str(tmp_path / "base"), "ia3", task="causal-lm")
+    tiny.shake(adapted)
+    folder = adapters.save(adapted, tmp_path / "adapter")
+    with pytest.raises(adapters.RequestError, match=r"whole tensors.*c_attn\.bias.*--to transformers"):
+        adapters.export(folder, tmp_path / "out", to="llama.cpp", rank=32)
+    assert [f.what for f in findings(folder, to="llama.cpp", rank=32) if f.done == REFUSED] == ["whole tensors"]
+    report = adapters.export(folder, tmp_path / "out", to="peft", rank=32)
+    assert report.compared
+    assert report.weight_error < 1e-6
 
 
 def test_tgi_gets_zeros_where_a_block_has_no_factors(place: Path, tmp_path: Path) -> None:
@@ -447,9 +463,12 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(
 
 
 def test_an_exported_peft_folder_opens_here_too(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     folder, logits = made(place, "llama", "rslora")
     adapters.export(folder, tmp_path / "out", to="vllm")
-    adapted = adapters.load(tmp_path / "out", str(place / "llama-causal-lm"), verify="off")
+    net = AutoModelForCausalLM.from_pretrained(place / "llama-causal-lm")
+    adapted = adapters.load(tmp_path / "out", net, verify="off")
     torch.testing.assert_close(tiny.logits(adapted.model, tiny.inputs(adapted.model)), logits, atol=1e-5, rtol=1e-4)
 
 
