@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.console import Folder, Json, out
+from adapters.console import Columns, Folder, Json, out, renamed, say
 from adapters.errors import RequestError, message
 from adapters.progress import Job
 
@@ -27,6 +27,7 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Rows on which answers are compared; left out: inputs at random.")
     ] = None,
+    columns: Columns = None,
     accept: Annotated[
         bool, typer.Option("--accept", help="Go on where a lossy target changes more answers than it may.")
     ] = False,
@@ -49,7 +50,9 @@ def export(
         return
     if output is None:
         raise RequestError(message("no folder to write", where="--output", remedy="Give -o FOLDER, or --check."))
-    report = exported(folder, output, to=to, **options)
+    if data is not None:
+        options["rows"] = _rows(folder, data, renamed(columns))
+    report = exported(folder, output, to=to, accept=accept, **options)
     if as_json:
         out(report.to_json())
         return
@@ -65,3 +68,13 @@ def export(
         print(f"answers   not compared: {report.skipped}")
     if report.next:
         print(f"next      {report.next}")
+
+
+def _rows(folder: str, data: str, columns: dict[str, str]) -> list[Any]:
+    """The rows on which answers are compared: the test part, where the data has parts."""
+    from adapters.manifest import fetch, read_manifest
+    from adapters.portions import labelled
+    from adapters.storage import task_of
+
+    _, rows = labelled(data, columns, task_of(read_manifest(fetch(folder)), folder), say)
+    return list(rows)
