@@ -30,7 +30,8 @@ def is_prepared(rows: Any) -> bool:
     return all(getattr(features.get(name), "dtype", None) == "int64" for name in ("row", "length"))
 
 
-def _prepared(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
+def prepared_rows(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
+    """Rows, raw or prepared, through the task's `prepare`; its remarks are said."""
     if is_prepared(source):
         rows: Dataset = source
         return rows
@@ -76,6 +77,28 @@ def _over_batches(
     return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
 
+def whole(adapted: Adapted, rows: Any) -> Any:
+    """Rows with columns; a bare value stands in the task's first one."""
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        return rows
+    first = next(iter(adapted.task.columns))
+    return [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
+
+
+def over_rows(
+    what: str, adapted: Adapted, rows: Dataset, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+) -> tuple[np.ndarray[Any, Any], ...]:
+    """What `act` gives for batches of prepared rows, in inference mode, in the order of the rows.
+
+    Args:
+        what: is done, for the line of progress.
+        adapted: whose task makes the batches.
+        rows: prepared.
+        act: gets a batch, its labels with it where the rows have them; its results have the rows first.
+    """
+    return _over_batches(what, adapted, rows, BATCH, act)
+
+
 def _array(part: Tensor) -> np.ndarray[Any, Any]:
     found: np.ndarray[Any, Any] = (part.float() if part.is_floating_point() else part).cpu().numpy()
     return found
@@ -119,12 +142,9 @@ def predict(
     Raises:
         DataError: a row that is not what the task takes, with its number.
     """
-    if isinstance(rows, Sequence) and not isinstance(rows, str):
-        first = next(iter(adapted.task.columns))
-        rows = [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
     if device is not None:
         adapted.model.to(device)  # type: ignore[arg-type]
-    prepared = _prepared(adapted, rows, labelled=False)
+    prepared = prepared_rows(adapted, whole(adapted, rows), labelled=False)
     task, model, processor = adapted.task, adapted.model, adapted.processor
 
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -170,7 +190,7 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
     """The same with what was measured of each row, so that more can be said of it without a second pass."""
     from adapters import readout
 
-    prepared = _prepared(adapted, dataset, labelled=True)
+    prepared = prepared_rows(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
     model, processor = adapted.model, adapted.processor
     total, items = 0.0, 0

@@ -11,6 +11,14 @@ import adapters
 
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
+    "served": 2,
+    "gguffile": 3,
+    "updates": 9,
+    "lint": 9,
+    "peftfolder": 10,
+    "readback": 10,
+    "factorfiles": 11,
+    "export": 12,
     "errors": 0,
     "marks": 1,
     "deployment": 8,
@@ -135,7 +143,12 @@ FLOORS = {
     "merge": 9,
     "lowrank": 1,
     "starts": 4,
+    "agreement": 1,
+    "sessions": 1,
+    "int8": 1,
+    "onnxfile": 10,
     "changes": 8,
+    "readers": 1,
     "remake": 9,
     "arithmetic": 2,
     "weighing": 1,
