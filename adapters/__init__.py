@@ -40,6 +40,8 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "export": "export",
+    "ExportReport": "readers",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from adapters.errors import NumbersError as NumbersError
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
+    from adapters.export import export as export
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.push import push as push
+    from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
     from adapters.storage import load as load

@@ -1,4 +1,4 @@
-"""Low-rank factors in llama.cpp's own file: which of its tensors a module is, and in which order its rows stand there."""
+"""Low-rank factors in llama.cpp's own file: which of its tensors a module is, and the order of its rows there."""
 
 from __future__ import annotations
 

@@ -27,15 +27,13 @@ MERGED = "Write the whole model: --to transformers."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_HEADS = ("classifier", "score")  # what newer versions take beside the factors
 # Language models of transformers for which vLLM's table of models has LoRA.
-VLLM_MODELS = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        "Apertus Arcee Cohere Cohere2 Cwm DeepseekV2 DeepseekV3 Ernie4_5 Ernie4_5_Moe Exaone4 FalconH1 Gemma Gemma2 "
-        "Gemma3 GPTBigCode Glm Glm4 Glm4Moe GptOss Granite GraniteMoe GraniteMoeHybrid GraniteMoeShared HunYuanDenseV1 "
-        "Lfm2 Llama Mistral Mixtral Nemotron OPT Olmo Olmo2 Olmo3 Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next "
-        "SeedOss SmolLM3 Starcoder2 VaultGemma"
-    ).split()
+_VLLM = (
+    "Apertus Arcee Cohere Cohere2 Cwm DeepseekV2 DeepseekV3 Ernie4_5 Ernie4_5_Moe Exaone4 FalconH1 Gemma Gemma2 "
+    "Gemma3 GPTBigCode Glm Glm4 Glm4Moe GptOss Granite GraniteMoe GraniteMoeHybrid GraniteMoeShared HunYuanDenseV1 "
+    "Lfm2 Llama Mistral Mixtral Nemotron OPT Olmo Olmo2 Olmo3 Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next "
+    "SeedOss SmolLM3 Starcoder2 VaultGemma"
 )
+VLLM_MODELS = frozenset(f"{name}ForCausalLM" for name in _VLLM.split())
 # Where TGI looks for factors: it asks for these names, and never for others.
 TGI_NAME = re.compile(
     r"model\.layers\.(?P<block>\d+)\."
@@ -68,14 +66,14 @@ def lint(changes: Changes, maps: Mapping[str, LinearMap], target: str, options: 
     if target not in FACTORS:
         return found
     low = {name.removesuffix(".weight"): edit for name, edit in changes.inside.items() if isinstance(edit, AddLowRank)}
-    full, beside = _divided(changes, maps)
+    full, beside = divided(changes, maps)
     if not low and not full:
         found.append(
             Finding(
                 "an adapter without low-rank factors",
                 f"strategy {changes.document['strategy']['name']!r}",
                 REFUSED,
-                f"{target} adds products of two factors to linear maps inside the blocks, and this adapter changes none",
+                f"{target} adds two factors' product to linear maps inside blocks, and this adapter changes none",
                 MERGED,
             )
         )
@@ -94,7 +92,7 @@ def native(changes: Changes, options: ExportOptions) -> bool:
     return "adapter_config.json" in changes.document["files"] and options.rank is None
 
 
-def _divided(changes: Changes, maps: Mapping[str, LinearMap]) -> tuple[dict[str, Edit], list[str]]:
+def divided(changes: Changes, maps: Mapping[str, LinearMap]) -> tuple[dict[str, Edit], list[str]]:
     """Linear maps changed by more than factors, by path; names of other tensors of the backbone that are replaced.
 
     Whether a peft layer changes its bias is known only when it is merged: `beside` is asked again then.
@@ -204,7 +202,9 @@ def _served_rank(rank: int, options: ExportOptions) -> list[Finding]:
     if rank <= options.max_rank:
         return []
     serving = next((size for size in VLLM_RANKS if size >= rank), None)
-    way = f"Serve it with --max-lora-rank {serving} and export it with --max-rank {serving}, or cut" if serving else "Cut"
+    way = (
+        f"Serve it with --max-lora-rank {serving} and export it with --max-rank {serving}, or cut" if serving else "Cut"
+    )
     return [
         Finding(
             "the rank",
@@ -234,7 +234,7 @@ def _scales(changes: Changes, low: Mapping[str, Edit], target: str) -> list[Find
 
 
 def _names(paths: Sequence[str], maps: Mapping[str, LinearMap], target: str) -> list[Finding]:
-    tables = [path for path in paths if path not in maps and path != "lm_head"]
+    tables = [path for path in paths if path not in maps]
     if target == TGI:
         return _tgi_names(paths, maps)
     if tables and target in (VLLM, LLAMA_CPP):

@@ -118,7 +118,7 @@ def refuse(findings: Sequence[Finding], target: str) -> None:
     refused = [finding for finding in findings if finding.done == REFUSED]
     if refused:
         raise RequestError(
-            *(message(f"{target} cannot take {f.what}", where=f.where, found=f.why, remedy=f.remedy) for f in refused)
+            *(message(f"{target} cannot take {f.what}: {f.why}", where=f.where, remedy=f.remedy) for f in refused)
         )
 
 

@@ -146,9 +146,7 @@ def gguf_package() -> Any:
         import gguf as package
     except ImportError as fault:
         raise MissingPackageError(
-            message(
-                "GGUF files need the package gguf", where="--to llama.cpp", remedy="pip install 'holdfast[gguf]'."
-            )
+            message("GGUF files need the package gguf", where="--to llama.cpp", remedy="pip install 'holdfast[gguf]'.")
         ) from fault
     return package
 

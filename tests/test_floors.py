@@ -11,6 +11,14 @@ import adapters
 
 ROOT = Path(adapters.__file__).parent
 FLOORS = {
+    "served": 2,
+    "gguffile": 3,
+    "updates": 9,
+    "lint": 9,
+    "peftfolder": 10,
+    "readback": 10,
+    "factorfiles": 11,
+    "export": 12,
     "errors": 0,
     "journal": 1,
     "machine": 1,
