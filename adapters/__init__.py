@@ -45,6 +45,7 @@ _HOMES = {
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from adapters.push import push as push
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

@@ -26,6 +26,7 @@ PUBLIC = {
     "Recipe",
     "RequestError",
     "STRATEGIES",
+    "Shared",
     "SpentError",
     "Strategy",
     "Sweep",
