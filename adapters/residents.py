@@ -91,7 +91,7 @@ class Residents:
     """All adapters of a live backbone.
 
     Args:
-        memory: bytes of their tensors in memory at most, as a number or with a unit; None for no bound.
+        memory: what their tensors take in memory at most, such as "200 MB"; None for no bound.
 
     Attributes:
         reads: how often an adapter came back from disk.
@@ -154,8 +154,8 @@ class Residents:
                 message(
                     "one adapter is larger than all may be",
                     where=f"{resident.name}: {resident.folder}",
-                    expected=f"memory of {resident.nbytes} bytes or more",
-                    found=f"memory={self.limit}",
+                    expected=f"at most {self.limit} bytes, as memory says",
+                    found=f"{resident.nbytes}",
                 )
             )
         held = resident.held or {}

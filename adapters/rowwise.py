@@ -1,7 +1,8 @@
 """Answers to rows of which each goes through its own adapter: prepared, put into shared passes, and back in order.
 
-Rows of one model class and head size share their passes. What is below the lowest module that any of a pass's adapters
-changes is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
+Rows of one model class share their passes; where their heads differ in size, or their tasks in what they ask, all blocks
+run once and what is above them once for each kind. What is below the lowest module that any of a pass's adapters changes
+is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adapters.errors import RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
 from adapters.predict import array, is_prepared, joined
-from adapters.prefix import Prefix, unpadded
+from adapters.prefix import Cut, Prefix, answering, unpadded
 from adapters.progress import Job
 from adapters.residents import Resident, Residents
 from adapters.states import States
@@ -93,7 +94,7 @@ def answers(
     for group in _grouped(range(len(given)), lambda number: _prepares(whose[number])).values():
         items += _prepared(group, given, whose)
     with Job("predicting", len(items), "rows") as job:
-        for alike in _grouped(items, lambda item: _shares(item.resident)).values():
+        for alike in _grouped(items, _joins).values():
             for portion in residents.portions(item.resident.name for item in alike):
                 inside = set(portion)
                 _passed(residents, use, [item for item in alike if item.resident.name in inside], batch_size, job)
@@ -130,8 +131,15 @@ def _prepares(resident: Resident) -> tuple[Any, ...]:
     return id(resident.trunk), id(resident.processor), _asks(resident.task)
 
 
-def _shares(resident: Resident) -> tuple[Any, ...]:
-    return (*_prepares(resident)[::2], resident.shape)
+def _joins(item: Item) -> tuple[Any, ...]:
+    """Rows that fit into one batch of the same model."""
+    resident = item.resident
+    return id(resident.trunk), type(resident.task), tuple(sorted(item.source.rows.column_names))
+
+
+def _answers(item: Item) -> tuple[Any, ...]:
+    """Rows whose answers are read off one pass: of heads of one size, asked the same."""
+    return item.resident.shape, _asks(item.resident.task)
 
 
 def _prepared(numbers: Sequence[int], given: Sequence[Any], whose: Sequence[Resident]) -> list[Item]:
@@ -160,7 +168,9 @@ def _content(value: Any) -> int:
     """A number that equal rows have in common; only the order of rows hangs on it."""
     if isinstance(value, list):
         return hash(tuple(value))
-    return hash(value) if isinstance(value, str) else id(next(iter(value.values()))) if value else id(value)
+    if isinstance(value, Mapping) and value:
+        return _content(next(iter(value.values())))
+    return hash(value) if isinstance(value, str) else id(value)
 
 
 def _made(resident: Resident, rows: Sequence[Any]) -> Dataset:
@@ -182,14 +192,18 @@ def _made(resident: Resident, rows: Sequence[Any]) -> Dataset:
 def _passed(
     residents: Residents, use: Callable[[str], Adapted], items: Sequence[Item], batch_size: int, job: Job
 ) -> None:
-    """What the model finds for rows of one model class and head size."""
+    """What the model finds for rows that fit into one batch."""
     trunk = items[0].resident.trunk
     names = list(dict.fromkeys(item.resident.name for item in items))
     ordered = sorted(items, key=lambda item: (-item.length, item.content))
     with residents.needed(names):
         _divide(trunk, ordered)
+        below = Below(trunk)
         sharing = [item for item in ordered if not item.resident.apart]
-        groups: list[tuple[Any, Sequence[Item]]] = [(Below(trunk), sharing)] if sharing else []
+        kinds = list(_grouped(sharing, _answers).values())
+        if len(kinds) > 1 and below.whole(_inputs(trunk, sharing[:2])):
+            kinds = [sharing]
+        groups: list[tuple[Any, Sequence[Item]]] = [(below, kind) for kind in kinds]
         apart = _grouped([item for item in ordered if item.resident.apart], lambda item: item.resident.name)
         groups += [(use(name).model, group) for name, group in apart.items()]
         for how, group in groups:
@@ -232,16 +246,28 @@ def _inputs(trunk: Trunk, items: Sequence[Item]) -> dict[str, Any]:
 
 def _pass(trunk: Trunk, how: Any, items: Sequence[Item]) -> None:
     """One batch; `how` is what is below the adapters, or the one adapter's own model."""
-    resident = items[0].resident
     inputs = _inputs(trunk, items)
-    with contextlib.ExitStack() as opened:
-        model = trunk.mixed if isinstance(how, Below) else how
-        opened.enter_context(evaluating(model))
-        opened.enter_context(torch.inference_mode())
-        if isinstance(how, Below):
-            opened.enter_context(trunk.choice.made([item.resident.name for item in items], keep=trunk.generates))
-            opened.enter_context(how.given(inputs, [item.resident for item in items]))
-        found = [array(part) for part in resident.task.answered(model, inputs, resident.processor)]
+    if not isinstance(how, Below):
+        with evaluating(how), torch.inference_mode():
+            _find(how, inputs, items)
+        return
+    names = [item.resident.name for item in items]
+    with evaluating(trunk.mixed), torch.inference_mode(), trunk.choice.made(names, keep=trunk.generates):
+        kinds = list(_grouped(range(len(items)), lambda row: _answers(items[row])).values())
+        with how.given(inputs, [item.resident for item in items]):
+            if len(kinds) == 1:
+                _find(trunk.mixed, inputs, items)
+                return
+            states = how.whole_states(inputs)
+        for rows in kinds:
+            own = some(inputs, rows)
+            with trunk.choice.made([names[row] for row in rows]), how.above(states[rows]):
+                _find(trunk.mixed, own, [items[row] for row in rows])
+
+
+def _find(model: Any, inputs: dict[str, Any], items: Sequence[Item]) -> None:
+    resident = items[0].resident
+    found = [array(part) for part in resident.task.answered(model, inputs, resident.processor)]
     for row, item in enumerate(items):
         item.found = tuple(part[row : row + 1] for part in found)
 
@@ -255,9 +281,29 @@ class Below:
 
     def __init__(self, trunk: Trunk) -> None:
         self.trunk = trunk
-        self.computed = 0  # rows
         self._prefix: Prefix | None = None
+        self._top: Prefix | None = None
         self._tried: dict[str, bool] = {}
+
+    # ------------------------------------------------------------------ all blocks at once, heads apart
+
+    def whole(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether all blocks can run for rows of several heads at once, tried on some rows."""
+        cut = None if self.trunk.generates or not unpadded(inputs) else self.trunk.cut([frozenset()])
+        self._top = Prefix(self.trunk.mixed, cut) if cut is not None and self._fits(cut, inputs) else None
+        return self._top is not None
+
+    def whole_states(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the last block gives, (rows, places, width)."""
+        assert self._top is not None
+        return self._top.run(inputs)
+
+    def above(self, states: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it a pass over these rows takes the states, and computes what is above."""
+        assert self._top is not None and self._top.form is not None
+        return answering(self._top.cut, self._top.form, states)
+
+    # ------------------------------------------------------------------ rows of the same content
 
     @contextlib.contextmanager
     def given(self, inputs: Mapping[str, Any], residents: Sequence[Resident]) -> Iterator[None]:
@@ -278,7 +324,6 @@ class Below:
         if fresh:
             with self.trunk.choice.made(()):
                 prefix.add(some(inputs, fresh))
-            self.computed += len(fresh)
         with prefix.given(inputs, keys):
             yield
 
@@ -291,13 +336,17 @@ class Below:
             return None
         if self._prefix is None or self._prefix.cut != cut:
             self._prefix = Prefix(trunk.mixed, cut)
+        return self._prefix if self._fits(cut, some(inputs, range(min(2, len(residents))))) else None
+
+    def _fits(self, cut: Cut, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model can be cut there: some rows give the same with and without."""
         if cut.path not in self._tried:
-            with trunk.choice.made(()):
-                fault = Prefix(trunk.mixed, cut).fault(some(inputs, range(min(2, len(residents)))))
+            with self.trunk.choice.made(()):
+                fault = Prefix(self.trunk.mixed, cut).fault(inputs)
             self._tried[cut.path] = not fault
             if fault:
                 logger.info("nothing is shared below %s: %s", cut.path, fault)
-        return self._prefix if self._tried[cut.path] else None
+        return self._tried[cut.path]
 
 
 def some(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Shared:
     Args:
         backbone: a folder, a hub id, or a live transformers model in eval mode, which stays as it is; or an `Adapted`,
             whose backbone is taken.
-        memory: what the adapters' tensors may take in memory, such as "200 MB" or a number of bytes; the others wait
-            on disk. None for no bound.
+        memory: what the adapters' tensors may take in memory, such as "200 MB" or a number of GB; the others wait on
+            disk. None for no bound.
         load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
         verify: "strict" compares every byte of the backbone with the recorded ones, "fast" samples of each tensor,
             "off" nothing.
@@ -188,9 +188,9 @@ class Shared:
                 )
             )
         trunk = residents[0].trunk
-        with self._residents.needed(names), evaluating(trunk.mixed), torch.inference_mode():
-            with trunk.choice.made(names, keep=trunk.generates):
-                yield trunk.mixed
+        open_now = self._residents.needed(names), trunk.choice.made(names, keep=trunk.generates)
+        with open_now[0], open_now[1], evaluating(trunk.mixed), torch.inference_mode():
+            yield trunk.mixed
 
     def predict(self, rows: Any, adapter: Sequence[str] | str, batch_size: int = BATCH) -> list[Any]:
         """What `adapters.predict(shared, rows, adapter=...)` answers."""
@@ -214,7 +214,9 @@ def _base_of(backbone: Any) -> Any:
         return _under(backbone)
     if isinstance(backbone, str | Path):
         return backbone
-    if not live_model(backbone):
+    from transformers import PreTrainedModel
+
+    if not isinstance(backbone, PreTrainedModel):
         raise RequestError(
             message(
                 "not a model",

@@ -277,7 +277,7 @@ def _owners(net: nn.Module) -> dict[str, list[tuple[str, str]]]:
 def _share(net: PreTrainedModel, names: Mapping[str, str], pool: dict[str, nn.Parameter]) -> None:
     """Hold the pool's tensor wherever it has the same values; what it lacks goes into it."""
     held: dict[int, list[tuple[nn.Module, str]]] = {}
-    for path, module in net.named_modules():
+    for module in net.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 held.setdefault(id(parameter), []).append((module, leaf))
