@@ -49,6 +49,7 @@ _HOMES = {
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

@@ -28,6 +28,7 @@ PUBLIC = {
     "Recipe",
     "RequestError",
     "STRATEGIES",
+    "Shared",
     "SpentError",
     "Strategy",
     "Sweep",
