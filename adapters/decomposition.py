@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
-from adapters import lowrank
-from adapters.changes import Changes, Held, Originals
+from adapters import lowrank, shards
+from adapters.changes import Changes, Originals
 from adapters.edits import AddLowRank, PutEntries, Replace
 from adapters.errors import NumbersError, RequestError, message
 from adapters.lowrank import Factors
+from adapters.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters.anatomy import LinearMap
-    from adapters.edits import Edit
+    from adapters.edits import Edit, Values
 
 
 @final
@@ -124,7 +125,7 @@ def brought(found: Changes) -> dict[str, Tensor]:
         if name in found.head:
             whole[name] = _new(edit, None)
         elif name in axes and isinstance(edit, PutEntries):
-            whole[name] = edit.values
+            whole[name] = _values(edit.values)
     return whole
 
 
@@ -162,11 +163,16 @@ def taken_apart(
 
 
 def _new(edit: Edit, old: Tensor | None) -> Tensor:
-    """The tensor after the edit; where it was replaced, as it lies in its file."""
+    """The tensor after the edit; where it was replaced, in its own dtype."""
     match edit:
-        case Replace(new) | Held(new=new) if old is None or new.shape == old.shape:
-            return new
+        case Replace(new) if old is None or new.shape == old.shape:
+            return _values(new)
     return edit(old)
+
+
+def _values(values: Values) -> Tensor:
+    """A tensor in memory, or read from its file."""
+    return shards.read_tensor(values.slot) if isinstance(values, Stored) else cast("Tensor", values)
 
 
 def _factored(matrix: Tensor, size: Size) -> lowrank.Fit:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import changes, disk, fidelity, finetuned, interrupts, lowrank, packing, progress, remake
+from adapters import changes, disk, exactness, finetuned, interrupts, lowrank, packing, progress, remake
 from adapters.changes import Changes
 from adapters.decomposition import Maps, Part, Size, brought, maps_of, refuse_rank, taken_apart
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
+from adapters.exactness import BOUNDS
 from adapters.lowrank import Factors
 from adapters.manifest import MANIFEST, PACKED, WEIGHTS, fetch, is_packed, refuse_foreign
-from adapters.merge import BOUNDS
 from adapters.shards import remove
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def extract(
     Source: the nearest matrix of a rank, Eckart and Young, 1936.
     """
     _check(form, rank, energy, only_factors)
-    fidelity.refuse_rows(rows)
+    exactness.refuse_rows(rows)
     target = Path(out).expanduser()
     _refuse_taken(target)
     source = _source(tuned, base)
@@ -317,17 +317,11 @@ def _compared(
     """The logits of source and result; where nothing was to be lost, they must be the same within the bound."""
     backbone = document["backbone"]
     packed = backbone["quantization"] is not None
-    request = {
-        "adapter": str(place),
-        "merged": str(source),
-        "base": str(base),
-        "rows": rows,
-        "dtype": None if packed else "float32",
-    }
     wide = 1 if backbone["dtype"] in ("float32", "float64") or packed else 2
-    found = fidelity.asked(request, 3 * wide * int(backbone["bytes"]), report.output)
-    if "skipped" in found:
-        return replace(report, **found)
+    skipped = exactness.too_large(wide * int(backbone["bytes"]))
+    if skipped:
+        return replace(report, skipped=skipped)
+    found = exactness.measured(place, source, base, rows, report.output, None if packed else "float32")
     found.pop("dtype")
     bound = BOUNDS[backbone["dtype"]] * max(found["spread"], 1e-6)  # factors are rounded to the backbone's dtype
     if whole and not found["max_difference"] <= bound:  # so that a NaN is refused too

@@ -1,7 +1,6 @@
 """Whether a folder answers as the adapted model does: outputs of both.
 
-A merged folder, or another adapter, is opened in a process of its own; a saved adapter on the frozen tensors of the
-live model.
+A merged folder is opened in a process of its own; a saved adapter on the frozen tensors of the live model.
 """
 
 from __future__ import annotations
@@ -10,80 +9,23 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from adapters import disk, progress
+from adapters import disk
 from adapters.checks import some
 from adapters.contracts import Adapted
-from adapters.errors import AdaptersError, ContractError, RequestError, message
+from adapters.errors import ContractError, message
 from adapters.manifest import MANIFEST, is_standalone
-from adapters.memory import free_memory
 from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
 FEW = 4  # rows on which a saved adapter is compared
 BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
-
-
-def refuse_rows(rows: list[Any] | None) -> None:
-    """The rows of the logits check go to another process as JSON.
-
-    Raises:
-        RequestError: they are no plain values.
-    """
-    try:
-        json.dumps(rows)
-    except TypeError as fault:
-        raise RequestError(
-            message(
-                "rows of the logits check that are no plain values",
-                where="rows",
-                expected="texts, numbers, paths",
-                found=fault,
-                remedy="Give pictures by their files.",
-            )
-        ) from fault
-
-
-def asked(request: Mapping[str, Any], need: int, where: str) -> dict[str, Any]:
-    """`compare` in a process of its own, where what it opens fits into memory.
-
-    Args:
-        request: its arguments.
-        need: bytes that it takes.
-        where: for messages.
-
-    Returns:
-        What it found, or {"skipped": why} where it does not fit.
-
-    Raises:
-        AdaptersError: the other process broke.
-    """
-    free = free_memory()
-    if need > free:
-        return {"skipped": f"the logits check needs about {need:,} bytes of memory, {free:,} are free"}
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-            input=json.dumps(dict(request)),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(message("the logits check broke", where=where, found=" ".join(child.stderr.split())[-500:]))
-    found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
-    return found
 
 
 def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype: str | None = None) -> dict[str, Any]:
@@ -103,13 +45,11 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype:
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
-        rows = list(noise(ROWS, adapted.model))
-    batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+    batches = inputs(adapted, rows)
+    own = str(adapted.model.dtype).removeprefix("torch.")
     if dtype is not None:
         adapted.model.to(getattr(torch, dtype))
     wanted = outputs(adapted.model, batches)
-    own = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
     if is_standalone(Path(merged)):
@@ -119,13 +59,26 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype:
     else:
         opened = auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
     found = outputs(opened if dtype is None else opened.to(getattr(torch, dtype)), batches)
+    return apart(wanted, found) | {"dtype": own}
+
+
+def inputs(adapted: Adapted, rows: list[Any] | None) -> list[dict[str, Any]]:
+    """Batches of these rows; of inputs at random where there are none."""
+    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
+        rows = list(noise(ROWS, adapted.model))
+    return _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+
+
+def apart(wanted: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
+    """Max and mean difference of two models' outputs, agreement of their best answers, spread of the first's."""
+    import torch
+
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
         "agreement": float(torch.cat([_agree(one, other) for one, other in zip(wanted, found, strict=True)]).mean()),
         "spread": float(torch.cat([one.flatten() for one in wanted]).std()),
-        "dtype": own,
     }
 
 

@@ -12,10 +12,13 @@ from adapters import disk, shards, storage
 from adapters.adapt import adapt, task_class
 from adapters.anatomy import backbone_state, own_name
 from adapters.backbones import MAX_CONFIG, PROCESSORS, check_folder, hushed, local_folder, open_processor
-from adapters.changes import Changes, Held
+from adapters.changes import Changes
+from adapters.edits import Replace
 from adapters.errors import BackboneError, FolderError, RequestError, message
 from adapters.fingerprint import disk_slots
 from adapters.manifest import read_manifest
+from adapters.marks import MARK
+from adapters.stored import Stored
 from adapters.tasks import task_of
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 INERT = frozenset(
     {
         *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-        *("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "finetuning_task", "merged_adapters"),
+        *("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "finetuning_task", MARK),
     }
 )
 
@@ -166,7 +169,7 @@ def _edits(adapted: Adapted, source: Path, tuned: Path) -> dict[str, Edit]:
                 remedy="Give the checkpoint that the fine-tuning began with.",
             )
         )
-    return {name: Held(theirs[name]) for name in state if name in trained}
+    return {name: Replace(Stored(theirs[name])) for name in state if name in trained}
 
 
 def _by_memory(net: PreTrainedModel, folder: Path) -> dict[str, shards.Slot]:

@@ -149,7 +149,8 @@ def _numbers(tensor: Tensor, old: Tensor | None) -> np.ndarray[Any, Any]:
     if old is None:
         return new
     difference = new - _signed(old.to(tensor.dtype))  # wraps, and wraps back
-    return np.bitwise_xor(difference << 1, difference >> (8 * difference.itemsize - 1))
+    numbers: np.ndarray[Any, Any] = np.bitwise_xor(difference << 1, difference >> (8 * difference.itemsize - 1))
+    return numbers
 
 
 def _signed(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ import torch
 from test_remake import adapter
 
 import adapters
-from adapters import fidelity, manifest, packing, shards
+from adapters import exactness, manifest, packing, shards
 
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
@@ -366,12 +366,12 @@ def test_logits_that_should_be_the_same_and_are_not_leave_nothing(
 ) -> None:
     _, folder = adapter(tmp_path, "bert", "full")
     found = {"max_difference": 0.5, "mean_difference": 0.1, "agreement": 1.0, "spread": 1.0, "dtype": "float32"}
-    monkeypatch.setattr(fidelity, "asked", lambda request, need, where: dict(found))
+    monkeypatch.setattr(exactness, "measured", lambda *_: dict(found))
     with pytest.raises(adapters.NumbersError, match="although nothing was left out"):
         adapters.extract(folder, tmp_path / "out")
     assert names(tmp_path) == ["adapter", "base"]
     assert adapters.extract(folder, tmp_path / "out", rank=2).max_difference == 0.5
-    monkeypatch.setattr(fidelity, "asked", lambda request, need, where: {"skipped": "no memory"})
+    monkeypatch.setattr(exactness, "too_large", lambda nbytes: "no memory")
     assert adapters.extract(folder, tmp_path / "out").skipped == "no memory"
 
 
