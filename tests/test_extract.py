@@ -282,7 +282,7 @@ def test_a_packed_delta_is_restored_bit_for_bit(tmp_path: Path, kind: str, strat
     adapted, folder = adapter(tmp_path, kind, strategy)
     extracted(folder, tmp_path / "delta", form="delta")
     extracted(folder, tmp_path / "packed", form="packed")
-    assert manifest.is_packed(tmp_path / "packed")
+    assert packing.is_packed(tmp_path / "packed")
     report = extracted(tmp_path / "packed", tmp_path / "again", form="delta")
     assert report.skipped == "every byte is the one that was packed"
     for name in ("adapter_model.safetensors", "tokenizer.json"):
