@@ -42,11 +42,14 @@ _HOMES = {
     "MergeReport": "merge",
     "combine": "combine",
     "CombineReport": "combine",
+    "export": "export",
+    "ExportReport": "readers",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from adapters.errors import NumbersError as NumbersError
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
+    from adapters.export import export as export
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
@@ -80,8 +84,10 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.push import push as push
+    from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

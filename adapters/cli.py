@@ -15,6 +15,7 @@ from adapters import console, interrupts, progress
 from adapters.commands.combine import combine
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
+from adapters.commands.export import export
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
@@ -66,6 +67,7 @@ for command in (  # in the order of the help
     report,
     merge,
     combine,
+    export,
     push,
     doctor,
 ):

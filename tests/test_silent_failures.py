@@ -35,7 +35,6 @@ QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "warmup_
 # Pains that need parts which are not built yet.
 LATER = {
     15: "shards of ZeRO and FSDP are gathered and read back by the multi-process run",
-    23: "files for servers are linted and rewritten by `export`",
 }
 
 
@@ -778,6 +777,56 @@ def test_pain_22_fp16_weights_that_train(base: str, tmp_path: Path) -> None:
         trainer_on(tmp_path, adapted).train()
     assert same(adapted.state(), start)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_pain_23_server_rejects_or_mis_scales_the_adapter(tmp_path: Path) -> None:
+    """Servers read peft's folder by rules of their own: older vLLM and TGI know no patterns, llama.cpp's converter
+    takes lora_alpha / r for rslora as well, TGI leaves out what it has no name for: the folder loads, and the update
+    is another. Others refuse it when it is deployed: a head, DoRA, a rank above 16."""
+    from adapters import readback, served
+
+    base = tiny.folder("llama", tmp_path / "base", auto="AutoModelForCausalLM")
+
+    def deployed(name: str, reader: Callable[[Path], Any], folder: Path) -> float:
+        """How far a server's logits lie from the adapted model's, as a share of their spread."""
+        net = AutoModelForCausalLM.from_pretrained(base)
+        readback.put(net, reader(folder).deltas, {})
+        wanted = tiny.logits(adapters.load(tmp_path / name).model)
+        return float((tiny.logits(net) - wanted).abs().max() / wanted.std())
+
+    def known(folder: Path) -> Any:
+        """What TGI makes of it."""
+        net = tiny.model("llama", auto="AutoModelForCausalLM")
+        return readback.seen("tgi", folder, net)
+
+    silent = {  # how it was trained, and who mis-reads the folder without a word
+        "rslora": ({"use_rslora": True}, served.converted),
+        "pattern": ({"alpha_pattern": {"q_proj": 64.0}}, served.vllm),
+        "blocks": ({"layers_to_transform": [1]}, known),
+    }
+    for name, (options, reader) in silent.items():
+        adapted = adapters.adapt(base, "lora", task="causal-lm", **options)
+        tiny.shake(adapted)
+        folder = adapters.save(adapted, tmp_path / name)
+        assert deployed(name, reader, folder) > 0.3
+        for target in ("vllm", "tgi"):
+            out = tmp_path / f"{name}-{target}"
+            adapters.export(folder, out, to=target, check=False)
+            theirs = known if target == "tgi" else served.vllm
+            assert deployed(name, theirs, out) < 1e-4
+            assert deployed(name, served.converted, out) < 1e-4  # llama.cpp's converter reads either rightly, too
+    refused = {
+        "dora": ({"use_dora": True}, "changes of full rank"),
+        "rank": ({"r": 32}, "--max-lora-rank 32"),
+        "norms": ({"unfrozen_parameters": ["norm"]}, "whole tensors"),
+        "tokens": ({"added_tokens": ["<a>"]}, "added tokens"),
+    }
+    for name, (options, said) in refused.items():
+        adapted = adapters.adapt(base, "lora", task="causal-lm", **options)
+        folder = adapters.save(adapted, tmp_path / name)
+        with pytest.raises(adapters.RequestError, match=said):
+            adapters.export(folder, tmp_path / "out", to="vllm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_pain_24_no_eval_loss_and_no_metrics(tmp_path: Path) -> None:
