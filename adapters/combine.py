@@ -225,7 +225,7 @@ def _itself(mix: Mixture, weights: Sequence[float], rank: int | None, energy: fl
 def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None) -> CombineReport:
     """Everything in the backbone, tensor by tensor."""
     found = Changes(mix.like.folder, mix.like.document, mix.edits(report.weights))
-    digests = [part.document["digest"] for part in mix.parts]
+    digests = list(dict.fromkeys(part.document["digest"] for part in mix.parts))
     done = written(found, target, base=mix.base.folder, dtype=dtype, merged=digests, check_logits=False)
     return CombineReport(**{**vars(report), "whole": done.edited, "parameters": done.edited, "bytes": done.bytes})
 
