@@ -295,7 +295,7 @@ def test_a_sum_is_cut_to_a_rank_and_says_what_it_lost(make: Make, tmp_path: Path
     report = adapters.combine(weights, tmp_path / "out", method="svd", head=next(iter(weights)), **size)
     exact = adapters.combine(weights, tmp_path / "exact", head=next(iter(weights)))
     assert exact.error == 0
-    assert exact.strategy == "freeze"
+    assert (exact.strategy, exact.dense) == ("freeze", 18)
     found, whole = changes.read(tmp_path / "out"), changes.read(tmp_path / "exact")
     base = changes.originals(whole)
     lost = norm = 0.0
@@ -763,6 +763,13 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert said.count("tried ") == 3
     assert said.count(" *\n") == 1
+    assert "18 of them are linear maps whose change is dense; --rank N" in said
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for part in ("train", "test"):
+        (parts / f"{part}.csv").write_text(rows.read_text())
+    with pytest.raises(adapters.RequestError, match=r"no part 'validation'.*test, train.*validation rows"):
+        command(f"{one}:0.6", "-o", tmp_path / "out", "--search", parts)
 
 
 @pytest.mark.parametrize("entry", ["a:b", "a:nan", ":0.5", "a:"])

@@ -41,11 +41,11 @@ def combine(
     pairs = [parted(entry) for entry in adapters]
     with Job("importing torch"):
         from adapters.combine import combine as combined
-        from adapters.portions import labelled
+        from adapters.portions import held_out
 
     rows: Any = None
     if search is not None:
-        part, rows = labelled(search, renamed(columns), _task([folder for folder, _ in pairs], head), say)
+        part, rows = held_out(search, renamed(columns), _task([folder for folder, _ in pairs], head), say)
         say(f"weights are looked for on {len(rows)} rows ({part})")
     report = combined(
         pairs,
@@ -83,6 +83,8 @@ def combine(
         print(f"next      transformers opens {Path(report.output).as_posix()!r} like any other model")
         return
     print(f"holds     {_holds(report)}: {report.parameters:,} parameters, {report.bytes / 1e6:.2f} MB")
+    if report.dense:
+        print(f"          {report.dense} of them are linear maps whose change is dense; --rank N cuts it to factors")
     if 0 < report.error < ROUNDING:
         print(f"error     none but rounding: {_share(report.error)} of the change")
     elif report.error:
