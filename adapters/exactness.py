@@ -59,6 +59,11 @@ class Rounding:
     @property
     def remedy(self) -> str:
         """What to do where it is too far."""
+        if self.again:
+            return (
+                "Nothing was written. What came out of 4 bits is rounded back to where it was: merge onto='original' "
+                "(--onto original), into dtype='bfloat16' or 'int8', or go on with accept=True (--accept)."
+            )
         if self.packed is not None:
             return "Nothing was written. Go on with accept=True (--accept), or merge into 16 bits: dtype='bfloat16'."
         if self.moved is not None:
