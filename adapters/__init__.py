@@ -40,6 +40,8 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "combine": "combine",
+    "CombineReport": "combine",
     "export": "export",
     "ExportReport": "readers",
     "plan": "plan",
@@ -47,6 +49,7 @@ _HOMES = {
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
     from adapters.adapt import disabled as disabled
     from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
+    from adapters.combine import CombineReport as CombineReport
+    from adapters.combine import combine as combine
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
     from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

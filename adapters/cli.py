@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from adapters import console, interrupts, progress
+from adapters.commands.combine import combine
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.export import export
@@ -65,6 +66,7 @@ for command in (  # in the order of the help
     inspect,
     report,
     merge,
+    combine,
     export,
     push,
     doctor,
