@@ -31,7 +31,7 @@ from adapters.lowrank import Factors
 from adapters.manifest import CARD
 from adapters.memory import free_memory
 from adapters.merge import BOUNDS
-from adapters.readers import Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
+from adapters.readers import REFUSED, Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.storage import task_of
 
 if TYPE_CHECKING:
