@@ -40,6 +40,8 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "extract": "extract",
+    "ExtractReport": "extract",
     "combine": "combine",
     "CombineReport": "combine",
     "export": "export",
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
     from adapters.export import export as export
+    from adapters.extract import ExtractReport as ExtractReport
+    from adapters.extract import extract as extract
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk

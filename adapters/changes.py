@@ -144,8 +144,8 @@ class Originals:
     steps: Mapping[str, Step]
     prints: Mapping[str, Any]
 
-    def old(self, name: str) -> Tensor:
-        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it lies in the checkpoint, in its own dtype.
 
         Raises:
             BackboneError: it is not the recorded backbone's.
@@ -157,7 +157,16 @@ class Originals:
         refuse_other(step, self.prints)
         tensor = shards.read_tensor(step.source)
         expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(tensor)))
-        match step.edit:
+        return tensor
+
+    def old(self, name: str) -> Tensor:
+        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        tensor = self.stored(name)
+        match self.steps[name].edit:
             case RoundTrip(kind, dtype, transposed, _):
                 return RoundTrip(kind, dtype, transposed)(tensor)
         return tensor.float()

@@ -16,6 +16,7 @@ from adapters.commands.combine import combine
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.export import export
+from adapters.commands.extract import extract
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
@@ -66,6 +67,7 @@ for command in (  # in the order of the help
     inspect,
     report,
     merge,
+    extract,
     combine,
     export,
     push,

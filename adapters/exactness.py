@@ -91,19 +91,45 @@ def refuse_blind(rounding: Rounding, why: str, *, accept: bool) -> None:
         )
 
 
+def refuse_rows(rows: list[Any] | None) -> None:
+    """The rows of the logits check go to another process as JSON.
+
+    Raises:
+        RequestError: they are no plain values.
+    """
+    try:
+        json.dumps(rows)
+    except TypeError as fault:
+        raise RequestError(
+            message(
+                "rows of the logits check that are no plain values",
+                where="rows",
+                expected="texts, numbers, paths",
+                found=fault,
+                remedy="Give pictures by their files.",
+            )
+        ) from fault
+
+
 def too_large(nbytes: int) -> str:
     """Why two models of this size cannot be compared here; empty where they can."""
     free, need = free_memory(), 3 * nbytes
     return f"the logits check needs about {need:,} bytes of memory, {free:,} are free" if need > free else ""
 
 
-def measured(adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str) -> dict[str, Any]:
+def measured(
+    adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, dtype: str | None = None
+) -> dict[str, Any]:
     """What `fidelity.compare` says of two folders, from a process of its own; the adapted model's dtype with it.
+
+    Args:
+        adapter, merged, base, rows, dtype: its arguments.
+        output: for messages.
 
     Raises:
         AdaptersError: that process broke.
     """
-    request = {"adapter": str(adapter), "merged": str(merged), "base": str(base), "rows": rows}
+    request = {"adapter": str(adapter), "merged": str(merged), "base": str(base), "rows": rows, "dtype": dtype}
     root = str(Path(__file__).resolve().parents[1])
     with progress.Job("comparing logits"):
         child = subprocess.run(

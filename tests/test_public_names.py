@@ -40,6 +40,8 @@ PUBLIC = {
     "combine",
     "disabled",
     "evaluate",
+    "ExtractReport",
+    "extract",
     "export",
     "load",
     "merge",
@@ -69,7 +71,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "extract", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)
