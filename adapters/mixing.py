@@ -208,7 +208,7 @@ class Mixed:
             for leaf in ("weight", "bias"):
                 own = module._parameters.get(leaf)
                 rows = [self.changes[n].whole.get(leaf, own) if n in self.changes else own for n in names]
-                found.append(None if own is None else torch.stack(rows))  # type: ignore[arg-type]
+                found.append(None if own is None else torch.stack(rows))
             return found
 
         scale, shift = self.choice.once(self, gathered)

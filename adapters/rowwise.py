@@ -1,8 +1,8 @@
 """Answers to rows of which each goes through its own adapter: prepared, put into shared passes, and back in order.
 
-Rows of one model class share their passes; where their heads differ in size, or their tasks in what they ask, all blocks
-run once and what is above them once for each kind. What is below the lowest module that any of a pass's adapters changes
-is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
+Rows of one model class share their passes; where their heads differ in size, or their tasks in what they ask, all
+blocks run once and what is above them once for each kind. What is below the lowest module that any of a pass's adapters
+changes is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
 """
 
 from __future__ import annotations
@@ -300,7 +300,8 @@ class Below:
 
     def above(self, states: Tensor) -> contextlib.AbstractContextManager[None]:
         """Within it a pass over these rows takes the states, and computes what is above."""
-        assert self._top is not None and self._top.form is not None
+        assert self._top is not None
+        assert self._top.form is not None
         return answering(self._top.cut, self._top.form, states)
 
     # ------------------------------------------------------------------ rows of the same content

@@ -170,8 +170,8 @@ class Shared:
         adapter's.
 
         Raises:
-            RequestError: unknown names; adapters that cannot share a pass: other model classes or head sizes, or tensors
-                that a pass uses for all rows at once.
+            RequestError: unknown names; adapters that cannot share a pass: other model classes or head sizes, or
+                tensors that a pass uses for all rows at once.
         """
         import torch
 

@@ -15,6 +15,7 @@ import torch
 import adapters
 from adapters import fingerprint
 from adapters.prefix import Prefix
+from adapters.rowwise import Below
 
 BOUND = 1e-5  # of the logits' spread, fp32
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,7 +159,8 @@ def test_the_backbone_is_as_it_was(made: Callable[[str], Made]) -> None:
     for net in (trunk.net, trunk.mixed):
         assert fingerprint.of_model(net, head).digest == before.digest
         assert not any("forward" in vars(module) for module in net.modules())
-    assert shared.names == () and shared.nbytes == 0
+    assert shared.names == ()
+    assert shared.nbytes == 0
 
 
 def test_tensors_are_shared_between_model_classes(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_tensors_are_shared_between_model_classes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- tasks, heads, generation
 
 
-def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path) -> None:
+def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Made(tmp_path, "bert")
     found.add("two", "lora", labels=["no", "yes"])
     found.add("three", "freeze", layers=1)
@@ -190,7 +192,11 @@ def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path) -> None:
     for name in names:
         shared.load(found.root / name)
     rows = rows_of("bert", 15)
+    blocks = []
+    whole = Below.whole_states
+    monkeypatch.setattr(Below, "whole_states", lambda self, given: blocks.append(len(given)) or whole(self, given))
     answers = adapters.predict(shared, rows, adapter=names * 3)
+    assert len(blocks) == 1  # all classifiers' rows in one pass of the blocks
     for place, name in enumerate(names * 3):
         agree([answers[place]], adapters.predict(found.alone(name), [rows[place]]))
     with (
@@ -410,7 +416,7 @@ def test_an_unknown_name(trio: tuple[adapters.Shared, Made]) -> None:
         lambda: shared.unload("lara"),
         lambda: adapters.predict(shared, ["a parcel"], adapter=["lara"]),
     ):
-        with pytest.raises(adapters.RequestError, match="unknown adapter 'lara'.*Did you mean 'lora'"):
+        with pytest.raises(adapters.RequestError, match=r"unknown adapter 'lara'.*Did you mean 'lora'"):
             act()
 
 
