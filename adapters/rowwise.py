@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adapters.data import one
-from adapters.errors import RequestError, message
+from adapters.errors import DataError, RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
 from adapters.predict import array, is_prepared, joined
@@ -145,7 +145,14 @@ def _answers(item: Item) -> tuple[Any, ...]:
 def _prepared(numbers: Sequence[int], given: Sequence[Any], whose: Sequence[Resident]) -> list[Item]:
     """Rows of adapters that prepare alike, prepared at once; adapter by adapter where rows do not stay apart."""
     first = whose[numbers[0]]
-    rows = _made(first, [given[number] for number in numbers])
+    try:
+        rows = _made(first, [given[number] for number in numbers])
+    except DataError as fault:
+        if len(numbers) == len(given):
+            raise
+        names = sorted({whose[number].name for number in numbers})
+        told = f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        raise DataError(f"{fault} Counted are the {len(numbers)} rows of {told}.") from fault
     if "example" in rows.column_names:
         places = [numbers[place] for place in rows["example"]]
     elif len(rows) == len(numbers):
@@ -252,7 +259,7 @@ def _pass(trunk: Trunk, how: Any, items: Sequence[Item]) -> None:
             _find(how, inputs, items)
         return
     names = [item.resident.name for item in items]
-    with evaluating(trunk.mixed), torch.inference_mode(), trunk.choice.made(names, keep=trunk.generates):
+    with evaluating(trunk.mixed), torch.inference_mode(), trunk.choice.made(names):
         kinds = list(_grouped(range(len(items)), lambda row: _answers(items[row])).values())
         with how.given(inputs, [item.resident for item in items]):
             if len(kinds) == 1:

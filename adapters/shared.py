@@ -188,7 +188,7 @@ class Shared:
                 )
             )
         trunk = residents[0].trunk
-        open_now = self._residents.needed(names), trunk.choice.made(names, keep=trunk.generates)
+        open_now = self._residents.needed(names), trunk.choice.made(names)
         with open_now[0], open_now[1], evaluating(trunk.mixed), torch.inference_mode():
             yield trunk.mixed
 

@@ -442,6 +442,39 @@ def test_one_adapter_has_nothing_to_choose(trio: tuple[adapters.Shared, Made]) -
 def test_bad_rows_are_named(trio: tuple[adapters.Shared, Made]) -> None:
     with pytest.raises(adapters.DataError, match="row 1"):
         adapters.predict(trio[0], ["a parcel", 7], adapter="lora")
+    with pytest.raises(adapters.RequestError, match="one adapter is evaluated at a time"):
+        adapters.evaluate(trio[0], tiny.rows(6))  # type: ignore[arg-type]
+
+
+def test_bad_rows_of_some_adapters_are_counted_among_theirs(tmp_path: Path) -> None:
+    found = Made(tmp_path, "bert")
+    found.add("texts", "lora")
+    found.add("tags", "probe", task="token-classification", labels=["O", "B-x"])
+    shared = adapters.Shared(found.base)
+    for name in ("texts", "tags"):
+        shared.load(found.root / name)
+    with pytest.raises(adapters.DataError, match=r"row 0.*Counted are the 1 rows of texts\."):
+        adapters.predict(shared, ["a parcel", 7], adapter=["tags", "texts"])
+
+
+def test_a_backbone_in_bfloat16(made: Callable[[str], Made]) -> None:
+    import transformers
+
+    found = made("llama")
+    shared = adapters.Shared(found.base, load={"dtype": "bfloat16"})
+    names = ["lora", "rslora", "freeze"]
+    alone = {}
+    for name in names:
+        shared.load(found.root / name)
+        auto: Any = transformers.AutoModelForSequenceClassification
+        live = auto.from_pretrained(found.base, num_labels=3, dtype=torch.bfloat16)
+        alone[name] = adapters.load(found.root / name, live).model
+    inputs = tiny.inputs(alone["lora"], 6)
+    with shared.mixed(names * 2) as model:
+        logits = model(**inputs).logits
+    for row, name in enumerate(names * 2):
+        own = tiny.logits(alone[name], {key: value[row : row + 1] for key, value in inputs.items()})
+        assert float((own[0] - logits[row]).abs().max()) <= 3e-2 * float(logits.float().std())
 
 
 def test_a_shared_adapter_is_only_read(trio: tuple[adapters.Shared, Made], tmp_path: Path) -> None:
