@@ -40,6 +40,10 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "combine": "combine",
+    "CombineReport": "combine",
+    "export": "export",
+    "ExportReport": "readers",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
     from adapters.adapt import disabled as disabled
     from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
+    from adapters.combine import CombineReport as CombineReport
+    from adapters.combine import combine as combine
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from adapters.errors import NumbersError as NumbersError
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
+    from adapters.export import export as export
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
     from adapters.push import push as push
+    from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
     from adapters.shared import Shared as Shared

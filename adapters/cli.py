@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import typer
 
 from adapters import console, interrupts, progress
+from adapters.commands.combine import combine
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
+from adapters.commands.export import export
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
@@ -64,6 +66,8 @@ for command in (  # in the order of the help
     inspect,
     report,
     merge,
+    combine,
+    export,
     push,
     doctor,
 ):

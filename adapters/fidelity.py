@@ -38,29 +38,38 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
         rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
             for an image processor).
     """
-    import torch
     import transformers
 
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
-        rows = list(noise(ROWS, adapted.model))
-    batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+    batches = inputs(adapted, rows)
     wanted = outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
     beside = is_standalone(Path(merged))
     opened = load(merged).model if beside else auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
-    found = outputs(opened, batches)
+    return apart(wanted, outputs(opened, batches)) | {"dtype": dtype}
+
+
+def inputs(adapted: Adapted, rows: list[Any] | None) -> list[dict[str, Any]]:
+    """Batches of these rows; of inputs at random where there are none."""
+    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
+        rows = list(noise(ROWS, adapted.model))
+    return _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+
+
+def apart(wanted: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
+    """Max and mean difference of two models' outputs, agreement of their best answers, spread of the first's."""
+    import torch
+
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
         "agreement": float(torch.cat([_agree(one, other) for one, other in zip(wanted, found, strict=True)]).mean()),
         "spread": float(torch.cat([one.flatten() for one in wanted]).std()),
-        "dtype": dtype,
     }
 
 

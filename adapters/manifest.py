@@ -23,6 +23,7 @@ RECIPE = "run.yaml"
 RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
+PIECE = 4 << 20  # bytes of a tensor at a time, where it stays in its file
 MAX_MANIFEST = 64 << 20  # bytes
 MAX_SETTINGS = 16 << 20  # bytes of any other JSON file but a vocabulary
 MAX_VOCABULARY = 1 << 30  # bytes of a tokenizer's own files
@@ -265,6 +266,15 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
     Raises:
         FolderError: missing or unexpected tensors, other shapes or dtypes, values that are not finite.
     """
+    return {name: finite_tensor(slot, name) for name, slot in read_slots(folder, document).items()}
+
+
+def read_slots(folder: Path, document: Mapping[str, Any]) -> dict[str, shards.Slot]:
+    """Where the trained tensors of a verified folder lie, exactly those of the manifest.
+
+    Raises:
+        FolderError: missing or unexpected tensors, other shapes or dtypes.
+    """
     slots, _ = shards.read_header(folder / WEIGHTS)
     odd = sorted(set(slots) ^ set(document["tensors"]))
     if odd:
@@ -275,7 +285,6 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
                 found=", ".join(odd[:3]),
             )
         )
-    tensors = {}
     for name, entry in document["tensors"].items():
         slot = slots[name]
         if list(slot.shape) != entry["shape"] or slot.dtype != entry["dtype"]:
@@ -287,8 +296,7 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
                     found=f"{slot.dtype} {list(slot.shape)}",
                 )
             )
-        tensors[name] = finite_tensor(slot, name)
-    return tensors
+    return {name: slots[name] for name in document["tensors"]}
 
 
 def finite_tensor(slot: shards.Slot, name: str) -> Tensor:
@@ -301,8 +309,48 @@ def finite_tensor(slot: shards.Slot, name: str) -> Tensor:
 
     tensor = shards.read_tensor(slot)
     if not bool(torch.isfinite(tensor).all()):
-        raise FolderError(message("a tensor with values that are not finite", where=f"{slot.file}: {name}"))
+        raise _not_finite(slot, name)
     return tensor
+
+
+def refuse_infinite(slot: shards.Slot, name: str) -> None:
+    """The same for a tensor that is to stay in its file: a piece at a time.
+
+    Raises:
+        FolderError: values that are not finite.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, slot.dtype)
+    if not dtype.is_floating_point:
+        return
+    raw = torch.empty(min(PIECE, slot.nbytes), dtype=torch.uint8)  # a power of two: no value is divided
+    view = memoryview(raw.numpy().data)
+    with slot.file.open("rb", buffering=0) as stream:
+        for start in range(0, slot.nbytes, PIECE):
+            length = min(PIECE, slot.nbytes - start)
+            shards.read_at(stream.fileno(), view[:length], slot.start + start, slot.file)
+            if not bool(torch.isfinite(raw[:length].view(dtype)).all()):
+                raise _not_finite(slot, name)
+
+
+def _not_finite(slot: shards.Slot, name: str) -> FolderError:
+    return FolderError(message("a tensor with values that are not finite", where=f"{slot.file}: {name}"))
+
+
+def refuse_changed(folder: Path, document: Mapping[str, Any]) -> None:
+    """The weights file is still the one that was verified, after tensors were read from it one by one.
+
+    Raises:
+        FolderError: it was changed meanwhile.
+    """
+    file = folder / WEIGHTS
+    if shards.sha256(file) != document["files"][WEIGHTS]["sha256"]:
+        raise FolderError(
+            message(
+                "a file was changed while it was read", where=str(file), remedy="Try again when nobody writes there."
+            )
+        )
 
 
 def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where: str) -> None:

@@ -77,6 +77,28 @@ def _over_batches(
     return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
 
+def whole(adapted: Adapted, rows: Any) -> Any:
+    """Rows with columns; a bare value stands in the task's first one."""
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        return rows
+    first = next(iter(adapted.task.columns))
+    return [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
+
+
+def over_rows(
+    what: str, adapted: Adapted, rows: Dataset, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+) -> tuple[np.ndarray[Any, Any], ...]:
+    """What `act` gives for batches of prepared rows, in inference mode, in the order of the rows.
+
+    Args:
+        what: is done, for the line of progress.
+        adapted: whose task makes the batches.
+        rows: prepared.
+        act: gets a batch, its labels with it where the rows have them; its results have the rows first.
+    """
+    return _over_batches(what, adapted, rows, BATCH, act)
+
+
 def array(part: Tensor) -> np.ndarray[Any, Any]:
     """A tensor as numbers on the CPU, at least in float32."""
     found: np.ndarray[Any, Any] = (part.float() if part.is_floating_point() else part).cpu().numpy()
@@ -126,12 +148,9 @@ def predict(
     """
     if isinstance(adapted, Mixing) or adapter is not None:
         return _mixed(adapted, rows, adapter, batch_size, device)
-    if isinstance(rows, Sequence) and not isinstance(rows, str):
-        first = next(iter(adapted.task.columns))
-        rows = [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
     if device is not None:
         adapted.model.to(device)  # type: ignore[arg-type]
-    prepared = prepared_rows(adapted, rows, labelled=False)
+    prepared = prepared_rows(adapted, whole(adapted, rows), labelled=False)
     task, model, processor = adapted.task, adapted.model, adapted.processor
 
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, pooling, progress, shards
+from adapters import bare, disk, facts, marks, pooling, progress, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
-from adapters.backbones import PROCESSORS, live_model, open_processor
+from adapters.backbones import MAX_CONFIG, PROCESSORS, live_model, local_folder, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
 from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
@@ -212,6 +212,9 @@ def load(
         )
     if model is None:
         refuse_gone(document, str(folder))
+    if verify != "off":
+        place = type(base).__name__ if live_model(base) else str(base)
+        marks.refuse_marked(document, (document["digest"],), _config_at_hand(base, options), place)
 
     accept = acceptance(document, str(folder), tensors, saved_strategy, vocabulary, verified=verify != "off")
     from adapters.fingerprint import Fingerprint
@@ -247,6 +250,18 @@ def load(
         adapted.record.notes += [note] if note not in adapted.record.notes else []
         logger.warning(note)
     return adapted
+
+
+def _config_at_hand(base: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a backbone: a live model's, or the file of one that lies on this machine."""
+    if live_model(base):
+        found: Mapping[str, Any] = base.config.to_dict()
+        return found
+    place = local_folder(str(base), options) if isinstance(base, str | Path) else None
+    if place is None or not (place / "config.json").is_file():
+        return {}
+    config = shards.read_json(place / "config.json", MAX_CONFIG)
+    return config if isinstance(config, dict) else {}
 
 
 def acceptance(
