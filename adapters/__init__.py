@@ -40,6 +40,10 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "inspect": "profile",
+    "Profile": "profile",
+    "diff": "diff",
+    "Difference": "diff",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
@@ -59,6 +63,8 @@ if TYPE_CHECKING:
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
+    from adapters.diff import Difference as Difference
+    from adapters.diff import diff as diff
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
     from adapters.errors import ContractError as ContractError
@@ -75,6 +81,8 @@ if TYPE_CHECKING:
     from adapters.plan import plan as plan
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
+    from adapters.profile import Profile as Profile
+    from adapters.profile import inspect as inspect
     from adapters.push import push as push
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from adapters import console, interrupts, progress
+from adapters.commands.diff import diff
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.init import init
@@ -62,6 +63,7 @@ for command in (  # in the order of the help
     evaluate,
     predict,
     inspect,
+    diff,
     report,
     merge,
     push,

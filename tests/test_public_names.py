@@ -17,12 +17,14 @@ PUBLIC = {
     "BackboneError",
     "ContractError",
     "DataError",
+    "Difference",
     "DiskError",
     "FolderError",
     "MergeReport",
     "MissingPackageError",
     "NumbersError",
     "Plan",
+    "Profile",
     "Recipe",
     "RequestError",
     "STRATEGIES",
@@ -34,8 +36,10 @@ PUBLIC = {
     "Trainer",
     "__version__",
     "adapt",
+    "diff",
     "disabled",
     "evaluate",
+    "inspect",
     "load",
     "merge",
     "merge_on_disk",
@@ -64,7 +68,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "diff", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)
