@@ -15,6 +15,7 @@ from adapters.changes import Changes, Originals, unlike
 from adapters.edits import AddLowRank, Edit, Replace
 from adapters.errors import RequestError, message
 from adapters.ledger import Entry
+from adapters.lowrank import Factors
 from adapters.profile import (
     Place,
     aligned,
@@ -31,8 +32,6 @@ from adapters.progress import Job
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from adapters.lowrank import Factors
 
 logger = logging.getLogger(__name__)
 
@@ -353,10 +352,7 @@ def _delta(name: str, edit: Edit, base: Originals | None, *, new: bool) -> Tenso
 def _dense(one: Tensor, two: Tensor) -> tuple[float, float | None]:
     """Norm of the difference and cosine of two tensors."""
     a, b = norm_of(one), norm_of(two)
-    inner = sum(
-        float(x.double() @ y.double())
-        for x, y in zip(one.flatten().split(1 << 22), two.flatten().split(1 << 22), strict=True)
-    )
+    inner = float((one.double() * two.double()).sum())
     return norm_of(one.double() - two.double()), _cosine(inner, a, b)
 
 
@@ -366,13 +362,17 @@ def _cosine(inner: float, a: float, b: float) -> float | None:
 
 def _low_rank(name: str, place: Place, one: Factors, two: Factors) -> Compared:
     """Two low-rank changes by their factors: no product is formed."""
+    import torch
+
     left_a, values_a, right_a = lowrank.turned(one)
     left_b, values_b, right_b = lowrank.turned(two)
     a, b = float(values_a.norm()), float(values_b.norm())
     if one.shape != two.shape:
         return Compared(name, place, "both", a, b, None, None)
     inner = float(((one.up.T @ two.up) * (one.down @ two.down.T)).sum())
-    apart = lowrank.turned(lowrank.Factors(_cat(one.down, two.down), _cat(one.up.T, -two.up.T).T))[1]
+    alike = one.up.equal(two.up) and one.down.equal(two.down)
+    both = Factors(torch.cat([one.down, two.down]), torch.cat([one.up, -two.up], dim=1))
+    apart = lowrank.turned(both)[1]
     ranks = tuple(lowrank.rank_of(values, max(one.shape)) for values in (values_a, values_b))
     overlap = None
     if min(ranks):
@@ -385,13 +385,7 @@ def _low_rank(name: str, place: Place, one: Factors, two: Factors) -> Compared:
             max(i, j) / features,
             max(i, j) / out,
         )
-    return Compared(name, place, "both", a, b, float(apart.norm()), _cosine(inner, a, b), overlap)
-
-
-def _cat(one: Tensor, two: Tensor) -> Tensor:
-    import torch
-
-    return torch.cat([one, two])
+    return Compared(name, place, "both", a, b, 0.0 if alike else float(apart.norm()), _cosine(inner, a, b), overlap)
 
 
 # ---------------------------------------------------------------------- together

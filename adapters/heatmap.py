@@ -36,7 +36,9 @@ class Scale:
 
     def text(self, value: float) -> str:
         """A number as a cell shows it."""
-        return f"{100 * value:.2g}" if self.percent else f"{value:.2f}"
+        if not self.percent:
+            return f"{value:.2f}"
+        return f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.2g}"
 
 
 def check(file: str | Path) -> Path:
@@ -118,7 +120,7 @@ def draw(
         axes[-1].tick_params(length=0, labelsize=8)
         hidden = len(beside) - len(outside)
         axes[-1].set_title("outside the blocks" + (f", {hidden} more not shown" if hidden else ""), fontsize=8)
-    key = figure.colorbar(image, ax=list(axes), shrink=0.6, pad=0.02)
+    key = figure.colorbar(image, ax=list(axes), shrink=0.6, pad=0.02, aspect=20 if len(blocks) <= WRITTEN else 40)
     key.set_label(scale.name, fontsize=8)
     key.ax.tick_params(labelsize=8)
     if scale.percent:

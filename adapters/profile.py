@@ -234,9 +234,9 @@ def grouped(members: Iterable[Changed], name: Callable[[Changed], str]) -> list[
     return [gathered(key, found) for key, found in groups.items()]
 
 
-def order_of(place: Place) -> tuple[bool, str, int]:
-    """Blocks from the bottom, stack by stack; what stands outside last."""
-    return place.block is None, place.stack, place.block or 0
+def order_of(place: Place) -> tuple[bool, bool, str, int]:
+    """Blocks from the bottom, a decoder's above its encoder's; what stands outside last."""
+    return place.block is None, "decoder" in place.stack, place.stack, place.block or 0
 
 
 def block_name(place: Place) -> str:
@@ -390,7 +390,7 @@ def _rounding(old: Tensor, delta: Tensor) -> float:
     if delta.ndim < 2:
         return 0.0
     rows, columns = delta.shape[0], delta[0].numel()
-    return torch.finfo(torch.float32).eps * norm_of(old) * (rows**-0.5 + columns**-0.5)
+    return float(torch.finfo(torch.float32).eps * norm_of(old) * (rows**-0.5 + columns**-0.5))
 
 
 def spectrum_of(delta: Tensor, noise: float = 0.0) -> Spectrum | None:
@@ -414,7 +414,10 @@ def spectrum_of(delta: Tensor, noise: float = 0.0) -> Spectrum | None:
         return Spectrum(spectral, None, (norm / spectral) ** 2 if spectral else 0.0, None)
     if matrix.numel() > SQUARED:
         wide = matrix if matrix.shape[0] == short else matrix.T
-        gram = sum(part.double() @ part.double().T for part in wide.split(1 << 14, dim=1))
+        gram = torch.zeros(short, short, dtype=torch.float64)
+        for begin in range(0, long, 1 << 14):
+            part = wide[:, begin : begin + (1 << 14)].double()
+            gram.addmm_(part, part.T)
         values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
         noise = max(noise, float(values[0]) * torch.finfo(torch.float64).eps ** 0.5 * long**0.5)
     else:
