@@ -38,7 +38,7 @@ class Scale:
         """A number as a cell shows it."""
         if not self.percent:
             return f"{value:.2f}"
-        return f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.2g}"
+        return f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.1f}" if value >= 0.01 else f"{100 * value:.2g}"
 
 
 def check(file: str | Path) -> Path:
