@@ -528,6 +528,13 @@ def test_a_loss_that_rises_for_good_is_said_once() -> None:
     assert len(say_of([1.0] * 20 + [1.5] * 20)) == 1
 
 
+def test_small_losses_that_differ_as_they_did_at_first_are_no_divergence() -> None:
+    begun_solved = [0.05, 0.3] * 8
+    assert say_of([*begun_solved, *([0.12, 0.25, 0.26] * 20)]) == []
+    assert len(say_of([*begun_solved, *([0.9, 1.1] * 20)])) == 1
+    assert len(say_of([*begun_solved[:-1], 9.0, *([0.9, 1.1] * 20)])) == 1  # a bad batch hides nothing
+
+
 def test_divergence_is_in_the_record(tmp_path: Path) -> None:
     adapted = adapted_on("full")
     args = {"learning_rate": 3.0, "max_steps": 40, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
