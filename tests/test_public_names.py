@@ -75,8 +75,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "extract", "merge", "predict"])
-@pytest.mark.parametrize("name", ["adapt", "diff", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "combine", "diff", "export", "extract", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)
