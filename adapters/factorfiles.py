@@ -31,7 +31,7 @@ from adapters.lowrank import Factors
 from adapters.manifest import CARD
 from adapters.memory import free_memory
 from adapters.merge import BOUNDS
-from adapters.readers import Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
+from adapters.readers import REFUSED, Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.storage import task_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def findings(folder: Path, target: str, options: ExportOptions) -> list[Finding]
     net = _drawn(found, options)
     maps = linear_maps(net.model)
     first = lint.lint(found, maps, target, options)
-    refused = any(finding.done == lint.REFUSED for finding in first)
+    refused = any(finding.done == REFUSED for finding in first)
     if refused or target not in lint.FACTORS or _whole(found, target, options):
         return first
     what = updates.updates(found, changes.originals(found, options.base), maps, options.rank)
