@@ -106,6 +106,12 @@ class Mixture:
         """Whether the backbone's linear maps are kept in 4 bits: beside them stand factors only."""
         return bool(self.like.document["backbone"]["packed"])
 
+    @functools.cached_property
+    def dtype(self) -> str:
+        """Of the adapters' own tensors, where all are of one."""
+        kinds = {entry["dtype"] for part in self.parts for entry in part.document["tensors"].values()}
+        return str(kinds.pop()) if len(kinds) == 1 else "float32"
+
     def paths(self) -> list[str]:
         """The linear maps that any of them changes."""
         return [path for name in self.names if (path := self._path(name)) is not None]
@@ -141,7 +147,7 @@ class Mixture:
         entries = self._added(name)
         if entries is not None and name in self.like.document["vocabulary"]["axes"]:
             puts = [edit for _, _, edit in found if isinstance(edit, PutEntries)]
-            values = mean([weight for _, weight, _ in found], [edit.values for edit in puts])
+            values = mean([weight for _, weight, _ in found], [edit.values.float() for edit in puts])
             return PutEntries(puts[0].ids, values, puts[0].axis, puts[0].size)
         if self.method.sums and entries is None:
             return Blend([(weight, edit) for _, weight, edit in found])
@@ -239,11 +245,10 @@ class Mixture:
 
         edit = self._edit(name, weights, zeros=fixed or name in self.heads)
         if isinstance(edit, PutEntries):
-            return edit.values
+            return edit.values.float()
         assert edit is not None
-        kinds = {entry.new.dtype for entry in edits if isinstance(entry, Replace)}
-        whole = all(isinstance(entry, Replace) for entry in edits) and len(kinds) == 1
-        return edit(self._old(name)).to(kinds.pop() if whole else torch.float32)
+        whole = all(isinstance(entry, Replace) for entry in edits)
+        return edit(self._old(name)).to(getattr(torch, self.dtype) if whole else torch.float32)
 
     def _delta(self, name: str, weights: Sequence[float], found: list[tuple[int, float, Edit]]) -> Tensor | None:
         """What all add to a tensor; None where each leaves it as it is (a bias of a layer that DoRA adapts)."""
