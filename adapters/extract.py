@@ -19,7 +19,8 @@ from adapters.decomposition import Maps, Part, Size, brought, maps_of, refuse_ra
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
 from adapters.exactness import BOUNDS
 from adapters.lowrank import Factors
-from adapters.manifest import MANIFEST, PACKED, WEIGHTS, fetch, is_packed, refuse_foreign
+from adapters.manifest import MANIFEST, PACKED, WEIGHTS, fetch, refuse_foreign
+from adapters.packing import is_packed
 from adapters.shards import remove
 
 if TYPE_CHECKING:

@@ -97,11 +97,6 @@ def read_manifest(folder: Path, *, packed: bool = False) -> dict[str, Any]:
     return document
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether a folder is an adapter whose weights were packed against its backbone."""
-    return (folder / PACKED).is_file() and (folder / MANIFEST).is_file() and not (folder / WEIGHTS).exists()
-
-
 def seal(folder: Path, document: dict[str, Any]) -> None:
     """Write the manifest of a folder whose other files are all there, with their digests and its own; read it back.
 
@@ -125,7 +120,7 @@ def _check_files(folder: Path, document: Mapping[str, Any], left_out: Collection
         if name in left_out:
             continue
         if not file.is_file():
-            remedy = "The adapter is packed: `adapters extract` unpacks it." if is_packed(folder) else ""
+            remedy = "The adapter is packed: `adapters extract` unpacks it." if (folder / PACKED).is_file() else ""
             raise FolderError(message("a file is missing", where=str(file), remedy=remedy))
         size = file.stat().st_size
         if size != entry["size"]:

@@ -17,7 +17,7 @@ from adapters import changes, progress, shards
 from adapters.changes import Changes, Originals
 from adapters.edits import Replace
 from adapters.errors import BackboneError, FolderError, message
-from adapters.manifest import MANIFEST, PACKED, WEIGHTS, is_packed, read_manifest
+from adapters.manifest import MANIFEST, PACKED, WEIGHTS, read_manifest
 from adapters.storage import strategy_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 LEVEL = 6  # of zlib; 9 takes four times as long for less than one percent
 HEADER = "header"  # the weights file's own header, to the byte
 FORM = "1"
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is an adapter whose weights were packed against its backbone."""
+    return (folder / PACKED).is_file() and (folder / MANIFEST).is_file() and not (folder / WEIGHTS).exists()
 
 
 def pack(folder: Path, place: Path, base: str | Path | None = None) -> None:

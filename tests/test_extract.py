@@ -282,7 +282,7 @@ def test_a_packed_delta_is_restored_bit_for_bit(tmp_path: Path, kind: str, strat
     adapted, folder = adapter(tmp_path, kind, strategy)
     extracted(folder, tmp_path / "delta", form="delta")
     extracted(folder, tmp_path / "packed", form="packed")
-    assert manifest.is_packed(tmp_path / "packed")
+    assert packing.is_packed(tmp_path / "packed")
     report = extracted(tmp_path / "packed", tmp_path / "again", form="delta")
     assert report.skipped == "every byte is the one that was packed"
     for name in ("adapter_model.safetensors", "tokenizer.json"):
@@ -530,3 +530,43 @@ def test_a_full_disk_leaves_nothing_half_way(
             extracted(full, tmp_path / "out", form=form)
         assert names(tmp_path) == ["out"]
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_takes_adapters_and_pairs_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from adapters.cli import app
+
+    asked: list[Any] = []
+
+    def measured(*arguments: Any) -> dict[str, Any]:
+        asked.append(arguments[3])
+        return {"max_difference": 0.0, "mean_difference": 0.0, "agreement": 1.0, "spread": 1.0, "dtype": "float32"}
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["extract", *map(str, arguments)])
+
+    monkeypatch.setattr(exactness, "measured", measured)
+    checkpoints(tmp_path, "bert")
+    base, tuned, out = (tmp_path / name for name in ("base", "tuned", "out"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"review": row["text"]}) for row in tiny.rows(70)))
+    done = run(base, tuned, "-o", out, "--rank", 4, "--data", rows, "--column", "text=review")
+    assert done.exit_code == 0, done.output
+    assert "21 as factors, rank 4, 34 whole; strategy lora" in done.stdout
+    assert "error     " in done.stdout
+    assert "answers   agree on 100 %" in done.stdout
+    assert len(asked[0]) == 64
+    assert set(asked[0][0]) == {"text"}
+    done = run(tuned, "--base", base, "-o", tmp_path / "packed", "--as", "packed", "--json")
+    assert json.loads(done.stdout)["form"] == "packed"
+    done = run(tmp_path / "packed", "-o", tmp_path / "delta", "--as", "delta")
+    assert "not compared: every byte is the one that was packed" in done.stdout
+    done = run(out, "-o", tmp_path / "less", "--energy", 0.5, "--only-factors")
+    assert "22 as factors" in done.stdout  # half of two rows of token types is one direction
+    assert "33 left out" in done.stdout
+    with pytest.raises(adapters.RequestError, match="too many folders"):
+        raise run(base, tuned, "-o", out, "--base", base).exception
