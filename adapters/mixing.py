@@ -78,7 +78,7 @@ class Choice:
             self.names, self._seen, self._kept = before
 
     def gathered(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives; kept from the second pass on (generation goes token by token), so that one holds little."""
+        """What `make` gives; kept from the second pass on (generation goes token by token): one pass needs little."""
         if key in self._kept:
             return self._kept[key]
         made = make()

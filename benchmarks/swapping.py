@@ -84,7 +84,7 @@ def whose(size: int, count: int, adapters: int) -> list[list[str]]:
 
 Pass = Callable[[list[dict[str, Any]], list[str]], Any]  # batches of the same adapters, one after the other
 
-STEPS = 16  # tokens of a row that go one at a time
+STEPS = 8  # tokens of a row that go one at a time
 WHOLE, STEP = "sentences", "one at a time"
 
 
@@ -165,15 +165,16 @@ def timed(
     took: dict[tuple[str, int, int, str], list[float]] = {}
     for size in sizes:
         whole = [[batch] for batch in batches(size, passes)]
-        steps = [[_token(batch[0], place) for place in range(STEPS)] for batch in whole]
+        steps = [[_token(batch[0], place) for place in range(STEPS)] for batch in whole[:1]]
         for turn, (tokens, given) in itertools.product(range(rounds + 1), ((WHOLE, whole), (STEP, steps))):
             for way, count in plan(counts):
                 begin = time.perf_counter()
-                for batch, own in zip(given, whose(size, passes, count), strict=True):
+                for batch, own in zip(given, whose(size, len(given), count), strict=True):
                     runs[way](batch, own)
                 if turn:  # the first round warms up
                     took.setdefault((way, count, size, tokens), []).append(time.perf_counter() - begin)
-    speed = [[*cell, cell[2] * passes / median(seconds)] for cell, seconds in took.items()]
+    counted = {WHOLE: passes, STEP: 1}  # batches
+    speed = [[*cell, cell[2] * counted[cell[3]] / median(seconds)] for cell, seconds in took.items()]
     return {"opened": opened, "speed": speed, "gap": gap_of(runs[OURS], made), "machine": harness.machine("cpu")}
 
 
@@ -258,7 +259,7 @@ def main() -> None:
     opened = ", ".join(f"{way} {seconds:.1f} s" for way, seconds in told["opened"].items())
     print(
         f"\nOpening all adapters: {opened}. Mixed logits differ from each adapter's own by at most {told['gap']:.1e} "
-        "of their spread. The peak is that of a process with the larger batch and nothing else. One at a time: rows that took "
+        "of their spread. The peak is that of a process with the larger batch and nothing else. One at a time: rows of "
         f"{STEPS} tokens."
     )
     for line in texts.stand_ins(["sst2"]):
