@@ -195,9 +195,11 @@ class Mixture:
     ) -> None:
         path = self._path(name)
         edits = [edit for _, _, edit in found]
+        if path is None and any(isinstance(edit, MergeLayer) for edit in edits):
+            if (change := self._delta(name, weights, found)) is not None:
+                result.whole[name] = self._old(name) + change
+            return
         if path is None or self._added(name) is not None:
-            if all(isinstance(edit, MergeLayer) for edit in edits) and not self._moved(name, found):
-                return  # a bias that no adapter of its layer touches
             result.whole[name] = self._whole(name, weights, edits, fixed)
             return
         width, height = self.maps[path].shape
@@ -212,15 +214,20 @@ class Mixture:
             result.factors[path] = pair
             return
         replaced = all(isinstance(edit, Replace) for edit in edits)
-        if not cut and not self.packed and (replaced or fixed):
+        if not cut and not self.packed and replaced:
             result.whole[name] = self._whole(name, weights, edits, fixed)
             return
         delta = self._delta(name, weights, found)
+        if delta is None:
+            return
+        if not cut and not self.packed and fixed:
+            result.whole[name] = self._old(name) + delta
+            return
         if not cut:
             energy = self._rounded(name, delta)
         fit = lowrank.factored(delta.T if self.maps[path].transposed else delta, rank=rank, energy=energy)
         if not cut and not self.packed and fit.factors.rank * (width + height) >= width * height:
-            result.whole[name] = self._whole(name, weights, edits, fixed)  # exact all the same, and smaller
+            result.whole[name] = self._old(name) + delta  # exact all the same, and smaller
             return
         result.fits[path] = fit
         most = min(width, height, rank if rank is not None else width)
@@ -238,10 +245,13 @@ class Mixture:
         whole = all(isinstance(entry, Replace) for entry in edits) and len(kinds) == 1
         return edit(self._old(name)).to(kinds.pop() if whole else torch.float32)
 
-    def _delta(self, name: str, weights: Sequence[float], found: list[tuple[int, float, Edit]]) -> Tensor:
+    def _delta(self, name: str, weights: Sequence[float], found: list[tuple[int, float, Edit]]) -> Tensor | None:
+        """What all add to a tensor; None where each leaves it as it is (a bias of a layer that DoRA adapts)."""
         terms = [
             Term(weight, self._one(name, number, edit), self._seed(number, name)) for number, weight, edit in found
         ]
+        if not any(bool(term.delta.any()) for term in terms):
+            return None
         return self.method(terms, self.density, self._total(weights))
 
     def _rounded(self, name: str, delta: Tensor) -> float | None:
@@ -249,9 +259,6 @@ class Mixture:
         norm = float(delta.double().norm())
         share = 2.0**-23 * float(self._old(name).double().norm()) / norm if norm else 1.0
         return 1 - share**2 if share < 1e-2 else None
-
-    def _moved(self, name: str, found: list[tuple[int, float, Edit]]) -> bool:
-        return any(bool(self._one(name, number, edit).any()) for number, _, edit in found)
 
     def _one(self, name: str, number: int, edit: Edit) -> Tensor:
         """What one adapter adds to a tensor."""
