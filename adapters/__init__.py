@@ -46,6 +46,10 @@ _HOMES = {
     "CombineReport": "combine",
     "export": "export",
     "ExportReport": "readers",
+    "inspect": "profile",
+    "Profile": "profile",
+    "diff": "diff",
+    "Difference": "diff",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
@@ -68,6 +72,8 @@ if TYPE_CHECKING:
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
+    from adapters.diff import Difference as Difference
+    from adapters.diff import diff as diff
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
     from adapters.errors import ContractError as ContractError
@@ -87,6 +93,8 @@ if TYPE_CHECKING:
     from adapters.plan import plan as plan
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
+    from adapters.profile import Profile as Profile
+    from adapters.profile import inspect as inspect
     from adapters.push import push as push
     from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe

@@ -13,6 +13,7 @@ import typer
 
 from adapters import console, interrupts, progress
 from adapters.commands.combine import combine
+from adapters.commands.diff import diff
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.export import export
@@ -65,6 +66,7 @@ for command in (  # in the order of the help
     evaluate,
     predict,
     inspect,
+    diff,
     report,
     merge,
     extract,

@@ -22,6 +22,7 @@ from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.exactness import BOUNDS as BOUNDS
 from adapters.exactness import Rounding
 from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
+from adapters.quantize import KINDS
 from adapters.rewrite import single_threaded
 from adapters.vocabulary import all_edits
 
@@ -202,7 +203,8 @@ def written(
     job = Deployment(adapter, document, edits, source, shape, dtype, quantization, merged)
     steps = job.steps(original=moved is not None)  # before anything is written: an unknown dtype, another backbone
     like = next((step.dtype for step in steps if step.edit is not None), steps[0].dtype)
-    rounding = Rounding(like, quantization, moved)
+    again = moved is None and trained_in is not None and quantization in KINDS
+    rounding = Rounding(like, quantization, moved, again)
     if not check_logits:
         exactness.refuse_blind(rounding, "check_logits=False", accept=accept)
     with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage:

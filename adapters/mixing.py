@@ -60,31 +60,32 @@ class Choice:
 
     Attributes:
         names: adapter by row; empty outside a pass.
-        keep: the gathered factors serve several passes (generation goes token by token).
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self.keep = False
+        self._seen: set[Any] = set()
         self._kept: dict[Any, Any] = {}
 
     @contextlib.contextmanager
-    def made(self, names: Sequence[str], *, keep: bool = False) -> Iterator[None]:
+    def made(self, names: Sequence[str]) -> Iterator[None]:
         """Within it the rows of every pass take these adapters, row by row."""
-        before = self.names, self.keep, self._kept
-        self.names, self.keep, self._kept = tuple(names), keep, {}
+        before = self.names, self._seen, self._kept
+        self.names, self._seen, self._kept = tuple(names), set(), {}
         try:
             yield
         finally:
-            self.names, self.keep, self._kept = before
+            self.names, self._seen, self._kept = before
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives; made once where several passes need it."""
-        if not self.keep:
-            return make()
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def gathered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives; kept from the second pass on (generation goes token by token): one pass needs little."""
+        if key in self._kept:
+            return self._kept[key]
+        made = make()
+        if key in self._seen:
+            self._kept[key] = made
+        self._seen.add(key)
+        return made
 
 
 @final
@@ -149,11 +150,11 @@ class Mixed:
         output = self._dense(inputs, names, dense) if dense else self._plain(inputs)
         flat = output.view(len(names), -1, output.shape[-1])
         if any(name in changes and "bias" in changes[name].whole and name not in dense for name in present):
-            flat += self.choice.once((self, "bias"), lambda: self._shifts(names, dense))[:, None]
+            flat += self.choice.gathered((self, "bias"), lambda: self._shifts(names, dense))[:, None]
         factored = [name for name in present if name in changes and changes[name].pair is not None]
         if not factored:
             return output
-        down, up = self.choice.once((self, "pair"), lambda: self._factors(names, factored))
+        down, up = self.choice.gathered((self, "pair"), lambda: self._factors(names, factored))
         rows = inputs.reshape(len(names), -1, inputs.shape[-1])
         if output.dtype == down.dtype == rows.dtype:
             flat.baddbmm_(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))
@@ -208,10 +209,10 @@ class Mixed:
             for leaf in ("weight", "bias"):
                 own = module._parameters.get(leaf)
                 rows = [self.changes[n].whole.get(leaf, own) if n in self.changes else own for n in names]
-                found.append(None if own is None else torch.stack(rows))  # type: ignore[arg-type]
+                found.append(None if own is None else torch.stack(rows))
             return found
 
-        scale, shift = self.choice.once(self, gathered)
+        scale, shift = self.choice.gathered(self, gathered)
         shape = module.normalized_shape
         if len(shape) != 1 or scale is None:
             return self._by_group(names, (inputs,), {})  # type: ignore[no-any-return]

@@ -218,6 +218,10 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
     """The same with what was measured of each row, so that more can be said of it without a second pass."""
     from adapters import readout
 
+    if isinstance(adapted, Mixing):
+        raise RequestError(
+            message("one adapter is evaluated at a time", where="evaluate", remedy="evaluate(shared.use(name), rows).")
+        )
     prepared = prepared_rows(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
     model, processor = adapted.model, adapted.processor

@@ -1,7 +1,7 @@
 """Adapters of one live backbone by name: their tensors in memory under a bound of bytes, the rest on disk.
 
-An adapter is verified whole when it comes in. What was used longest ago goes out of memory first; it comes back from its
-folder, whose weights must have the size and the digest that they had.
+An adapter is verified whole when it comes in. What was used longest ago goes out of memory first; it comes back from
+its folder, whose weights must have the size and the digest that they had.
 """
 
 from __future__ import annotations
@@ -241,6 +241,6 @@ def _files(document: Mapping[str, Any]) -> tuple[Any, ...]:
     own: Sequence[tuple[str, str]] = sorted(
         (name, entry["sha256"])
         for name, entry in document["files"].items()
-        if name not in (WEIGHTS, "adapter_config.json") and not Path(name).suffix == ".md"
+        if name not in (WEIGHTS, "adapter_config.json") and Path(name).suffix != ".md"
     )
     return (document["task"]["name"], *own)

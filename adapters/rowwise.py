@@ -1,8 +1,8 @@
 """Answers to rows of which each goes through its own adapter: prepared, put into shared passes, and back in order.
 
-Rows of one model class share their passes; where their heads differ in size, or their tasks in what they ask, all blocks
-run once and what is above them once for each kind. What is below the lowest module that any of a pass's adapters changes
-is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
+Rows of one model class share their passes; where their heads differ in size, or their tasks in what they ask, all
+blocks run once and what is above them once for each kind. What is below the lowest module that any of a pass's adapters
+changes is computed once for rows of the same content. Rows of adapters that no pass can mix run apart, by themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adapters.data import one
-from adapters.errors import RequestError, message
+from adapters.errors import DataError, RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
 from adapters.predict import array, is_prepared, joined
@@ -145,7 +145,14 @@ def _answers(item: Item) -> tuple[Any, ...]:
 def _prepared(numbers: Sequence[int], given: Sequence[Any], whose: Sequence[Resident]) -> list[Item]:
     """Rows of adapters that prepare alike, prepared at once; adapter by adapter where rows do not stay apart."""
     first = whose[numbers[0]]
-    rows = _made(first, [given[number] for number in numbers])
+    try:
+        rows = _made(first, [given[number] for number in numbers])
+    except DataError as fault:
+        if len(numbers) == len(given):
+            raise
+        names = sorted({whose[number].name for number in numbers})
+        told = f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        raise DataError(f"{fault} Counted are the {len(numbers)} rows of {told}.") from fault
     if "example" in rows.column_names:
         places = [numbers[place] for place in rows["example"]]
     elif len(rows) == len(numbers):
@@ -252,7 +259,7 @@ def _pass(trunk: Trunk, how: Any, items: Sequence[Item]) -> None:
             _find(how, inputs, items)
         return
     names = [item.resident.name for item in items]
-    with evaluating(trunk.mixed), torch.inference_mode(), trunk.choice.made(names, keep=trunk.generates):
+    with evaluating(trunk.mixed), torch.inference_mode(), trunk.choice.made(names):
         kinds = list(_grouped(range(len(items)), lambda row: _answers(items[row])).values())
         with how.given(inputs, [item.resident for item in items]):
             if len(kinds) == 1:
@@ -300,7 +307,8 @@ class Below:
 
     def above(self, states: Tensor) -> contextlib.AbstractContextManager[None]:
         """Within it a pass over these rows takes the states, and computes what is above."""
-        assert self._top is not None and self._top.form is not None
+        assert self._top is not None
+        assert self._top.form is not None
         return answering(self._top.cut, self._top.form, states)
 
     # ------------------------------------------------------------------ rows of the same content

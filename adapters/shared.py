@@ -170,8 +170,8 @@ class Shared:
         adapter's.
 
         Raises:
-            RequestError: unknown names; adapters that cannot share a pass: other model classes or head sizes, or tensors
-                that a pass uses for all rows at once.
+            RequestError: unknown names; adapters that cannot share a pass: other model classes or head sizes, or
+                tensors that a pass uses for all rows at once.
         """
         import torch
 
@@ -188,7 +188,7 @@ class Shared:
                 )
             )
         trunk = residents[0].trunk
-        open_now = self._residents.needed(names), trunk.choice.made(names, keep=trunk.generates)
+        open_now = self._residents.needed(names), trunk.choice.made(names)
         with open_now[0], open_now[1], evaluating(trunk.mixed), torch.inference_mode():
             yield trunk.mixed
 

@@ -1,7 +1,8 @@
 """Rows a second through many adapters of one backbone: `Shared` beside peft's mixed batches and a merged model.
 
 LoRA of rank 8 on every linear map of MiniLM, a head each, random factors; sentences of sst2 in batches of rows as they
-come, every row with an adapter of its own, drawn at random from 1, 10 or 100. All models live in one process, and take
+come, every row with an adapter of its own, drawn at random from 1, 10 or 100; and the same rows one token at a time, as
+they go in generation. All models live in one process, and take
 turns round by round over the same batches; the peak memory of each is taken in a process of its own. Mixed logits are
 compared with each adapter's own before anything is measured.
 
@@ -12,6 +13,7 @@ compared with each adapter's own before anything is measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import tempfile
 import time
@@ -38,6 +40,7 @@ class Cell:
     way: str
     adapters: int
     batch: int
+    tokens: str
     rows_per_second: float
     peak: int
 
@@ -79,7 +82,10 @@ def whose(size: int, count: int, adapters: int) -> list[list[str]]:
     return [[f"a{draw.randrange(adapters)}" for _ in range(size)] for _ in range(count)]
 
 
-Pass = Callable[[dict[str, Any], list[str]], Any]
+Pass = Callable[[list[dict[str, Any]], list[str]], Any]  # batches of the same adapters, one after the other
+
+STEPS = 8  # tokens of a row that go one at a time
+WHOLE, STEP = "sentences", "one at a time"
 
 
 def ours(made: Sequence[Path]) -> Pass:
@@ -90,9 +96,9 @@ def ours(made: Sequence[Path]) -> Pass:
     for folder in made:
         shared.load(folder)
 
-    def run(batch: dict[str, Any], names: list[str]) -> Any:
+    def run(given: list[dict[str, Any]], names: list[str]) -> Any:
         with shared.mixed(names) as model:
-            return model(**batch).logits
+            return [model(**batch).logits for batch in given]
 
     return run
 
@@ -109,9 +115,9 @@ def peer(made: Sequence[Path]) -> Pass:
         theirs.load_adapter(folder, adapter_name=folder.name)
     theirs.eval()
 
-    def run(batch: dict[str, Any], names: list[str]) -> Any:
+    def run(given: list[dict[str, Any]], names: list[str]) -> Any:
         with torch.inference_mode():
-            return theirs(**batch, adapter_names=names).logits
+            return [theirs(**batch, adapter_names=names).logits for batch in given]
 
     return run
 
@@ -124,9 +130,9 @@ def merged(made: Sequence[Path]) -> Pass:
 
     net = adapters.merge(adapters.load(made[0])).eval()
 
-    def run(batch: dict[str, Any], _names: list[str]) -> Any:
+    def run(given: list[dict[str, Any]], _names: list[str]) -> Any:
         with torch.inference_mode():
-            return net(**batch).logits
+            return [net(**batch).logits for batch in given]
 
     return run
 
@@ -142,7 +148,7 @@ def act(request: dict[str, Any], _folder: Path) -> dict[str, Any]:
     if request["act"] == "peak":
         run, size = WAYS[request["way"]](made), request["batch"]
         for batch, names in zip(batches(size, 2), whose(size, 2, len(made)), strict=True):
-            run(batch, names)
+            run([batch], names)
         return {"peak": harness.peak_memory()}
     return timed(made, request["counts"], request["sizes"], request["rounds"], request["passes"])
 
@@ -156,18 +162,26 @@ def timed(
         begin = time.perf_counter()
         runs[way] = make(made)
         opened[way] = time.perf_counter() - begin
-    took: dict[tuple[str, int, int], list[float]] = {}
+    took: dict[tuple[str, int, int, str], list[float]] = {}
     for size in sizes:
-        given = batches(size, passes)
-        for turn in range(rounds + 1):
+        whole = [[batch] for batch in batches(size, passes)]
+        steps = [[_token(batch[0], place) for place in range(STEPS)] for batch in whole[:1]]
+        for turn, (tokens, given) in itertools.product(range(rounds + 1), ((WHOLE, whole), (STEP, steps))):
             for way, count in plan(counts):
                 begin = time.perf_counter()
-                for batch, own in zip(given, whose(size, passes, count), strict=True):
+                for batch, own in zip(given, whose(size, len(given), count), strict=True):
                     runs[way](batch, own)
                 if turn:  # the first round warms up
-                    took.setdefault((way, count, size), []).append(time.perf_counter() - begin)
-    speed = [[*cell, cell[2] * passes / median(seconds)] for cell, seconds in took.items()]
+                    took.setdefault((way, count, size, tokens), []).append(time.perf_counter() - begin)
+    counted = {WHOLE: passes, STEP: 1}  # batches
+    speed = [[*cell, cell[2] * counted[cell[3]] / median(seconds)] for cell, seconds in took.items()]
     return {"opened": opened, "speed": speed, "gap": gap_of(runs[OURS], made), "machine": harness.machine("cpu")}
+
+
+def _token(batch: dict[str, Any], place: int) -> dict[str, Any]:
+    """One token of each row."""
+    place %= batch["input_ids"].shape[1]
+    return {name: value[:, place : place + 1] for name, value in batch.items() if name != "attention_mask"}
 
 
 def plan(counts: Sequence[int]) -> list[tuple[str, int]]:
@@ -191,9 +205,10 @@ def results(counts: Sequence[int], sizes: Sequence[int], rounds: int, passes: in
             (way, count): harness.in_child(
                 child, {"act": "peak", "way": way, "batch": max(sizes), "folders": made[:count]}
             )["peak"]
-            for way, count in plan(counts)
+            for way, count in plan((min(counts), max(counts)))
         }
-    return [Cell(way, count, size, speed, peaks[way, count]) for way, count, size, speed in told["speed"]], told
+    cells = [Cell(way, count, *rest, peaks.get((way, count), 0)) for way, count, *rest in told["speed"]]
+    return cells, told
 
 
 def gap_of(run: Pass, made: Sequence[Path]) -> float:
@@ -205,7 +220,7 @@ def gap_of(run: Pass, made: Sequence[Path]) -> float:
     few = made[: min(4, len(made))]
     (batch,) = batches(8, 1)
     names = [few[row % len(few)].name for row in range(8)]
-    mixed = run(batch, names)
+    (mixed,) = run([batch], names)
     largest = 0.0
     for folder in few:
         with torch.inference_mode():
@@ -217,14 +232,15 @@ def gap_of(run: Pass, made: Sequence[Path]) -> float:
 
 def table(cells: Sequence[Cell]) -> list[str]:
     """As Markdown."""
-    speed = {(cell.way, cell.adapters, cell.batch): cell.rows_per_second for cell in cells}
-    lines = ["| batch | adapters | way | rows a second | of peft's | of one merged model's | peak, MB |"]
-    lines.append("|---:|---:|---|---:|---:|---:|---:|")
-    for cell in sorted(cells, key=lambda cell: (cell.batch, cell.adapters, cell.way)):
-        theirs, plain = speed.get((PEER, cell.adapters, cell.batch)), speed[MERGED, 1, cell.batch]
+    speed = {(cell.way, cell.adapters, cell.batch, cell.tokens): cell.rows_per_second for cell in cells}
+    lines = ["| batch | tokens | adapters | way | rows a second | of peft's | of one merged model's | peak, MB |"]
+    lines.append("|---:|---|---:|---|---:|---:|---:|---:|")
+    for cell in sorted(cells, key=lambda cell: (cell.batch, cell.tokens != WHOLE, cell.adapters, cell.way)):
+        rate, plain = cell.rows_per_second, speed[MERGED, 1, cell.batch, cell.tokens]
         lines.append(
-            f"| {cell.batch} | {cell.adapters} | {cell.way} | {cell.rows_per_second:,.0f} "
-            f"| {cell.rows_per_second / theirs:.2f} | {cell.rows_per_second / plain:.2f} | {cell.peak / 1e6:,.0f} |"
+            f"| {cell.batch} | {cell.tokens} | {cell.adapters} | {cell.way} | {rate:,.0f} "
+            f"| {rate / speed[PEER, cell.adapters, cell.batch, cell.tokens]:.2f} | {rate / plain:.2f} "
+            f"| {f'{cell.peak / 1e6:,.0f}' if cell.peak else '-'} |"
         )
     return lines
 
@@ -243,7 +259,8 @@ def main() -> None:
     opened = ", ".join(f"{way} {seconds:.1f} s" for way, seconds in told["opened"].items())
     print(
         f"\nOpening all adapters: {opened}. Mixed logits differ from each adapter's own by at most {told['gap']:.1e} "
-        "of their spread. The peak is that of a process with the larger batch and nothing else."
+        "of their spread. The peak is that of a process with the larger batch and nothing else. One at a time: rows of "
+        f"{STEPS} tokens."
     )
     for line in texts.stand_ins(["sst2"]):
         print(line)

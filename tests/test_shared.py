@@ -15,6 +15,7 @@ import torch
 import adapters
 from adapters import fingerprint
 from adapters.prefix import Prefix
+from adapters.rowwise import Below
 
 BOUND = 1e-5  # of the logits' spread, fp32
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,7 +159,8 @@ def test_the_backbone_is_as_it_was(made: Callable[[str], Made]) -> None:
     for net in (trunk.net, trunk.mixed):
         assert fingerprint.of_model(net, head).digest == before.digest
         assert not any("forward" in vars(module) for module in net.modules())
-    assert shared.names == () and shared.nbytes == 0
+    assert shared.names == ()
+    assert shared.nbytes == 0
 
 
 def test_tensors_are_shared_between_model_classes(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_tensors_are_shared_between_model_classes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- tasks, heads, generation
 
 
-def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path) -> None:
+def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Made(tmp_path, "bert")
     found.add("two", "lora", labels=["no", "yes"])
     found.add("three", "freeze", layers=1)
@@ -190,7 +192,11 @@ def test_heads_of_different_sizes_and_other_tasks(tmp_path: Path) -> None:
     for name in names:
         shared.load(found.root / name)
     rows = rows_of("bert", 15)
+    blocks = []
+    whole = Below.whole_states
+    monkeypatch.setattr(Below, "whole_states", lambda self, given: blocks.append(len(given)) or whole(self, given))
     answers = adapters.predict(shared, rows, adapter=names * 3)
+    assert len(blocks) == 1  # all classifiers' rows in one pass of the blocks
     for place, name in enumerate(names * 3):
         agree([answers[place]], adapters.predict(found.alone(name), [rows[place]]))
     with (
@@ -410,7 +416,7 @@ def test_an_unknown_name(trio: tuple[adapters.Shared, Made]) -> None:
         lambda: shared.unload("lara"),
         lambda: adapters.predict(shared, ["a parcel"], adapter=["lara"]),
     ):
-        with pytest.raises(adapters.RequestError, match="unknown adapter 'lara'.*Did you mean 'lora'"):
+        with pytest.raises(adapters.RequestError, match=r"unknown adapter 'lara'.*Did you mean 'lora'"):
             act()
 
 
@@ -436,6 +442,39 @@ def test_one_adapter_has_nothing_to_choose(trio: tuple[adapters.Shared, Made]) -
 def test_bad_rows_are_named(trio: tuple[adapters.Shared, Made]) -> None:
     with pytest.raises(adapters.DataError, match="row 1"):
         adapters.predict(trio[0], ["a parcel", 7], adapter="lora")
+    with pytest.raises(adapters.RequestError, match="one adapter is evaluated at a time"):
+        adapters.evaluate(trio[0], tiny.rows(6))  # type: ignore[arg-type]
+
+
+def test_bad_rows_of_some_adapters_are_counted_among_theirs(tmp_path: Path) -> None:
+    found = Made(tmp_path, "bert")
+    found.add("texts", "lora")
+    found.add("tags", "probe", task="token-classification", labels=["O", "B-x"])
+    shared = adapters.Shared(found.base)
+    for name in ("texts", "tags"):
+        shared.load(found.root / name)
+    with pytest.raises(adapters.DataError, match=r"row 0.*Counted are the 1 rows of texts\."):
+        adapters.predict(shared, ["a parcel", 7], adapter=["tags", "texts"])
+
+
+def test_a_backbone_in_bfloat16(made: Callable[[str], Made]) -> None:
+    import transformers
+
+    found = made("llama")
+    shared = adapters.Shared(found.base, load={"dtype": "bfloat16"})
+    names = ["lora", "rslora", "freeze"]
+    alone = {}
+    for name in names:
+        shared.load(found.root / name)
+        auto: Any = transformers.AutoModelForSequenceClassification
+        live = auto.from_pretrained(found.base, num_labels=3, dtype=torch.bfloat16)
+        alone[name] = adapters.load(found.root / name, live).model
+    inputs = tiny.inputs(alone["lora"], 6)
+    with shared.mixed(names * 2) as model:
+        logits = model(**inputs).logits
+    for row, name in enumerate(names * 2):
+        own = tiny.logits(alone[name], {key: value[row : row + 1] for key, value in inputs.items()})
+        assert float((own[0] - logits[row]).abs().max()) <= 3e-2 * float(logits.float().std())
 
 
 def test_a_shared_adapter_is_only_read(trio: tuple[adapters.Shared, Made], tmp_path: Path) -> None:
