@@ -79,34 +79,43 @@ def refuse_apart(one: Changes, others: Sequence[Changes]) -> None:
         BackboneError: tensors that both backbones have differ, or an adapter changes one that the first lacks.
         RequestError: other added tokens, another storage of the frozen rest.
     """
-    mine = Fingerprint.from_json(one.document["backbone"]["fingerprint"])
     for other in others:
-        theirs = Fingerprint.from_json(other.document["backbone"]["fingerprint"])
-        shared = set(mine.tensors) & set(theirs.tensors)
-        lines = differences(*(Fingerprint({n: p.tensors[n] for n in shared}, p.prefix) for p in (mine, theirs)))
+        lines, shared = apart(one, other)
         if lines or not shared:
             raise BackboneError(
                 message(
                     "the adapters were trained on different backbones",
                     where=f"{one.folder}, {other.folder}",
                     expected=f"one backbone, as {_named(one)}",
-                    found=f"{_named(other)}, where {len(lines)} of {len(shared)} shared tensors differ"
+                    found=f"{_named(other)}, where {len(lines)} of {shared} shared tensors differ"
                     + (f": {'; '.join(lines[:3])}" if lines else ""),
                     remedy="Combine adapters of one backbone; of others each can only be merged alone.",
                 )
             )
-        for what, told in (("added tokens", _tokens), ("storage of the frozen weights", _storage)):
-            wanted, found = told(one.document), told(other.document)
-            if wanted != found:
-                raise RequestError(
-                    message(
-                        f"the adapters differ in their {what}",
-                        where=f"{one.folder}, {other.folder}",
-                        expected=wanted,
-                        found=found,
-                        remedy="Combine adapters that were trained alike in this.",
-                    )
+        for what, wanted, found in unlike(one, other):
+            raise RequestError(
+                message(
+                    f"the adapters differ in their {what}",
+                    where=f"{one.folder}, {other.folder}",
+                    expected=wanted,
+                    found=found,
+                    remedy="Combine adapters that were trained alike in this.",
                 )
+            )
+
+
+def apart(one: Changes, other: Changes) -> tuple[list[str], int]:
+    """Where the backbones of two adapters differ, and how many tensors both have."""
+    prints = [Fingerprint.from_json(side.document["backbone"]["fingerprint"]) for side in (one, other)]
+    shared = set(prints[0].tensors) & set(prints[1].tensors)
+    return differences(*(Fingerprint({n: p.tensors[n] for n in shared}, p.prefix) for p in prints)), len(shared)
+
+
+def unlike(one: Changes, other: Changes) -> list[tuple[str, str, str]]:
+    """What else must be alike of two adapters that are to be put together, and is not: what it is, and both sides."""
+    told = (("added tokens", _tokens), ("storage of the frozen weights", _storage))
+    found = [(what, say(one.document), say(other.document)) for what, say in told]
+    return [entry for entry in found if entry[1] != entry[2]]
 
 
 def _named(changes: Changes) -> str:
@@ -144,8 +153,8 @@ class Originals:
     steps: Mapping[str, Step]
     prints: Mapping[str, Any]
 
-    def old(self, name: str) -> Tensor:
-        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it lies in the checkpoint, in its own dtype.
 
         Raises:
             BackboneError: it is not the recorded backbone's.
@@ -157,17 +166,36 @@ class Originals:
         refuse_other(step, self.prints)
         tensor = shards.read_tensor(step.source)
         expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(tensor)))
-        match step.edit:
+        return tensor
+
+    def old(self, name: str) -> Tensor:
+        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        tensor = self.stored(name)
+        match self.steps[name].edit:
             case RoundTrip(kind, dtype, transposed, _):
                 return RoundTrip(kind, dtype, transposed)(tensor)
         return tensor.float()
 
     def delta(self, name: str, edit: Edit) -> Tensor:
-        """What an edit adds to its tensor, float32, in the tensor's own layout; low-rank edits need no value."""
+        """What an edit adds to its tensor, float32, in the tensor's own layout; low-rank edits need no value.
+
+        Entries that were added count from zero.
+        """
         if isinstance(edit, AddLowRank):
             return edit.delta()
         old = self.old(name)
-        return edit(old).sub_(old)
+        new = edit(old)
+        if new.shape != old.shape:
+            import torch
+
+            room = torch.zeros_like(new)
+            room[tuple(map(slice, old.shape))] = old
+            old = room
+        return new - old  # a new tensor: what the edit returns may be the adapter's own
 
 
 def originals(changes: Changes, base: str | Path | None = None, also: Collection[str] = ()) -> Originals:

@@ -39,6 +39,7 @@ class CombineReport:
         parts: the folders; weights: of each, as they are in the result; head: whose head it has, empty for none.
         strategy: of the adapter that was written; empty for a merged model.
         modules: linear maps that hold factors; whole: tensors beside them, the head's among them.
+        dense: of these, weights of linear maps, which no rank was asked for.
         ranks: the smallest and the largest rank; 0 without factors.
         parameters: of the adapter; tensors edited, of a merged model.
         bytes: of its weights.
@@ -58,6 +59,7 @@ class CombineReport:
     strategy: str = ""
     modules: int = 0
     whole: int = 0
+    dense: int = 0
     ranks: tuple[int, int] = (0, 0)
     parameters: int = 0
     bytes: int = 0
@@ -184,14 +186,16 @@ def combine(
         result = mix.made(signs, rank=rank, energy=energy)
     made |= {"error": result.error, "worst": dict([result.worst])} if result.fits else {"error": 0.0}
     remake.write(target, mix.like, mix.base.folder, factors=result.factors, whole=result.whole, made=made)
-    return _described(report, target, result)
+    return _described(report, target, result, mix.paths())
 
 
 def _named(folders: Sequence[str | Path], weights: Sequence[float]) -> str:
     return ", ".join(f"{Path(folder).name} {weight:g}" for folder, weight in zip(folders, weights, strict=True))
 
 
-def _described(report: CombineReport, target: Path, result: Made, itself: bool = False) -> CombineReport:
+def _described(
+    report: CombineReport, target: Path, result: Made, maps: Sequence[str] = (), itself: bool = False
+) -> CombineReport:
     """The report with what was written."""
     document = manifest.read_manifest(target)
     ranks = [pair.rank for pair in result.factors.values()] or [0]
@@ -202,6 +206,7 @@ def _described(report: CombineReport, target: Path, result: Made, itself: bool =
             "strategy": document["strategy"]["name"],
             "modules": len(result.factors),
             "whole": len(result.whole),
+            "dense": sum(f"{path}.weight" in result.whole for path in maps),
             "ranks": (min(ranks), max(ranks)),
             "parameters": sum(math.prod(entry["shape"]) for entry in document["tensors"].values()),
             "bytes": document["files"][manifest.WEIGHTS]["size"],
@@ -225,7 +230,7 @@ def _itself(mix: Mixture, weights: Sequence[float], rank: int | None, energy: fl
 def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None) -> CombineReport:
     """Everything in the backbone, tensor by tensor."""
     found = Changes(mix.like.folder, mix.like.document, mix.edits(report.weights))
-    digests = [part.document["digest"] for part in mix.parts]
+    digests = list(dict.fromkeys(part.document["digest"] for part in mix.parts))
     done = written(found, target, base=mix.base.folder, dtype=dtype, merged=digests, check_logits=False)
     return CombineReport(**{**vars(report), "whole": done.edited, "parameters": done.edited, "bytes": done.bytes})
 

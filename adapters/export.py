@@ -59,7 +59,9 @@ def export(
     options = ExportOptions(
         base=base, rank=rank, max_rank=max_rank, dtype=dtype, heads=heads, rows=rows, check=check, accept=accept
     )
-    report = exporter(fetch(folder), Path(out).expanduser(), options)
+    adapter, target = fetch(folder), Path(out).expanduser()
+    factorfiles.refuse_inside(target, adapter)
+    report = exporter(adapter, target, options)
     for finding in report.findings:
         logger.info("%s", finding)
     return report
@@ -72,7 +74,9 @@ def findings(folder: str | Path, *, to: str, **options: Any) -> list[Finding]:
         RequestError: an unknown target.
         FolderError: a damaged adapter.
     """
-    return factorfiles.findings(fetch(folder), _known(to), ExportOptions(**options))
+    if TARGETS[_known(to)] in (onnxfile.export_onnx, onnxfile.export_int8):
+        return onnxfile.findings(fetch(folder))
+    return factorfiles.findings(fetch(folder), to, ExportOptions(**options))
 
 
 def _known(to: str) -> str:
@@ -85,7 +89,6 @@ def _transformers(folder: Path, out: Path, options: ExportOptions) -> ExportRepo
     """The whole model: a merge."""
     if options.rank is not None:
         raise RequestError(message("a merged model has no rank", where="rank", remedy="Leave it out."))
-    factorfiles.refuse_inside(out, folder)
     rows = None if options.rows is None else list(options.rows)
     found = merge_on_disk(folder, out, base=options.base, dtype=options.dtype, rows=rows, check_logits=options.check)
     line = (

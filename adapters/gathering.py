@@ -165,10 +165,7 @@ def _alike(one: Changes, other: Changes) -> bool:
     if one.head != other.head or one.document["task"] != other.document["task"]:
         return False
     pairs = ((one.edits[name], other.edits[name]) for name in one.head)
-    return all(
-        isinstance(a, Replace) and isinstance(b, Replace) and a.new.shape == b.new.shape and torch.equal(a.new, b.new)
-        for a, b in pairs
-    )
+    return all(isinstance(a, Replace) and isinstance(b, Replace) and torch.equal(a(None), b(None)) for a, b in pairs)
 
 
 def _refuse_grown_apart(like: Changes, others: Sequence[Changes]) -> None:

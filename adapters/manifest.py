@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "adapter.json"
 WEIGHTS = "adapter_model.safetensors"
+PACKED = "adapter_model.packed"  # what stands in the weights' place where a folder was packed
 RECIPE = "run.yaml"
 RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
@@ -33,8 +34,12 @@ BEST = "best"  # folder in a checkpoint: the best weights so far, where no check
 OF_CHECKPOINTS = {"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", f"{BEST}/{WEIGHTS}"}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, packed: bool = False) -> dict[str, Any]:
     """The manifest of an adapter folder, every field checked, and every file by size and sha256; imports no torch.
+
+    Args:
+        folder: the folder.
+        packed: its weights are packed, and are left to whoever unpacks them.
 
     Raises:
         FolderError: not an adapter folder, an edited manifest, a field that is unknown or out of range, a file that is
@@ -88,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 remedy="Take the folder from whom you trust.",
             )
         )
-    _check_files(folder, document)
+    _check_files(folder, document, left_out={WEIGHTS} if packed else set())
     return document
 
 
@@ -109,11 +114,14 @@ def seal(folder: Path, document: dict[str, Any]) -> None:
     read_manifest(folder)
 
 
-def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, document: Mapping[str, Any], left_out: Collection[str]) -> None:
     for name, entry in document["files"].items():
         file = folder / name
+        if name in left_out:
+            continue
         if not file.is_file():
-            raise FolderError(message("a file is missing", where=str(file)))
+            remedy = "The adapter is packed: `adapters extract` unpacks it." if (folder / PACKED).is_file() else ""
+            raise FolderError(message("a file is missing", where=str(file), remedy=remedy))
         size = file.stat().st_size
         if size != entry["size"]:
             raise FolderError(

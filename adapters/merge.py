@@ -8,7 +8,6 @@ strategy's own merge needs it) nor a model.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.exactness import BOUNDS as BOUNDS
 from adapters.exactness import Rounding
 from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
+from adapters.quantize import KINDS
 from adapters.rewrite import single_threaded
 from adapters.vocabulary import all_edits
 
@@ -132,7 +132,7 @@ def merge_on_disk(
         NumbersError: the written model does not answer as the adapted one does.
         RequestError: an unknown dtype, quantization or base; nothing to pack; a rounding that nobody measures.
     """
-    _refuse_rows(rows)
+    exactness.refuse_rows(rows)
     requantize.refuse_unknown(quantization)
     _refuse_onto(onto)
     adapter = fetch(folder)
@@ -203,7 +203,8 @@ def written(
     job = Deployment(adapter, document, edits, source, shape, dtype, quantization, merged)
     steps = job.steps(original=moved is not None)  # before anything is written: an unknown dtype, another backbone
     like = next((step.dtype for step in steps if step.edit is not None), steps[0].dtype)
-    rounding = Rounding(like, quantization, moved)
+    again = moved is None and trained_in is not None and quantization in KINDS
+    rounding = Rounding(like, quantization, moved, again)
     if not check_logits:
         exactness.refuse_blind(rounding, "check_logits=False", accept=accept)
     with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage:
@@ -251,22 +252,6 @@ def _beside(job: Deployment, stage: Path, rows: list[Any] | None, output: str) -
     found = exactness.measured(job.adapter, place, job.source, rows, output)
     shards.remove(place)
     return {name: found[name] for name in ("max_difference", "mean_difference", "agreement")}
-
-
-def _refuse_rows(rows: list[Any] | None) -> None:
-    """The rows of the logits check go to another process as JSON."""
-    try:
-        json.dumps(rows)
-    except TypeError as fault:
-        raise RequestError(
-            message(
-                "rows of the logits check that are no plain values",
-                where="rows",
-                expected="texts, numbers, paths",
-                found=fault,
-                remedy="Give pictures by their files.",
-            )
-        ) from fault
 
 
 def refuse_output(target: Path) -> None:

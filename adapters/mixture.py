@@ -106,6 +106,12 @@ class Mixture:
         """Whether the backbone's linear maps are kept in 4 bits: beside them stand factors only."""
         return bool(self.like.document["backbone"]["packed"])
 
+    @functools.cached_property
+    def dtype(self) -> str:
+        """Of the adapters' own tensors, where all are of one."""
+        kinds = {entry["dtype"] for part in self.parts for entry in part.document["tensors"].values()}
+        return str(kinds.pop()) if len(kinds) == 1 else "float32"
+
     def paths(self) -> list[str]:
         """The linear maps that any of them changes."""
         return [path for name in self.names if (path := self._path(name)) is not None]
@@ -141,7 +147,7 @@ class Mixture:
         entries = self._added(name)
         if entries is not None and name in self.like.document["vocabulary"]["axes"]:
             puts = [edit for _, _, edit in found if isinstance(edit, PutEntries)]
-            values = mean([weight for _, weight, _ in found], [edit.values for edit in puts])
+            values = mean([weight for _, weight, _ in found], [edit.values.float() for edit in puts])
             return PutEntries(puts[0].ids, values, puts[0].axis, puts[0].size)
         if self.method.sums and entries is None:
             return Blend([(weight, edit) for _, weight, edit in found])
@@ -195,9 +201,11 @@ class Mixture:
     ) -> None:
         path = self._path(name)
         edits = [edit for _, _, edit in found]
+        if path is None and any(isinstance(edit, MergeLayer) for edit in edits):
+            if (change := self._delta(name, weights, found)) is not None:
+                result.whole[name] = self._old(name) + change
+            return
         if path is None or self._added(name) is not None:
-            if all(isinstance(edit, MergeLayer) for edit in edits) and not self._moved(name, found):
-                return  # a bias that no adapter of its layer touches
             result.whole[name] = self._whole(name, weights, edits, fixed)
             return
         width, height = self.maps[path].shape
@@ -212,15 +220,20 @@ class Mixture:
             result.factors[path] = pair
             return
         replaced = all(isinstance(edit, Replace) for edit in edits)
-        if not cut and not self.packed and (replaced or fixed):
+        if not cut and not self.packed and replaced:
             result.whole[name] = self._whole(name, weights, edits, fixed)
             return
         delta = self._delta(name, weights, found)
+        if delta is None:
+            return
+        if not cut and not self.packed and fixed:
+            result.whole[name] = self._old(name) + delta
+            return
         if not cut:
             energy = self._rounded(name, delta)
         fit = lowrank.factored(delta.T if self.maps[path].transposed else delta, rank=rank, energy=energy)
         if not cut and not self.packed and fit.factors.rank * (width + height) >= width * height:
-            result.whole[name] = self._whole(name, weights, edits, fixed)  # exact all the same, and smaller
+            result.whole[name] = self._old(name) + delta  # exact all the same, and smaller
             return
         result.fits[path] = fit
         most = min(width, height, rank if rank is not None else width)
@@ -232,16 +245,18 @@ class Mixture:
 
         edit = self._edit(name, weights, zeros=fixed or name in self.heads)
         if isinstance(edit, PutEntries):
-            return edit.values
+            return edit.values.float()
         assert edit is not None
-        kinds = {entry.new.dtype for entry in edits if isinstance(entry, Replace)}
-        whole = all(isinstance(entry, Replace) for entry in edits) and len(kinds) == 1
-        return edit(self._old(name)).to(kinds.pop() if whole else torch.float32)
+        whole = all(isinstance(entry, Replace) for entry in edits)
+        return edit(self._old(name)).to(getattr(torch, self.dtype) if whole else torch.float32)
 
-    def _delta(self, name: str, weights: Sequence[float], found: list[tuple[int, float, Edit]]) -> Tensor:
+    def _delta(self, name: str, weights: Sequence[float], found: list[tuple[int, float, Edit]]) -> Tensor | None:
+        """What all add to a tensor; None where each leaves it as it is (a bias of a layer that DoRA adapts)."""
         terms = [
             Term(weight, self._one(name, number, edit), self._seed(number, name)) for number, weight, edit in found
         ]
+        if not any(bool(term.delta.any()) for term in terms):
+            return None
         return self.method(terms, self.density, self._total(weights))
 
     def _rounded(self, name: str, delta: Tensor) -> float | None:
@@ -249,9 +264,6 @@ class Mixture:
         norm = float(delta.double().norm())
         share = 2.0**-23 * float(self._old(name).double().norm()) / norm if norm else 1.0
         return 1 - share**2 if share < 1e-2 else None
-
-    def _moved(self, name: str, found: list[tuple[int, float, Edit]]) -> bool:
-        return any(bool(self._one(name, number, edit).any()) for number, _, edit in found)
 
     def _one(self, name: str, number: int, edit: Edit) -> Tensor:
         """What one adapter adds to a tensor."""

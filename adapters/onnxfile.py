@@ -26,7 +26,7 @@ from adapters.int8 import quantised
 from adapters.manifest import WEIGHTS, fetch, read_manifest
 from adapters.places import refuse_taken
 from adapters.predict import over_rows, prepared_rows, whole
-from adapters.readers import ExportOptions, ExportReport, sizes
+from adapters.readers import REFUSED, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.sessions import GRAPH, PACKAGES, Session, medians, need_packages
 from adapters.tracing import INSTEAD, OUTPUTS, TRIED, answers, made_up, opened, seen, traced
 
@@ -81,7 +81,7 @@ def export_int8(folder: Path, out: Path, options: ExportOptions) -> ExportReport
             message(
                 "8 bits change answers, and there are no rows to see how many",
                 where="target int8",
-                remedy="Give rows of the adapter's kind (--rows FILE), with labels to see the accuracy; "
+                remedy="Give rows of the adapter's kind (--data FILE), with labels to see the accuracy; "
                 "or accept it unseen (--accept).",
             )
         )
@@ -92,7 +92,7 @@ def _exported(folder: Path, out: Path, options: ExportOptions, target: str) -> E
     need_packages()
     adapter, out = fetch(folder), Path(out).expanduser()
     document = read_manifest(adapter)
-    _refuse(document, str(adapter), options)
+    _refuse(document, target, options)
     refuse_taken(out, lambda names: _ours(out, names), "a new or empty folder, or an earlier export to ONNX")
     with interrupts.leaving(disk.outcome(out)), disk.staged(out) as stage:
         adapted, own = opened(adapter, document, options.base)
@@ -125,9 +125,7 @@ def _exported(folder: Path, out: Path, options: ExportOptions, target: str) -> E
         }
         _write(stage, adapter, document, adapted.model, {**facts, **tried.to_json(), "target": target})
         one, many = made_up(adapted, 1, 16), made_up(adapted, 32, 64)
-        timed = {
-            f"{len(next(iter(batch.values())))} rows": _timed(adapted, graph, batch, target) for batch in (one, many)
-        }
+        timed = {_shape(batch): _timed(adapted, graph, batch, target) for batch in (one, many)}
         return ExportReport(
             target=target,
             output=str(out),
@@ -145,8 +143,23 @@ def _exported(folder: Path, out: Path, options: ExportOptions, target: str) -> E
 # ---------------------------------------------------------------------- what is refused
 
 
-def _refuse(document: Mapping[str, Any], where: str, options: ExportOptions) -> None:
+def findings(folder: Path) -> list[Finding]:
+    """What no graph can hold of an adapter; reads its manifest alone."""
+    return _findings(read_manifest(folder))
+
+
+def _findings(document: Mapping[str, Any]) -> list[Finding]:
+    task = document["task"]["name"]
+    if task in OUTPUTS:
+        return []
+    what = "a model that answers token by token, or fills in what is hidden"
+    why = f"one pass of a graph is no answer; it holds {', '.join(OUTPUTS)}"
+    return [Finding(what, f"task {task!r}", REFUSED, why, INSTEAD)]
+
+
+def _refuse(document: Mapping[str, Any], target: str, options: ExportOptions) -> None:
     """Only models that answer in one pass are one graph; what other targets are asked for means nothing here."""
+    refuse(_findings(document), target)
     if options.dtype not in (None, "float32") or options.rank is not None:
         raise RequestError(
             message(
@@ -154,16 +167,6 @@ def _refuse(document: Mapping[str, Any], where: str, options: ExportOptions) -> 
                 where="dtype, rank",
                 found=f"{options.dtype}, {options.rank}",
                 remedy="Leave them out.",
-            )
-        )
-    task = document["task"]["name"]
-    if task not in OUTPUTS:
-        raise RequestError(
-            message(
-                "a model that is no single graph: it answers token by token, or fills in what is hidden",
-                where=f"{where}, task {task!r}",
-                expected=", ".join(OUTPUTS),
-                remedy=INSTEAD,
             )
         )
 
@@ -261,6 +264,13 @@ def _labelled(rows: Any) -> bool:
     """Whether rows hold what is to be answered."""
     columns = rows.column_names if hasattr(rows, "column_names") else rows[0] if isinstance(rows[0], Mapping) else ()
     return bool({"label", "tags", "answers", "answer"} & set(columns))
+
+
+def _shape(batch: Mapping[str, Any]) -> str:
+    """How a batch is called: by its rows, and their tokens."""
+    count, *places = next(iter(batch.values())).shape
+    text = "1 row" if count == 1 else f"{count} rows"
+    return f"{text} of {places[0]} tokens" if len(places) == 1 else text
 
 
 def _timed(adapted: Adapted, graph: Session, batch: Mapping[str, Any], target: str) -> dict[str, float]:

@@ -66,12 +66,32 @@ def write(
     """
     target = Path(out).expanduser()
     refuse_foreign(target)
+    with disk.staged(target) as stage:
+        compose(stage, like, base, factors=factors, whole=whole, made=made, notes=notes)
+    return target
+
+
+def compose(
+    stage: Path,
+    like: Changes,
+    base: Path,
+    *,
+    factors: Mapping[str, Factors],
+    whole: Mapping[str, Tensor],
+    made: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write the adapter's files into an existing, empty folder; arguments and errors as for `write`.
+
+    Returns:
+        Its manifest.
+    """
     document = like.document
     strategy, state = _resolved(like, base, factors, whole)
     for name, tensor in state.items():
         if not bool(tensor.isfinite().all()):
             raise NumbersError(message("a computed tensor is not finite", where=name, remedy="Nothing was written."))
-    with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
+    with progress.Job("saving the adapter"):
         shards.save_tensors(stage / WEIGHTS, dict(sorted(state.items())), {"format": "pt", "holdfast": str(FORMAT)})
         backbone = document["backbone"]
         beside = facts.sidecars(
@@ -87,7 +107,7 @@ def write(
         described = _manifest(document, strategy, state, made, notes)
         shards.write_text(stage / CARD, _card(described))
         seal(stage, described)
-    return target
+    return described
 
 
 def copied(out: str | Path, like: Changes, *, made: Mapping[str, Any], notes: Sequence[str] = ()) -> Path:

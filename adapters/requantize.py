@@ -173,8 +173,9 @@ def _settings(packing: Packing, dtype: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     skipped = list(packing.kept)
+    kind: Any = BitsAndBytesConfig
     if packing.form in KINDS:
-        made: Any = BitsAndBytesConfig(
+        made = kind(
             load_in_4bit=True,
             bnb_4bit_quant_type=packing.form,
             bnb_4bit_use_double_quant=True,
@@ -182,7 +183,7 @@ def _settings(packing: Packing, dtype: str) -> dict[str, Any]:
             llm_int8_skip_modules=skipped,
         )
     else:
-        made = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        made = kind(load_in_8bit=True, llm_int8_skip_modules=skipped)
     settings: dict[str, Any] = made.to_dict()
     return settings
 

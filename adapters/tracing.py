@@ -64,7 +64,8 @@ def opened(adapter: Path, document: Mapping[str, Any], base: str | Path | None) 
         )
     own = None
     if adapted.storage.quantization is None:
-        adapted.model.float()
+        model: Any = adapted.model
+        model.float()
         own = answers(adapted.model, [made_up(adapted, *shape) for shape in TRIED], document)
         read = pooling.placed(adapted.model)
         pooling.strip(adapted.model)  # a merge refuses what a saved model would forget; here nothing is saved
@@ -83,7 +84,8 @@ def _unpacked(adapter: Path, base: str | Path | None, adapted: Adapted) -> Any:
         merged = Path(place) / "merged"
         merge_on_disk(adapter, merged, base=base, dtype="float32")
         if is_standalone(merged):
-            return load(merged).model.float()
+            beside: Any = load(merged).model
+            return beside.float()
         auto: Any = getattr(transformers, adapted.task.auto_class)
         return auto.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False).eval()
 
@@ -152,9 +154,10 @@ def traced(adapted: Adapted, document: Mapping[str, Any], file: Path, *, externa
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in batch.items() if name not in inputs}
     outputs = OUTPUTS[document["task"]["name"]]
+    net: Any = adapted.model
     rows, places = torch.export.Dim("batch"), torch.export.Dim("sequence")
     axes = tuple({0: rows} if name == "pixel_values" else {0: rows, 1: places} for name in inputs)
-    model = _Answering(adapted.model.eval(), tuple(inputs), outputs, fixed)
+    model = _Answering(net.eval(), tuple(inputs), outputs, fixed)
     try:
         with _hushed(), torch.no_grad():
             program = torch.onnx.export(

@@ -117,11 +117,14 @@ def close(model: Any, reference: Any, within: float = 1e-5) -> None:
 # ---------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize(("kind", "strategy"), ALL)
-@pytest.mark.parametrize("method", ["linear"])
+METHOD = ["linear", "cat", "ties", "dare", "della", "task-arithmetic"]
+
+
+@pytest.mark.parametrize(("kind", "strategy", "method"), [(*cell, METHOD[n % 6]) for n, cell in enumerate(ALL)])
 def test_one_adapter_at_weight_1_is_itself(make: Make, tmp_path: Path, kind: str, strategy: str, method: str) -> None:
     folder = make(kind, strategy)
-    report = adapters.combine({folder: 1.0}, tmp_path / "out", method=method)
+    density = {} if METHODS[method].thins is None else {"density": 1.0}
+    report = adapters.combine({folder: 1.0}, tmp_path / "out", method=method, **density)
     one, two = manifest.read_manifest(folder), manifest.read_manifest(tmp_path / "out")
     assert report.itself
     assert one["strategy"] == two["strategy"]
@@ -136,16 +139,11 @@ def test_one_adapter_at_weight_1_is_itself(make: Make, tmp_path: Path, kind: str
     )
 
 
-@pytest.mark.parametrize("method", ["cat", "task-arithmetic", "ties", "dare", "della"])
-def test_so_it_is_by_every_method_that_leaves_nothing_out(make: Make, tmp_path: Path, method: str) -> None:
+def test_an_adapter_that_counts_for_nothing_changes_nothing(make: Make, tmp_path: Path) -> None:
     folder = make("bert", "rslora")
-    density = {} if METHODS[method].thins is None else {"density": 1.0}
-    assert adapters.combine([(folder, 1)], tmp_path / "out", method=method, **density).itself
-    # A second adapter that counts for nothing changes nothing.
-    again = adapters.combine(
-        {folder: 1, make("bert", "dora"): 0}, tmp_path / "out", method=method, head=folder, **density
-    )
-    assert again.itself
+    report = adapters.combine({folder: 1, make("bert", "dora"): 0}, tmp_path / "out", head=folder)
+    assert report.itself
+    assert manifest.read_manifest(tmp_path / "out")["tensors"] == manifest.read_manifest(folder)["tensors"]
 
 
 @pytest.mark.parametrize(("kind", "first", "second"), PAIRS)
@@ -161,6 +159,39 @@ def test_a_sum_is_the_sum_of_what_each_did(make: Make, tmp_path: Path, kind: str
     adapters.combine(weights, tmp_path / "at-once", head=one, merged=True)
     for name in ("merged", "at-once"):
         close(type(reference).from_pretrained(tmp_path / name), reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second", "method"),
+    [
+        ("bert", "dora", "lora", "ties"),
+        ("gpt2", "full", "freeze", "dare"),
+        ("vit", "rslora", "bitfit", "della"),
+        ("t5", "lora", "rslora", "ties"),
+        ("llama", "freeze", "dora", "della"),
+    ],
+)
+def test_each_method_works_on_what_each_strategy_did(
+    make: Make, tmp_path: Path, kind: str, first: str, second: str, method: str
+) -> None:
+    folders, weights = [make(kind, first), make(kind, second, 2)], [0.7, 0.6]
+    options: dict[str, Any] = {"method": method, "head": folders[0], "density": 0.4, "seed": 3}
+    adapters.combine(list(zip(folders, weights, strict=True)), tmp_path / "out", **options)
+    adapters.combine(list(zip(folders, weights, strict=True)), tmp_path / "merged", merged=True, **options)
+    found = adapters.merge(adapters.load(tmp_path / "out"))
+    plain = type(found).from_pretrained(tmp_path / "merged")
+    parts = [changes.read(folder) for folder in folders]
+    bases = [changes.originals(part) for part in parts]
+    for name in {name for part in parts for name in part.inside}:
+        terms = []
+        for part, base, weight in zip(parts, bases, weights, strict=True):
+            if name in part.inside:
+                seed = arithmetic.seeded(3, part.document["files"][manifest.WEIGHTS]["sha256"], name)
+                terms.append(Term(weight, base.delta(name, part.inside[name]), seed))
+                old = base.old(name)
+        expected = old + METHODS[method](terms, 0.4, sum(weights))
+        torch.testing.assert_close(found.state_dict()[name], expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(plain.state_dict()[name], expected, atol=2e-6, rtol=1e-5)
 
 
 def test_low_rank_updates_stay_factors_side_by_side(make: Make, tmp_path: Path) -> None:
@@ -264,7 +295,7 @@ def test_a_sum_is_cut_to_a_rank_and_says_what_it_lost(make: Make, tmp_path: Path
     report = adapters.combine(weights, tmp_path / "out", method="svd", head=next(iter(weights)), **size)
     exact = adapters.combine(weights, tmp_path / "exact", head=next(iter(weights)))
     assert exact.error == 0
-    assert exact.strategy == "freeze"
+    assert (exact.strategy, exact.dense) == ("freeze", 18)
     found, whole = changes.read(tmp_path / "out"), changes.read(tmp_path / "exact")
     base = changes.originals(whole)
     lost = norm = 0.0
@@ -690,8 +721,9 @@ def test_a_full_disk_leaves_what_stood_there(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(shards, "write_text", full)  # the weights are written by then
-    with pytest.raises(adapters.DiskError, match=r"cannot be written.*out.*No space left.*Make room"):
-        adapters.combine({one: weight}, tmp_path / "out")
+    for merged, target in ((False, "out"), (True, "merged")):
+        with pytest.raises(adapters.DiskError, match=rf"cannot be written.*{target}.*No space left.*Make room"):
+            adapters.combine({one: weight}, tmp_path / target, merged=merged)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -727,10 +759,17 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (found["form"], found["weights"]) == ("merged", [0.6, 0.4])
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in tiny.rows(12)))
-    command(f"{one}:0.6", f"{two}:0.4", "--head", one, "--search", rows, "--trials", 3, "-o", tmp_path / "out")
+    command(f"{one}:0.6", f"{two}:0.4", "--head", one.name, "--search", rows, "--trials", 3, "-o", tmp_path / "out")
     said = capsys.readouterr().out
     assert said.count("tried ") == 3
     assert said.count(" *\n") == 1
+    assert "18 of them are linear maps whose change is dense; --rank N" in said
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for part in ("train", "test"):
+        (parts / f"{part}.csv").write_text(rows.read_text())
+    with pytest.raises(adapters.RequestError, match=r"no part 'validation'.*test, train.*validation rows"):
+        command(f"{one}:0.6", "-o", tmp_path / "out", "--search", parts)
 
 
 @pytest.mark.parametrize("entry", ["a:b", "a:nan", ":0.5", "a:"])

@@ -18,6 +18,7 @@ PUBLIC = {
     "CombineReport",
     "ContractError",
     "DataError",
+    "Difference",
     "DiskError",
     "ExportReport",
     "FolderError",
@@ -25,6 +26,7 @@ PUBLIC = {
     "MissingPackageError",
     "NumbersError",
     "Plan",
+    "Profile",
     "Recipe",
     "RequestError",
     "STRATEGIES",
@@ -40,7 +42,11 @@ PUBLIC = {
     "combine",
     "disabled",
     "evaluate",
+    "ExtractReport",
+    "extract",
     "export",
+    "diff",
+    "inspect",
     "load",
     "merge",
     "merge_on_disk",
@@ -69,7 +75,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "combine", "diff", "export", "extract", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)

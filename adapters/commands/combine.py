@@ -12,6 +12,8 @@ from adapters.console import Columns, Json, out, renamed, say
 from adapters.errors import RequestError, message
 from adapters.progress import Job
 
+ROUNDING = 1e-5  # what float32 leaves out of a change that is read off a weight
+
 
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="FOLDER:WEIGHT of each adapter; without a weight it is 1.")],
@@ -39,14 +41,11 @@ def combine(
     pairs = [parted(entry) for entry in adapters]
     with Job("importing torch"):
         from adapters.combine import combine as combined
-        from adapters.manifest import fetch, read_manifest
-        from adapters.portions import labelled
-        from adapters.storage import task_of
+        from adapters.portions import held_out
 
     rows: Any = None
     if search is not None:
-        folder = fetch(head if head is not None and Path(head).is_dir() else pairs[0][0])
-        part, rows = labelled(search, renamed(columns), task_of(read_manifest(folder), str(folder)), say)
+        part, rows = held_out(search, renamed(columns), _task([folder for folder, _ in pairs], head), say)
         say(f"weights are looked for on {len(rows)} rows ({part})")
     report = combined(
         pairs,
@@ -84,7 +83,11 @@ def combine(
         print(f"next      transformers opens {Path(report.output).as_posix()!r} like any other model")
         return
     print(f"holds     {_holds(report)}: {report.parameters:,} parameters, {report.bytes / 1e6:.2f} MB")
-    if report.error:
+    if report.dense:
+        print(f"          {report.dense} of them are linear maps whose change is dense; --rank N cuts it to factors")
+    if 0 < report.error < ROUNDING:
+        print(f"error     none but rounding: {_share(report.error)} of the change")
+    elif report.error:
         print(f"error     {_share(report.error)} of the change is left out, most in {report.worst}:", end=" ")
         print(_share(report.worst_error))
     else:
@@ -112,6 +115,18 @@ def parted(entry: str) -> tuple[str, float]:
             )
         )
     return folder, number
+
+
+def _task(folders: list[str], head: str | None) -> Any:
+    """The task that the result will have: of the adapter whose head it takes."""
+    from adapters.manifest import fetch, read_manifest
+    from adapters.storage import task_of
+
+    found = {folder: read_manifest(fetch(folder)) for folder in folders}
+    named = [folder for folder in folders if head is not None and head in (folder, Path(folder).name)]
+    new = [folder for folder, document in found.items() if document["new"]]
+    folder = next(iter([*named, *new, *folders]))
+    return task_of(found[folder], folder)
 
 
 def _holds(report: Any) -> str:

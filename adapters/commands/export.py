@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -66,8 +67,23 @@ def export(
         print(f"answers   agree on {100 * report.agreement:.1f} %, logits within {report.max_difference:.1e}")
     else:
         print(f"answers   not compared: {report.skipped}")
+    for line in _measured(report.facts):
+        print(line)
     if report.next:
         print(f"next      {report.next}")
+
+
+def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Bytes, times and metrics of a graph beside those of torch."""
+    sizes = facts.get("bytes_of_weights", {})
+    if len(sizes) > 1:
+        yield "bytes     " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
+    for batch, times in facts.get("milliseconds", {}).items():
+        yield (
+            f"time      {batch}: " + ", ".join(f"{name} {time:.2f} ms" for name, time in times.items()) + ", one thread"
+        )
+    for name, numbers in facts.get("metrics", {}).items():
+        yield f"{name:10}" + ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items())
 
 
 def _rows(folder: str, data: str, columns: dict[str, str]) -> list[Any]:
