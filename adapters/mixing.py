@@ -20,6 +20,8 @@ from adapters.anatomy import linear_map
 from adapters.errors import RequestError, message
 from adapters.quantize import is_packed
 
+SMALL = 1 << 24  # bytes of the weights of all rows up to which they are put side by side
+
 
 @final
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Pair:
 
     Attributes:
         down: (rank, in).
-        up: (out, rank).
+        up: (rank, out), the layout in which a batched product of few tokens a row reads it fastest.
     """
 
     down: Tensor
@@ -36,7 +38,7 @@ class Pair:
 
     def term(self, inputs: Tensor) -> Tensor:
         """The term that is added for inputs of shape (..., in)."""
-        return inputs.to(self.down.dtype) @ self.down.T @ self.up.T
+        return inputs.to(self.down.dtype) @ self.down.T @ self.up
 
 
 @final
@@ -157,13 +159,16 @@ class Mixed:
         down, up = self.choice.gathered((self, "pair"), lambda: self._factors(names, factored))
         rows = inputs.reshape(len(names), -1, inputs.shape[-1])
         if output.dtype == down.dtype == rows.dtype:
-            flat.baddbmm_(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))
+            flat.baddbmm_(torch.bmm(rows, down.transpose(1, 2)), up)
             return output
-        term = torch.bmm(torch.bmm(rows.to(down.dtype), down.transpose(1, 2)), up.transpose(1, 2))
+        term = torch.bmm(torch.bmm(rows.to(down.dtype), down.transpose(1, 2)), up)
         return (flat + term).to(output.dtype).view(output.shape)
 
     def _dense(self, inputs: Tensor, names: Sequence[str], dense: Sequence[str]) -> Tensor:
         """The product where some adapters have a weight of their own: once for each of them, once for all others."""
+        first = self.changes[dense[0]].whole["weight"]
+        if len(dense) == len(set(names)) and len(names) * first.numel() * first.element_size() <= SMALL:
+            return self._small(inputs, names)
         times = inputs.shape[0] // len(names)
         others = set(names) - set(dense)
         parts, places = [], []
@@ -177,6 +182,22 @@ class Mixed:
             places.append(picked)
         return _back(parts, places)
 
+    def _small(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
+        """The product where each row has a small weight of its own (heads): one batched product."""
+        own = self.module._parameters.get("bias")
+
+        def gathered() -> tuple[Tensor, Tensor | None]:
+            wholes = [self.changes[name].whole for name in names]
+            bias = None if own is None else torch.stack([whole.get("bias", own) for whole in wholes])
+            return torch.stack([whole["weight"] for whole in wholes]), bias
+
+        weights, bias = self.choice.gathered((self, "dense"), gathered)
+        turned = self._linear is not None and self._linear.transposed and not is_packed(self.module)
+        flat = inputs.reshape(len(names), -1, inputs.shape[-1]).to(weights.dtype)
+        output = torch.bmm(flat, weights if turned else weights.transpose(1, 2))
+        output = output if bias is None else output + bias[:, None]
+        return output.to(inputs.dtype).view(*inputs.shape[:-1], output.shape[-1])
+
     def _shifts(self, names: Sequence[str], dense: Sequence[str]) -> Tensor:
         """What each row's own bias adds to the backbone's, (rows, out)."""
         own = self.module.get_parameter("bias")
@@ -185,14 +206,14 @@ class Mixed:
         return torch.stack([nothing if name in dense else shifts.get(name, nothing) for name in names])
 
     def _factors(self, names: Sequence[str], factored: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The factors of the rows, (rows, rank, in) and (rows, out, rank); smaller ranks are filled up with zeros."""
+        """The factors of the rows, (rows, rank, in) and (rows, rank, out); smaller ranks are filled up with zeros."""
         pairs = {name: pair for name in factored if (pair := self.changes[name].pair) is not None}
         rank = max(pair.down.shape[0] for pair in pairs.values())
         pad = nn.functional.pad
         for name, pair in pairs.items():
             lack = rank - pair.down.shape[0]
             if lack:
-                pairs[name] = Pair(pad(pair.down, (0, 0, 0, lack)), pad(pair.up, (0, lack)))
+                pairs[name] = Pair(pad(pair.down, (0, 0, 0, lack)), pad(pair.up, (0, 0, 0, lack)))
         if len(pairs) < len(set(names)):
             like = next(iter(pairs.values()))
             nothing = Pair(torch.zeros_like(like.down), torch.zeros_like(like.up))

@@ -137,7 +137,7 @@ class Trunk:
         if (edit.down.shape[1], edit.up.shape[0]) != tuple(described.shape):
             return None
         device = self.net.device
-        return Pair(edit.down.contiguous().to(device), (edit.up * edit.scale).contiguous().to(device))
+        return Pair(edit.down.contiguous().to(device), (edit.up * edit.scale).T.contiguous().to(device))
 
     def _whole(self, name: str, edit: Edit, where: str) -> Tensor:
         path, leaf = self.owners[name][0]
@@ -158,7 +158,7 @@ class Trunk:
                         found=tuple(edit.new.shape),
                     )
                 )
-            return edit.new.to(device=own.device, dtype=own.dtype)
+            return edit(None).to(device=own.device, dtype=own.dtype)
         return edit(own.detach().cpu()).to(device=own.device, dtype=own.dtype)
 
     def shape(self, changes: Mapping[str, Change]) -> tuple[Any, ...]:
