@@ -118,7 +118,7 @@ def extract(
     _check(form, rank, energy, only_factors)
     exactness.refuse_rows(rows)
     target = Path(out).expanduser()
-    _refuse_taken(target)
+    refuse_foreign(target)
     source = _source(tuned, base)
     whole = rank is None and energy is None and not only_factors
     with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage:
@@ -160,12 +160,6 @@ def _check(form: str, rank: int | None, energy: float | None, only_factors: bool
                 remedy=f"Leave {given} out, or take form 'lora'.",
             )
         )
-
-
-def _refuse_taken(target: Path) -> None:
-    """An earlier packed folder is ours to replace, too."""
-    if not is_packed(target):
-        refuse_foreign(target)
 
 
 def _source(tuned: str | Path, base: str | Path | None) -> Path:
