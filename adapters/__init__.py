@@ -40,6 +40,12 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "extract": "extract",
+    "ExtractReport": "extract",
+    "combine": "combine",
+    "CombineReport": "combine",
+    "export": "export",
+    "ExportReport": "readers",
     "inspect": "profile",
     "Profile": "profile",
     "diff": "diff",
@@ -49,6 +55,7 @@ _HOMES = {
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -60,6 +67,8 @@ if TYPE_CHECKING:
     from adapters.adapt import disabled as disabled
     from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
+    from adapters.combine import CombineReport as CombineReport
+    from adapters.combine import combine as combine
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
@@ -75,6 +84,9 @@ if TYPE_CHECKING:
     from adapters.errors import NumbersError as NumbersError
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
+    from adapters.export import export as export
+    from adapters.extract import ExtractReport as ExtractReport
+    from adapters.extract import extract as extract
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
@@ -84,8 +96,10 @@ if TYPE_CHECKING:
     from adapters.profile import Profile as Profile
     from adapters.profile import inspect as inspect
     from adapters.push import push as push
+    from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

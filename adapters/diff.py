@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from adapters import agreement, changes, contrast, data, heatmap, ledger, siblings
-from adapters.agreement import Agreement
+from adapters import changes, contrast, data, dissent, heatmap, ledger, siblings
 from adapters.changes import unlike
 from adapters.contrast import Compared, cosine
+from adapters.dissent import Agreement
 from adapters.errors import RequestError, message
 from adapters.ledger import Entry
 from adapters.profile import (
@@ -230,7 +230,7 @@ def diff(
             raise RequestError(
                 message("the rows have no part 'test' or 'train'", where="rows", found=", ".join(splits))
             )
-        answers = agreement.compared(one.folder, two.folder, part, columns or {}, base, say or logger.info)
+        answers = dissent.compared(one.folder, two.folder, part, columns or {}, base, say or logger.info)
     entries = ledger.entries(one.document, two.document)
     same = ledger.same(one.document, two.document)
     return Difference(str(one.folder), str(two.folder), same, apart, entries, tensors, answers, tuple(notes))

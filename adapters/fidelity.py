@@ -19,7 +19,7 @@ from adapters import disk
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
-from adapters.manifest import is_standalone
+from adapters.manifest import MANIFEST, is_standalone
 from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
@@ -28,15 +28,16 @@ BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
 
-def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dict[str, Any]:
+def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype: str | None = None) -> dict[str, Any]:
     """Max and mean difference of the outputs, agreement of the best answers, spread of the outputs, dtype at work.
 
     Args:
         adapter: the adapter folder.
-        merged: the plain transformers folder, or a backbone with its head beside it.
+        merged: the plain transformers folder, a backbone with its head beside it, or another adapter of the backbone.
         base: the backbone's folder.
         rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
             for an image processor).
+        dtype: in which both compute; None for each one's own.
     """
     import torch
     import transformers
@@ -44,23 +45,40 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dic
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
-        rows = list(noise(ROWS, adapted.model))
-    batches = _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+    batches = inputs(adapted, rows)
+    own = str(adapted.model.dtype).removeprefix("torch.")
+    if dtype is not None:
+        adapted.model.to(getattr(torch, dtype))
     wanted = outputs(adapted.model, batches)
-    dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    beside = is_standalone(Path(merged))
-    opened = load(merged).model if beside else auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
-    found = outputs(opened, batches)
+    if is_standalone(Path(merged)):
+        opened = load(merged).model
+    elif (Path(merged) / MANIFEST).is_file():
+        opened = load(merged, base, verify="fast").model
+    else:
+        opened = auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
+    found = outputs(opened if dtype is None else opened.to(getattr(torch, dtype)), batches)
+    return apart(wanted, found) | {"dtype": own}
+
+
+def inputs(adapted: Adapted, rows: list[Any] | None) -> list[dict[str, Any]]:
+    """Batches of these rows; of inputs at random where there are none."""
+    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
+        rows = list(noise(ROWS, adapted.model))
+    return _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+
+
+def apart(wanted: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
+    """Max and mean difference of two models' outputs, agreement of their best answers, spread of the first's."""
+    import torch
+
     difference = torch.cat([(one - other).abs().flatten() for one, other in zip(wanted, found, strict=True)])
     return {
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
         "agreement": float(torch.cat([_agree(one, other) for one, other in zip(wanted, found, strict=True)]).mean()),
         "spread": float(torch.cat([one.flatten() for one in wanted]).std()),
-        "dtype": dtype,
     }
 
 

@@ -371,7 +371,7 @@ def test_answers_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_answers_are_compared_without_their_scores() -> None:
-    from adapters.agreement import bare
+    from adapters.dissent import bare
 
     assert bare({"label": "a", "score": 0.3}) == "a"
     assert bare([{"label": "a", "score": 0.9}, {"label": "b", "score": 0.1}]) == "a"

@@ -15,10 +15,12 @@ PUBLIC = {
     "Adapted",
     "AdaptersError",
     "BackboneError",
+    "CombineReport",
     "ContractError",
     "DataError",
     "Difference",
     "DiskError",
+    "ExportReport",
     "FolderError",
     "MergeReport",
     "MissingPackageError",
@@ -28,6 +30,7 @@ PUBLIC = {
     "Recipe",
     "RequestError",
     "STRATEGIES",
+    "Shared",
     "SpentError",
     "Strategy",
     "Sweep",
@@ -36,9 +39,13 @@ PUBLIC = {
     "Trainer",
     "__version__",
     "adapt",
-    "diff",
+    "combine",
     "disabled",
     "evaluate",
+    "ExtractReport",
+    "extract",
+    "export",
+    "diff",
     "inspect",
     "load",
     "merge",
@@ -68,7 +75,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "diff", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "combine", "diff", "export", "extract", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)
