@@ -7,81 +7,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-from adapters import changes, data, dissent, heatmap, ledger, lowrank, siblings
-from adapters.changes import Changes, Originals, unlike
+from adapters import changes, contrast, data, dissent, heatmap, ledger, siblings
+from adapters.changes import unlike
+from adapters.contrast import Compared, cosine
 from adapters.dissent import Agreement
-from adapters.edits import AddLowRank, Edit, Replace
 from adapters.errors import RequestError, message
 from adapters.ledger import Entry
-from adapters.lowrank import Factors
 from adapters.profile import (
-    Place,
     aligned,
     at_hand,
     block_name,
     cells,
-    factors_of,
-    idle,
-    norm_of,
     order_of,
-    place_of,
 )
-from adapters.progress import Job
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 40  # lines of one table for people
-
-
-@final
-@dataclass(frozen=True)
-class Overlap:
-    """How far two low-rank changes share a subspace: |U_a^T U_b|^2 / min(i, j), from 0 to 1 (LoRA paper, section 7.2).
-
-    Attributes:
-        ranks: i and j, the singular values of each change that are no rounding.
-        inputs, outputs: of the directions that they read, and of those that they write.
-        chance_inputs, chance_outputs: what random subspaces of these ranks would have: max(i, j) over the width.
-    """
-
-    ranks: tuple[int, int]
-    inputs: float
-    outputs: float
-    chance_inputs: float
-    chance_outputs: float
-
-
-@final
-@dataclass(frozen=True)
-class Compared:
-    """One tensor that at least one of two adapters changes.
-
-    Attributes:
-        name: the backbone's own.
-        place: in the model.
-        changed: "both", "a" or "b".
-        a, b: Frobenius norm of each change; 0 where it is not changed; None where the backbone would be needed. Of new
-            tensors (heads) that of the tensor itself.
-        difference: norm of the one change minus the other; None where that cannot be told, or shapes differ.
-        cosine: between the two changes as vectors; None where one is zero or not known.
-        overlap: of two low-rank changes.
-        new: nothing stood there before.
-    """
-
-    name: str
-    place: Place
-    changed: str
-    a: float | None
-    b: float | None
-    difference: float | None
-    cosine: float | None
-    overlap: Overlap | None = None
-    new: bool = False
 
 
 @final
@@ -275,7 +219,7 @@ def diff(
     tensors: tuple[Compared, ...] = ()
     if not apart:
         sides = [at_hand(side, base) for side in (one, two)]
-        tensors = _compared(one, two, (sides[0][0], sides[1][0]))
+        tensors = contrast.compared(one, two, (sides[0][0], sides[1][0]))
         if any(one.a is None or one.b is None for one in tensors):
             notes.append("some changes are not known without the backbone: " + (sides[0][1] or sides[1][1]))
     answers = None
@@ -290,102 +234,6 @@ def diff(
     entries = ledger.entries(one.document, two.document)
     same = ledger.same(one.document, two.document)
     return Difference(str(one.folder), str(two.folder), same, apart, entries, tensors, answers, tuple(notes))
-
-
-# ---------------------------------------------------------------------- tensor by tensor
-
-
-def _compared(one: Changes, two: Changes, bases: tuple[Originals | None, Originals | None]) -> tuple[Compared, ...]:
-    names = sorted(set(one.edits) | set(two.edits))
-    found = []
-    with Job("comparing the changes", len(names), "tensors") as job:
-        for name in names:
-            edits, heads = (one.edits.get(name), two.edits.get(name)), (name in one.head, name in two.head)
-            pair = _pair(name, edits, heads, bases)
-            found += [pair] if pair is not None else []
-            job.advance(1)
-    return tuple(found)
-
-
-def _pair(
-    name: str,
-    edits: tuple[Edit | None, Edit | None],
-    heads: tuple[bool, bool],
-    bases: tuple[Originals | None, Originals | None],
-) -> Compared | None:
-    place = place_of(name, {name} if any(heads) else ())
-    pairs = [factors_of(edit) if edit is not None else None for edit in edits]
-    if pairs[0] is not None and pairs[1] is not None:
-        return _low_rank(name, place, pairs[0], pairs[1])
-    deltas = [
-        _delta(name, edit, base, new=new) if edit is not None else None
-        for edit, base, new in zip(edits, bases, heads, strict=True)
-    ]
-    norms: list[float | None] = [
-        0.0 if edit is None else norm_of(delta) if delta is not None else None
-        for edit, delta in zip(edits, deltas, strict=True)
-    ]
-    by = [edit is not None and not idle(edit, norm) for edit, norm in zip(edits, norms, strict=True)]
-    if not any(by):
-        return None
-    changed = "both" if all(by) else "a" if by[0] else "b"
-    difference, cosine = None, None
-    if changed != "both":
-        difference = norms[0] if changed == "a" else norms[1]
-    elif deltas[0] is not None and deltas[1] is not None:
-        if deltas[0].shape == deltas[1].shape:
-            difference, cosine = _dense(deltas[0], deltas[1])
-    elif isinstance(edits[0], Replace) and isinstance(edits[1], Replace) and edits[0].new.shape == edits[1].new.shape:
-        difference = norm_of(edits[0].new.double() - edits[1].new.double())  # whatever stood there before
-    return Compared(name, place, changed, norms[0], norms[1], difference, cosine, None, any(heads))
-
-
-def _delta(name: str, edit: Edit, base: Originals | None, *, new: bool) -> Tensor | None:
-    """What an edit adds; of a new tensor all of it; None where that cannot be told without the backbone."""
-    if new:
-        return edit(None)
-    if isinstance(edit, AddLowRank):
-        return edit.delta()
-    return base.delta(name, edit) if base is not None else None
-
-
-def _dense(one: Tensor, two: Tensor) -> tuple[float, float | None]:
-    """Norm of the difference and cosine of two tensors."""
-    a, b = norm_of(one), norm_of(two)
-    inner = float((one.double() * two.double()).sum())
-    return norm_of(one.double() - two.double()), _cosine(inner, a, b)
-
-
-def _cosine(inner: float, a: float, b: float) -> float | None:
-    return max(-1.0, min(1.0, inner / (a * b))) if a and b else None
-
-
-def _low_rank(name: str, place: Place, one: Factors, two: Factors) -> Compared:
-    """Two low-rank changes by their factors: no product is formed."""
-    import torch
-
-    left_a, values_a, right_a = lowrank.turned(one)
-    left_b, values_b, right_b = lowrank.turned(two)
-    a, b = float(values_a.norm()), float(values_b.norm())
-    if one.shape != two.shape:
-        return Compared(name, place, "both", a, b, None, None)
-    inner = float(((one.up.T @ two.up) * (one.down @ two.down.T)).sum())
-    alike = one.up.equal(two.up) and one.down.equal(two.down)
-    both = Factors(torch.cat([one.down, two.down]), torch.cat([one.up, -two.up], dim=1))
-    apart = lowrank.turned(both)[1]
-    ranks = tuple(lowrank.rank_of(values, max(one.shape)) for values in (values_a, values_b))
-    overlap = None
-    if min(ranks):
-        i, j = ranks
-        out, features = one.shape
-        overlap = Overlap(
-            (i, j),
-            float((right_a[:i] @ right_b[:j].T).square().sum()) / min(i, j),
-            float((left_a[:, :i].T @ left_b[:, :j]).square().sum()) / min(i, j),
-            max(i, j) / features,
-            max(i, j) / out,
-        )
-    return Compared(name, place, "both", a, b, 0.0 if alike else float(apart.norm()), _cosine(inner, a, b), overlap)
 
 
 # ---------------------------------------------------------------------- together
@@ -407,7 +255,7 @@ def together(name: str, members: Sequence[Compared]) -> Together:
         a,
         b,
         math.hypot(*(one.difference or 0.0 for one in members)),
-        _cosine(inner, a, b),
+        cosine(inner, a, b),
         mean([one.inputs for one in overlaps]),
         mean([one.outputs for one in overlaps]),
         (by_chance[0], by_chance[1]) if by_chance[0] is not None and by_chance[1] is not None else None,

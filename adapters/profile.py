@@ -17,13 +17,11 @@ from adapters.inspection import describe
 from adapters.lowrank import Factors
 from adapters.manifest import backbone_name
 from adapters.progress import Job
+from adapters.spectra import WIDE, Spectrum, norm_of, rounding_of, spectrum_of, summed_up
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
-WIDE = 1024  # rows and columns up to which all singular values of a matrix that is no product are taken
-SQUARED = 1 << 22  # elements from which they are taken from the smaller Gram matrix
-ROUNDS = 8  # power iterations for the greatest one of a larger matrix
 OUTSIDE = "outside the blocks"
 SHOWN = 40  # lines of one table for people
 
@@ -52,25 +50,6 @@ def place_of(name: str, head: Iterable[str] = ()) -> Place:
         return Place("", None, name)
     kind = ".".join("*" if word.isdigit() else word for word in words[number + 1 :])
     return Place(".".join(words[:number]), int(words[number]), kind)
-
-
-@final
-@dataclass(frozen=True)
-class Spectrum:
-    """The singular values of a change in four numbers.
-
-    Attributes:
-        spectral: the greatest.
-        effective: exp of the entropy of the values divided by their sum (Roy and Vetterli, 2007); None where a large
-            matrix was not decomposed.
-        stable: squared Frobenius norm over squared spectral norm.
-        rank: values that are no rounding; None where it was not decomposed.
-    """
-
-    spectral: float
-    effective: float | None
-    stable: float
-    rank: int | None
 
 
 @final
@@ -333,7 +312,7 @@ def _changed(name: str, edit: Edit, head: Iterable[str], originals: Originals | 
         out, features = factors.shape
         shape = (features, out) if isinstance(edit, AddLowRank) and edit.transposed else (out, features)
         base = norm_of(old) if old is not None else None
-        return Changed(name, place, shape, form, float(values.norm()), base, _summed_up(values, max(shape)))
+        return Changed(name, place, shape, form, float(values.norm()), base, summed_up(values, max(shape)))
     if originals is None:
         shape = tuple(edit.new.shape) if hasattr(edit, "new") else ()
         return Changed(name, place, shape, form, None, None, None)
@@ -346,7 +325,7 @@ def _changed(name: str, edit: Edit, head: Iterable[str], originals: Originals | 
         form,
         norm_of(delta),
         norm_of(old),
-        spectrum_of(delta, noise=_rounding(old, delta) if old.shape == delta.shape else 0.0),
+        spectrum_of(delta, noise=rounding_of(old, delta) if old.shape == delta.shape else 0.0),
     )
 
 
@@ -374,68 +353,6 @@ def factors_of(edit: Edit) -> Factors | None:
     if not isinstance(edit, AddLowRank):
         return None
     return Factors(edit.down.double(), edit.up.double() * edit.scale)
-
-
-def norm_of(tensor: Tensor) -> float:
-    """Frobenius norm, summed in float64."""
-    import torch
-
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _rounding(old: Tensor, delta: Tensor) -> float:
-    """Spectral norm of what float32 rounds of a matrix's entries, as of random numbers of that size."""
-    import torch
-
-    if delta.ndim < 2:
-        return 0.0
-    rows, columns = delta.shape[0], delta[0].numel()
-    return float(torch.finfo(torch.float32).eps * norm_of(old) * (rows**-0.5 + columns**-0.5))
-
-
-def spectrum_of(delta: Tensor, noise: float = 0.0) -> Spectrum | None:
-    """The spectrum of a change that is there as a tensor; None for vectors.
-
-    Args:
-        delta: any shape; what has more than two axes as the matrix of the first by all others.
-        noise: singular values up to this are rounding.
-    """
-    import torch
-
-    if delta.ndim < 2 or not delta.numel():
-        return None
-    matrix = delta.flatten(1)
-    short, long = sorted(matrix.shape)
-    if short > WIDE:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            spectral = float(torch.svd_lowrank(matrix.float(), 4, niter=ROUNDS)[1][0])
-        norm = norm_of(delta)
-        return Spectrum(spectral, None, (norm / spectral) ** 2 if spectral else 0.0, None)
-    if matrix.numel() > SQUARED:
-        wide = matrix if matrix.shape[0] == short else matrix.T
-        gram = torch.zeros(short, short, dtype=torch.float64)
-        for begin in range(0, long, 1 << 14):
-            part = wide[:, begin : begin + (1 << 14)].double()
-            gram.addmm_(part, part.T)
-        values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
-        noise = max(noise, float(values[0]) * torch.finfo(torch.float64).eps ** 0.5 * long**0.5)
-    else:
-        values = torch.linalg.svdvals(matrix.double())
-    return _summed_up(values, long, noise)
-
-
-def _summed_up(values: Tensor, longest: int, noise: float = 0.0) -> Spectrum:
-    """Four numbers of singular values in descending order."""
-    import torch
-
-    spectral = float(values[0]) if values.numel() else 0.0
-    if not spectral:
-        return Spectrum(0.0, 0.0, 0.0, 0)
-    rank = min(lowrank.rank_of(values, longest), int((values > noise).sum()))
-    shares = values / values.sum()
-    entropy = float(torch.special.entr(shares).sum())
-    return Spectrum(spectral, math.exp(entropy), float(values.norm()) ** 2 / spectral**2, rank)
 
 
 # ---------------------------------------------------------------------- for people

@@ -10,8 +10,9 @@ from typing import Any, final
 from adapters import heatmap, shards
 from adapters.errors import RequestError, message
 from adapters.manifest import MANIFEST
-from adapters.profile import Place, aligned, cells, norm_of, order_of, place_of
+from adapters.profile import Place, aligned, cells, order_of, place_of
 from adapters.progress import Job
+from adapters.spectra import norm_of
 
 SHOWN = 40  # tensors that people are shown
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import adapters
-from adapters import changes, heatmap, lowrank, profile
+from adapters import changes, heatmap, lowrank, profile, spectra
 from adapters.siblings import Checkpoints
 
 OPTIONS: dict[str, dict[str, Any]] = {"freeze": {"layers": 1}, "oft": {"oft_block_size": 8}, "lora": {"r": 3}}
@@ -161,18 +161,18 @@ def test_added_tokens_count_from_zero(tmp_path: Path) -> None:
 
 def test_large_matrices_by_other_ways_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = torch.randn(60, 90, generator=torch.Generator().manual_seed(0)) @ torch.diag(0.9 ** torch.arange(90.0))
-    exact = profile.spectrum_of(delta)
+    exact = spectra.spectrum_of(delta)
     assert exact is not None
-    monkeypatch.setattr(profile, "SQUARED", 1)
+    monkeypatch.setattr(spectra, "SQUARED", 1)
     for matrix in (delta, delta.T):
-        squared = profile.spectrum_of(matrix)
+        squared = spectra.spectrum_of(matrix)
         assert squared is not None
         assert squared.effective == pytest.approx(exact.effective, rel=1e-6)
         assert squared.spectral == pytest.approx(exact.spectral, rel=1e-9)
         assert squared.rank == exact.rank == 60
-    monkeypatch.setattr(profile, "WIDE", 50)
+    monkeypatch.setattr(spectra, "WIDE", 50)
     state = torch.random.get_rng_state()
-    wide = profile.spectrum_of(delta)
+    wide = spectra.spectrum_of(delta)
     assert wide is not None
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (wide.effective, wide.rank) == (None, None)
