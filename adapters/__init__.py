@@ -40,13 +40,22 @@ _HOMES = {
     "merge": "merge",
     "merge_on_disk": "merge",
     "MergeReport": "merge",
+    "extract": "extract",
+    "ExtractReport": "extract",
+    "combine": "combine",
+    "CombineReport": "combine",
     "export": "export",
     "ExportReport": "readers",
+    "inspect": "profile",
+    "Profile": "profile",
+    "diff": "diff",
+    "Difference": "diff",
     "plan": "plan",
     "Plan": "budget",
     "Recipe": "recipe",
     "validate": "validation",
     "push": "push",
+    "Shared": "shared",
     "Sweep": "sweep",
     "run_recipe": "script",
 }
@@ -58,9 +67,13 @@ if TYPE_CHECKING:
     from adapters.adapt import disabled as disabled
     from adapters.budget import Plan as Plan
     from adapters.cloze import pseudo_perplexity as pseudo_perplexity
+    from adapters.combine import CombineReport as CombineReport
+    from adapters.combine import combine as combine
     from adapters.contracts import Adapted as Adapted
     from adapters.contracts import Strategy as Strategy
     from adapters.contracts import Task as Task
+    from adapters.diff import Difference as Difference
+    from adapters.diff import diff as diff
     from adapters.errors import AdaptersError as AdaptersError
     from adapters.errors import BackboneError as BackboneError
     from adapters.errors import ContractError as ContractError
@@ -72,16 +85,21 @@ if TYPE_CHECKING:
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
     from adapters.export import export as export
+    from adapters.extract import ExtractReport as ExtractReport
+    from adapters.extract import extract as extract
     from adapters.merge import MergeReport as MergeReport
     from adapters.merge import merge as merge
     from adapters.merge import merge_on_disk as merge_on_disk
     from adapters.plan import plan as plan
     from adapters.predict import evaluate as evaluate
     from adapters.predict import predict as predict
+    from adapters.profile import Profile as Profile
+    from adapters.profile import inspect as inspect
     from adapters.push import push as push
     from adapters.readers import ExportReport as ExportReport
     from adapters.recipe import Recipe as Recipe
     from adapters.script import run_recipe as run_recipe
+    from adapters.shared import Shared as Shared
     from adapters.storage import load as load
     from adapters.storage import save as save
     from adapters.sweep import Sweep as Sweep

@@ -371,11 +371,29 @@ def assemble(
         net, strategy, task, processor, storage, tuple(sorted(trained)), head, fingerprint, names, record, vocabulary
     )
     set_gradients(adapted)
-    for note in filter(None, (remark, padding.note if padding else "")):
+    rounded = _rounded(adapted) if accept is None else ""
+    for note in filter(None, (remark, padding.note if padding else "", rounded)):
         record.notes.append(note)
         logger.warning(note)
     net.train(False)
     return adapted
+
+
+def _rounded(adapted: Adapted) -> str:
+    """What is to be said where tensors train in bfloat16 themselves, with the steps that it rounds away."""
+    import torch
+
+    from adapters.anatomy import own_name
+
+    trained = set(adapted.trained)
+    half = [n for n, p in adapted.model.named_parameters() if n in trained and p.dtype == torch.bfloat16]
+    if not half:
+        return ""
+    named = ", ".join(map(own_name, half[:2])) + (f" and {len(half) - 2} more" if len(half) > 2 else "")
+    return (
+        f"{len(half)} of {len(trained)} trained tensors are in bfloat16, as the backbone is, which rounds away steps "
+        f"below about 0.4 % of a weight: {named}; load={{'dtype': 'float32'}} keeps them"
+    )
 
 
 def set_gradients(adapted: Adapted) -> None:

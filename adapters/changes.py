@@ -9,18 +9,30 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 from adapters import bars, parts, shards
 from adapters.backbones import check_folder, local_folder
-from adapters.edits import AddLowRank, Edit
+from adapters.edits import AddLowRank, Edit, PutEntries, Replace
 from adapters.errors import AdaptersError, BackboneError, FolderError, RequestError, message
 from adapters.fingerprint import Fingerprint, differences
-from adapters.manifest import backbone_name, fetch, read_manifest, read_tensors, refuse_gone
+from adapters.manifest import (
+    backbone_name,
+    fetch,
+    finite_tensor,
+    read_manifest,
+    read_slots,
+    read_tensors,
+    refuse_gone,
+    refuse_infinite,
+)
 from adapters.places import is_path
 from adapters.quantize import RoundTrip
 from adapters.storage import strategy_of
+from adapters.stored import Stored
 from adapters.stream import Step, expect, plan, refuse_other
 from adapters.vocabulary import all_edits, of_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGE = 1 << 20  # bytes; trained tensors from here on stay in their file until their edit is applied
 
 
 @final
@@ -67,34 +79,43 @@ def refuse_apart(one: Changes, others: Sequence[Changes]) -> None:
         BackboneError: tensors that both backbones have differ, or an adapter changes one that the first lacks.
         RequestError: other added tokens, another storage of the frozen rest.
     """
-    mine = Fingerprint.from_json(one.document["backbone"]["fingerprint"])
     for other in others:
-        theirs = Fingerprint.from_json(other.document["backbone"]["fingerprint"])
-        shared = set(mine.tensors) & set(theirs.tensors)
-        lines = differences(*(Fingerprint({n: p.tensors[n] for n in shared}, p.prefix) for p in (mine, theirs)))
+        lines, shared = apart(one, other)
         if lines or not shared:
             raise BackboneError(
                 message(
                     "the adapters were trained on different backbones",
                     where=f"{one.folder}, {other.folder}",
                     expected=f"one backbone, as {_named(one)}",
-                    found=f"{_named(other)}, where {len(lines)} of {len(shared)} shared tensors differ"
+                    found=f"{_named(other)}, where {len(lines)} of {shared} shared tensors differ"
                     + (f": {'; '.join(lines[:3])}" if lines else ""),
                     remedy="Combine adapters of one backbone; of others each can only be merged alone.",
                 )
             )
-        for what, told in (("added tokens", _tokens), ("storage of the frozen weights", _storage)):
-            wanted, found = told(one.document), told(other.document)
-            if wanted != found:
-                raise RequestError(
-                    message(
-                        f"the adapters differ in their {what}",
-                        where=f"{one.folder}, {other.folder}",
-                        expected=wanted,
-                        found=found,
-                        remedy="Combine adapters that were trained alike in this.",
-                    )
+        for what, wanted, found in unlike(one, other):
+            raise RequestError(
+                message(
+                    f"the adapters differ in their {what}",
+                    where=f"{one.folder}, {other.folder}",
+                    expected=wanted,
+                    found=found,
+                    remedy="Combine adapters that were trained alike in this.",
                 )
+            )
+
+
+def apart(one: Changes, other: Changes) -> tuple[list[str], int]:
+    """Where the backbones of two adapters differ, and how many tensors both have."""
+    prints = [Fingerprint.from_json(side.document["backbone"]["fingerprint"]) for side in (one, other)]
+    shared = set(prints[0].tensors) & set(prints[1].tensors)
+    return differences(*(Fingerprint({n: p.tensors[n] for n in shared}, p.prefix) for p in prints)), len(shared)
+
+
+def unlike(one: Changes, other: Changes) -> list[tuple[str, str, str]]:
+    """What else must be alike of two adapters that are to be put together, and is not: what it is, and both sides."""
+    told = (("added tokens", _tokens), ("storage of the frozen weights", _storage))
+    found = [(what, say(one.document), say(other.document)) for what, say in told]
+    return [entry for entry in found if entry[1] != entry[2]]
 
 
 def _named(changes: Changes) -> str:
@@ -132,8 +153,8 @@ class Originals:
     steps: Mapping[str, Step]
     prints: Mapping[str, Any]
 
-    def old(self, name: str) -> Tensor:
-        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it lies in the checkpoint, in its own dtype.
 
         Raises:
             BackboneError: it is not the recorded backbone's.
@@ -145,17 +166,36 @@ class Originals:
         refuse_other(step, self.prints)
         tensor = shards.read_tensor(step.source)
         expect(step, self.prints, xxhash.xxh3_128_hexdigest(shards.tensor_bytes(tensor)))
-        match step.edit:
+        return tensor
+
+    def old(self, name: str) -> Tensor:
+        """The tensor as the adapter's training saw it, float32: where it was packed, what 4 bits made of it.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        tensor = self.stored(name)
+        match self.steps[name].edit:
             case RoundTrip(kind, dtype, transposed, _):
                 return RoundTrip(kind, dtype, transposed)(tensor)
         return tensor.float()
 
     def delta(self, name: str, edit: Edit) -> Tensor:
-        """What an edit adds to its tensor, float32, in the tensor's own layout; low-rank edits need no value."""
+        """What an edit adds to its tensor, float32, in the tensor's own layout; low-rank edits need no value.
+
+        Entries that were added count from zero.
+        """
         if isinstance(edit, AddLowRank):
             return edit.delta()
         old = self.old(name)
-        return edit(old).sub_(old)
+        new = edit(old)
+        if new.shape != old.shape:
+            import torch
+
+            room = torch.zeros_like(new)
+            room[tuple(map(slice, old.shape))] = old
+            old = room
+        return new - old  # a new tensor: what the edit returns may be the adapter's own
 
 
 def originals(changes: Changes, base: str | Path | None = None, also: Collection[str] = ()) -> Originals:
@@ -258,3 +298,59 @@ def edits_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
                 found=" ".join(f"{type(fault).__name__}: {fault}".split())[:200],
             )
         ) from fault
+
+
+def streamed_edits(document: Mapping[str, Any], folder: Path) -> tuple[dict[str, Edit], bool]:
+    """The same, with large tensors that only take the old one's place left in the adapter's file.
+
+    Whatever a strategy computes with is in memory; which tensors it hands on as they are is found out with tensors
+    that have no values.
+
+    Args:
+        document: the verified manifest.
+        folder: the adapter's.
+
+    Returns:
+        The edits, and whether any tensor stays in the file: then `manifest.refuse_changed` has the last word.
+
+    Raises:
+        FolderError: values that are not finite; options that the tensors do not bear out.
+    """
+    import torch
+
+    where = str(folder)
+    slots = read_slots(folder, document)
+    ghosts = {
+        name: torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device="meta") for name, slot in slots.items()
+    }
+    large = {id(ghosts[name]): name for name, slot in slots.items() if slot.nbytes >= LARGE}
+    handed: set[str] = set()
+    if large:
+        try:
+            drawn = all_edits(of_manifest(document, where), strategy_of(document, where), ghosts)
+            handed = {large[key] for edit in drawn.values() if (key := _values_of(edit)) in large}
+        except (AdaptersError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+            handed = set()  # it looks at values: all of them are read, and a fault is told below
+    for name in handed:
+        refuse_infinite(slots[name], name)
+    tensors = {name: ghosts[name] if name in handed else finite_tensor(slot, name) for name, slot in slots.items()}
+    edits = edits_of(document, tensors, where)
+    return {name: _from_file(edit, large, handed, slots) for name, edit in edits.items()}, bool(handed)
+
+
+def _values_of(edit: Edit) -> int:
+    """Which object holds the new values of an edit that does nothing but put them in place; 0 for other edits."""
+    match edit:
+        case Replace(values) | PutEntries(_, values, _, _):
+            return id(values)
+    return 0
+
+
+def _from_file(edit: Edit, large: Mapping[int, str], handed: Collection[str], slots: Mapping[str, Any]) -> Edit:
+    name = large.get(_values_of(edit))
+    if name not in handed or name is None:
+        return edit
+    match edit:
+        case PutEntries(ids, _, axis, size):
+            return PutEntries(ids, Stored(slots[name]), axis, size)
+    return Replace(Stored(slots[name]))

@@ -219,6 +219,7 @@ class Contract(TrainerCallback):
         self._in_step: list[str] = []
         self._left_out = 0
         self._counted = 0
+        self._taken = 0
         self.good: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -262,6 +263,7 @@ class Contract(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See what moved, and that it is finite."""
+        self._taken += 1
         if self._skipped():
             self._left_out += 1
             finite.check_scale(self._left_out, state.global_step + 1)
@@ -283,8 +285,15 @@ class Contract(TrainerCallback):
             self._judge(due, [n for n in self._parameters if n not in self._watched and n not in self._still])
         self._in_step = []
 
-    def finish(self) -> None:
-        """The end of the run: judge what had too few steps, list what never moved, compare the frozen bytes."""
+    def finish(self, *, whole: bool = True) -> None:
+        """The end of the run: judge what had too few steps, list what never moved, compare the frozen bytes.
+
+        Args:
+            whole: these are all steps of a run, not those up to an interruption or after one.
+
+        Raises:
+            ContractError: steps were taken and no trained tensor ever moved; or as said above.
+        """
         joined = [name for name, entry in self._watched.items() if entry.steps]
         self._judge(joined, list(self._parameters))
         for why in sorted({why for why, _ in self._still.values()}):
@@ -295,6 +304,19 @@ class Contract(TrainerCallback):
         if not self._counted:
             self._say("no step had a learning rate above 0: nothing was trained")
         check_frozen(self._frozen, self._adapted)
+        unmoved = len(self._watched) + sum(digest(self._parameters[n]) == old for n, (_, old) in self._still.items())
+        if whole and self._taken and unmoved == len(self._parameters):
+            reasons = {why for why, _ in self._still.values()} or {"no step had a learning rate above 0"}
+            raise ContractError(
+                message(
+                    "the run trained nothing",
+                    where=f"strategy {self._adapted.strategy.name!r}, {self._taken} steps",
+                    expected="trained tensors that moved",
+                    found=f"all {unmoved} as they were: {'; '.join(sorted(reasons))}",
+                    remedy="Take more steps, a shorter warm-up (warmup_steps), a larger learning_rate, rows with "
+                    "something to learn.",
+                )
+            )
 
     def solved(self) -> None:
         """The end of a run without steps: each trained tensor has other values, all finite; frozen bytes are the same.

@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 import typer
 
 from adapters import console, interrupts, progress
+from adapters.commands.combine import combine
+from adapters.commands.diff import diff
 from adapters.commands.doctor import doctor
 from adapters.commands.evaluate import evaluate
 from adapters.commands.export import export
+from adapters.commands.extract import extract
 from adapters.commands.init import init
 from adapters.commands.inspect import inspect
 from adapters.commands.merge import merge
@@ -63,8 +66,11 @@ for command in (  # in the order of the help
     evaluate,
     predict,
     inspect,
+    diff,
     report,
     merge,
+    extract,
+    combine,
     export,
     push,
     doctor,

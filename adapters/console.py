@@ -28,6 +28,7 @@ Folder = Annotated[str, typer.Argument(help="An adapter folder, or the id of one
 Backbone = Annotated[
     str | None, typer.Option("--model", help="The backbone, where it is not the one that the adapter names.")
 ]
+Picture = Annotated[str | None, typer.Option(help="A picture by block and kind of module: a .png or .svg.")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="task column=data column.")]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_checkable
 
-from adapters.errors import SpentError, message
+from adapters.errors import RequestError, SpentError, message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -279,6 +279,15 @@ class Asking(Protocol):
         ...
 
 
+@runtime_checkable
+class Mixing(Protocol):
+    """Several adapters on one backbone, of which each row of a batch takes its own (`adapters.Shared`)."""
+
+    def predict(self, rows: Any, adapter: Sequence[str] | str, batch_size: int) -> list[Any]:
+        """One answer a row, by the row's own adapter."""
+        ...
+
+
 @final
 @dataclass
 class Record:
@@ -300,6 +309,7 @@ class Record:
         recipe: the run as data; empty where no recipe can repeat it, then `why_not` says why.
         notes: remarks that were said once and belong to the adapter (padding token, truncation).
         spent: merged: saving, training and merging again are refused.
+        shared: its name on a shared backbone, which nothing may change; empty everywhere else.
     """
 
     backbone: str = ""
@@ -318,6 +328,7 @@ class Record:
     why_not: str = "the model was adapted by a program, not by a recipe"
     notes: list[str] = field(default_factory=list)
     spent: bool = False
+    shared: str = ""
 
 
 @final
@@ -372,6 +383,14 @@ class Adapted:
                     "this adapter was merged into its model",
                     where="Adapted",
                     remedy="Load the adapter folder again, or adapt the merged model.",
+                )
+            )
+        if self.record.shared:
+            raise RequestError(
+                message(
+                    "an adapter on a shared backbone can only be read",
+                    where=self.record.shared,
+                    remedy="adapters.load(folder) opens it for training, saving and merging.",
                 )
             )
         found = {}

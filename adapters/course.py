@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from statistics import median
 from typing import Any, final
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 WINDOW = 16  # steps of the moving median
 LOST = 0.5  # share of what was gained that a run may lose again
 HELD = WINDOW // 2  # steps in a row that it has to stay there
+NOISE = 2.0  # times the median step from one loss to the next, which a run that drifts away does not raise
 RISE = 0.2  # share of the first median that it may rise above its best in any case
 
 
@@ -20,7 +22,9 @@ class Divergence(TrainerCallback):
     """Says once that the moving median of the loss has risen for good.
 
     A single bad batch does not move a median of 16 steps. What counts as risen: above the best median by more than
-    half of what the run had gained until then, and by a fifth of where it began, for 8 steps in a row.
+    half of what the run had gained until then, by a fifth of where it began, and by twice what one batch's loss lay
+    from the next one's at its best, for 8 steps in a row. The last bound is for runs that begin with a head
+    that was solved: their first losses are small, and a fifth of them is less than two batches lie apart.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -28,7 +32,7 @@ class Divergence(TrainerCallback):
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._step = 0.0
         self._first = self._best = float("nan")
-        self._best_step = 0
+        self._best_step, self._apart = 0, 0.0
         self._risen = 0
         self.said = False
 
@@ -51,7 +55,9 @@ class Divergence(TrainerCallback):
         if not now >= self._best:  # also the first one, against nan
             self._first = now if self._first != self._first else self._first
             self._best, self._best_step = now, state.global_step
-        risen = now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first))
+            noise = NOISE * median(abs(after - before) for before, after in pairwise(self._losses))
+            self._apart = min(noise, LOST * abs(self._first))  # where all is lost from the start, noise says nothing
+        risen = now - self._best > max(LOST * (self._first - self._best), RISE * abs(self._first), self._apart)
         self._risen = self._risen + 1 if risen else 0
         if self._risen == HELD:
             self.said = True

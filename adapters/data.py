@@ -128,7 +128,7 @@ def _split_name(name: str) -> str:
 def _read_path(source: str | Path, say: Callable[[str], None]) -> dict[str, Dataset]:
     path = Path(source).expanduser()
     if path.is_file():
-        return {"train": _read_file(path, say)}
+        return {"train": _table(path, say)}
     if path.is_dir():
         return _read_folder(path, say)
     if isinstance(source, Path) or not _looks_like_id(str(source)):
@@ -178,8 +178,7 @@ def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
             )
         )
     return {
-        part: _read_shards(shards[part], say) if part in shards else _read_file(file, say)
-        for part, file in found.items()
+        part: _read_shards(shards[part], say) if part in shards else _table(file, say) for part, file in found.items()
     }
 
 
@@ -192,7 +191,7 @@ def _read_shards(files: list[Path], say: Callable[[str], None]) -> Dataset:
     from datasets import concatenate_datasets
 
     tables.refuse_partial(files)
-    parts = [_read_file(file, say) for file in files]
+    parts = [_table(file, say) for file in files]
     for file, rows in zip(files, parts, strict=True):
         if rows.features != parts[0].features:
             raise DataError(
@@ -287,6 +286,11 @@ def _is_blank(rows: Dataset, column: str) -> bool:
 
 def _suffix(path: Path) -> str:
     return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _table(path: Path, say: Callable[[str], None]) -> Dataset:
+    """The rows of one file; a column of pictures' paths is read as pictures."""
+    return images.from_paths(_read_file(path, say), path)
 
 
 def _read_file(path: Path, say: Callable[[str], None]) -> Dataset:

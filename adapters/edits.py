@@ -24,12 +24,23 @@ class Edit(Protocol):
     def __call__(self, old: Tensor | None) -> Tensor: ...
 
 
+class Values(Protocol):
+    """A tensor in memory, or one that is read from its file where its values are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def float(self) -> Tensor: ...
+
+    def __getitem__(self, rows: Any, /) -> Values: ...
+
+
 @final
 @dataclass(frozen=True)
 class Replace:
     """The trained tensor takes the place of the old one (full, freeze, bitfit, heads)."""
 
-    new: Tensor
+    new: Values
 
     def __call__(self, old: Tensor | None) -> Tensor:
         if old is not None and old.shape != self.new.shape:
@@ -56,7 +67,7 @@ class PutEntries:
     """
 
     ids: tuple[int, ...]
-    values: Tensor
+    values: Values
     axis: int
     size: int
 
@@ -279,6 +290,8 @@ def by_rows(edit: Edit, old: tuple[int, ...], new: tuple[int, ...]) -> Callable[
                 return lambda start, stop: AddLowRank(down[:, start:stop], up, scale, transposed)
             return lambda start, stop: AddLowRank(down, up[start:stop], scale, transposed)
         case PutEntries(ids, values, 0, size) if old[0] <= size == new[0]:
+            if ids == tuple(range(size)):  # a whole tensor that has grown: its rows as they lie
+                return lambda start, stop: PutEntries(tuple(range(stop - start)), values[start:stop], 0, stop - start)
             return lambda start, stop: _entries(ids, values, start, stop)
         case Blend(parts):
             divided = [(weight, by_rows(part, old, new)) for weight, part in parts]
@@ -289,7 +302,7 @@ def by_rows(edit: Edit, old: tuple[int, ...], new: tuple[int, ...]) -> Callable[
     return None
 
 
-def _entries(ids: tuple[int, ...], values: Tensor, start: int, stop: int) -> PutEntries:
+def _entries(ids: tuple[int, ...], values: Values, start: int, stop: int) -> PutEntries:
     """Of entries along the first axis those from `start` to `stop`, counted from `start`."""
     here = [place for place, entry in enumerate(ids) if start <= entry < stop]
     return PutEntries(tuple(ids[place] - start for place in here), values[here], 0, stop - start)

@@ -27,16 +27,17 @@ from adapters.anatomy import linear_maps
 from adapters.blueprint import drawn
 from adapters.errors import NumbersError, RequestError, message
 from adapters.lint import LLAMA_CPP, PEFT, TGI, VLLM, VLLM_RANKS
-from adapters.lowrank import Factors
+from adapters.lowrank import Factors, check_size
 from adapters.manifest import CARD
 from adapters.memory import free_memory
 from adapters.merge import BOUNDS
-from adapters.readers import Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
+from adapters.readers import REFUSED, Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.storage import task_of
 
 if TYPE_CHECKING:
     from adapters.blueprint import Blueprint
     from adapters.changes import Changes
+    from adapters.updates import Updates
 
 MARK = "export.json"  # what an export says of itself, and by which it is known
 DTYPES = ("float32", "float16", "bfloat16")
@@ -48,11 +49,11 @@ def findings(folder: Path, target: str, options: ExportOptions) -> list[Finding]
     net = _drawn(found, options)
     maps = linear_maps(net.model)
     first = lint.lint(found, maps, target, options)
-    refused = any(finding.done == lint.REFUSED for finding in first)
+    refused = any(finding.done == REFUSED for finding in first)
     if refused or target not in lint.FACTORS or _whole(found, target, options):
         return first
     what = updates.updates(found, changes.originals(found, options.base), maps, options.rank)
-    return [*first, *lint.beside(sorted(set(what.whole) - what.head - _known(found, maps)), target)]
+    return [*first, *_late(found, what, maps, target)]
 
 
 def export(target: str, folder: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -72,11 +73,16 @@ def export(target: str, folder: Path, out: Path, options: ExportOptions) -> Expo
     maps = linear_maps(net.model)
     said = lint.lint(found, maps, target, options)
     refuse(said, target)
+    originals = changes.originals(found, options.base)
     what, factors = None, dict[str, Factors]()
-    if not _whole(found, target, options):
-        with progress.Job("reading what the adapter changes"):
-            what = updates.updates(found, changes.originals(found, options.base), maps, options.rank)
-        more = lint.beside(sorted(set(what.whole) - what.head - _known(found, maps)), target)
+    with progress.Job("reading what the adapter changes"):
+        if not _whole(found, target, options):
+            what = updates.updates(found, originals, maps, options.rank)
+        else:
+            for name in originals.steps:
+                originals.old(name)  # compared with the adapter's fingerprint as it is read
+    if what is not None:
+        more = _late(found, what, maps, target)
         refuse(more, target)
         said += more
         factors = _filled(what.uniform(), maps) if target == TGI else what.uniform()
@@ -153,9 +159,10 @@ def _whole(found: Changes, target: str, options: ExportOptions) -> bool:
     return target == PEFT and lint.native(found, options)
 
 
-def _known(found: Changes, maps: Mapping[str, Any]) -> set[str]:
-    """Tensors beside the factors that the first lint has seen."""
-    return set(lint.divided(found, maps)[1])
+def _late(found: Changes, what: Updates, maps: Mapping[str, Any], target: str) -> list[Finding]:
+    """What only the computed changes show: biases that a peft layer scales, matrices that did not change at all."""
+    more = lint.beside(sorted(set(what.whole) - what.head - set(lint.divided(found, maps)[1])), target)
+    return more if what.factors else [*more, lint.nothing(found, target)]
 
 
 def _filled(factors: dict[str, Factors], maps: Mapping[str, Any]) -> dict[str, Factors]:
@@ -176,12 +183,8 @@ def _dtype(target: str, options: ExportOptions) -> str:
         raise RequestError(
             message("a dtype that is not written here", where=f"--to {target}", expected=", ".join(known), found=dtype)
         )
-    if options.rank is not None and options.rank < 1:
-        raise RequestError(message("a wrong rank", where="rank", expected="a whole number > 0", found=options.rank))
-    if options.max_rank < 1:
-        raise RequestError(
-            message("a wrong rank", where="max_rank", expected="a whole number > 0", found=options.max_rank)
-        )
+    for rank in (options.rank, options.max_rank):
+        check_size(rank, None)
     return dtype
 
 

@@ -19,7 +19,7 @@ from adapters import disk
 from adapters.checks import some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
-from adapters.manifest import is_standalone
+from adapters.manifest import MANIFEST, is_standalone
 from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
@@ -28,29 +28,38 @@ BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
 
-def compare(adapter: str, merged: str, base: str, rows: list[Any] | None) -> dict[str, Any]:
+def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype: str | None = None) -> dict[str, Any]:
     """Max and mean difference of the outputs, agreement of the best answers, spread of the outputs, dtype at work.
 
     Args:
         adapter: the adapter folder.
-        merged: the plain transformers folder, or a backbone with its head beside it.
+        merged: the plain transformers folder, a backbone with its head beside it, or another adapter of the backbone.
         base: the backbone's folder.
         rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
             for an image processor).
+        dtype: in which both compute; None for each one's own.
     """
+    import torch
     import transformers
 
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
     batches = inputs(adapted, rows)
+    own = str(adapted.model.dtype).removeprefix("torch.")
+    if dtype is not None:
+        adapted.model.to(getattr(torch, dtype))
     wanted = outputs(adapted.model, batches)
-    dtype = str(adapted.model.dtype).removeprefix("torch.")
     auto: Any = getattr(transformers, adapted.task.auto_class)
     del adapted
-    beside = is_standalone(Path(merged))
-    opened = load(merged).model if beside else auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
-    return apart(wanted, outputs(opened, batches)) | {"dtype": dtype}
+    if is_standalone(Path(merged)):
+        opened = load(merged).model
+    elif (Path(merged) / MANIFEST).is_file():
+        opened = load(merged, base, verify="fast").model
+    else:
+        opened = auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
+    found = outputs(opened if dtype is None else opened.to(getattr(torch, dtype)), batches)
+    return apart(wanted, found) | {"dtype": own}
 
 
 def inputs(adapted: Adapted, rows: list[Any] | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import base64
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ SUFFIXES = frozenset(
     ("avif", "bmp", "gif", "heic", "heif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
 )
 METADATA = ("metadata.csv", "metadata.jsonl")
+# Columns of a table that may hold the paths of pictures; the first that does becomes the pictures.
+PATHS = ("image", "image_path", "picture", "photo", "img", "file_name", "filename", "file", "path", "filepath")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WIDE = ("I", "F")  # 32 bits a pixel: there is no telling what is white
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
@@ -176,8 +178,6 @@ def from_metadata(table: Dataset, file: Path) -> tuple[Dataset, list[str]]:
         MissingPackageError: Pillow is not installed.
     """
     _pillow()
-    from datasets import Dataset, Features, Image
-
     if "file_name" not in table.column_names or "image" in table.column_names:
         raise DataError(
             message(
@@ -187,25 +187,64 @@ def from_metadata(table: Dataset, file: Path) -> tuple[Dataset, list[str]]:
                 found=", ".join(table.column_names),
             )
         )
-    paths = []
-    for number, name in enumerate(table["file_name"]):
-        path = file.parent / str(name)
-        if not name or not path.is_file():
-            raise DataError(
-                message(
-                    "there is no such picture",
-                    where=f"{file}, row {number}, column 'file_name'",
-                    found=repr(name),
-                    remedy="Paths start at the metadata's folder.",
-                )
-            )
-        paths.append(str(path))
+    paths = _paths(table, "file_name", file, [file.parent])
     named = {Path(path).resolve() for path in paths}
     others = [path.name for path in sorted(file.parent.rglob("*")) if _is_picture(path) and path.resolve() not in named]
     remarks = [f"{file}: left out, not named there: {_listed(others)}"] if others else []
-    rest = table.remove_columns("file_name")
+    return _with_pictures(table, "file_name", paths), remarks
+
+
+def from_paths(table: Dataset, file: Path) -> Dataset:
+    """The rows of a table; where one of its columns holds nothing but names of pictures, they become the pictures.
+
+    Args:
+        table: rows of a csv, json or parquet file.
+        file: where it stands; paths start at its folder, or at the one that the process works in.
+
+    Raises:
+        DataError: a picture that is not there; with the row.
+        MissingPackageError: Pillow is not installed.
+    """
+    names = {name.casefold(): name for name in table.column_names}
+    column = next((names[name] for name in PATHS if name in names and _names_pictures(table, names[name])), None)
+    if column is None or ("image" in table.column_names and column != "image"):
+        return table
+    _pillow()
+    return _with_pictures(table, column, _paths(table, column, file, [file.parent, Path()]))
+
+
+def _names_pictures(table: Dataset, column: str) -> bool:
+    """Whether every value that a text column has ends as the name of a picture does."""
+    if getattr(table.features[column], "dtype", None) not in ("string", "large_string"):
+        return False
+    values = [value for value in table[column] if value]
+    return bool(values) and all(Path(value).suffix.lower().lstrip(".") in SUFFIXES for value in values)
+
+
+def _paths(table: Dataset, column: str, file: Path, starts: Sequence[Path]) -> list[str]:
+    """The files that a column names, each found from the first start at which it is there."""
+    paths = []
+    for number, name in enumerate(table[column]):
+        found = next((start / str(name) for start in starts if name and (start / str(name)).is_file()), None)
+        if found is None:
+            raise DataError(
+                message(
+                    "there is no such picture",
+                    where=f"{file}, row {number}, column {column!r}",
+                    found=repr(name),
+                    remedy=f"Paths start at the folder of {file.name}.",
+                )
+            )
+        paths.append(str(found))
+    return paths
+
+
+def _with_pictures(table: Dataset, column: str, paths: list[str]) -> Dataset:
+    from datasets import Dataset, Features, Image
+
+    rest = table.remove_columns(column)
     features = Features({"image": Image(), **rest.features})
-    return Dataset.from_dict({"image": paths, **{c: list(rest[c]) for c in rest.column_names}}, features), remarks
+    return Dataset.from_dict({"image": paths, **{c: list(rest[c]) for c in rest.column_names}}, features)
 
 
 def _listed(names: list[str]) -> str:

@@ -214,7 +214,7 @@ def whole_modules(model: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]:
-    """Put the peft layers in; returns the parameters that peft would train.
+    """Put the peft layers in, their tensors in float32; returns the parameters that peft would train.
 
     Raises:
         RequestError: peft refuses, or would adapt other modules than the expected ones.
@@ -239,7 +239,28 @@ def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]
             )
         )
     _refuse_adjusted(config, model)
+    _widen(model)
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _widen(model: nn.Module) -> None:
+    """What peft put beside half-precision weights is kept in float32: bfloat16 would round small steps away.
+
+    peft's own layers take inputs of either; peft does the same for a model that it wraps.
+    """
+    import torch
+    from peft.tuners._buffer_dict import BufferDict
+
+    half = (torch.bfloat16, torch.float16)
+    for module in model.modules():
+        if not is_tuner_layer(module):
+            continue
+        for name, parameter in module.named_parameters():
+            if not name.startswith("base_layer.") and parameter.dtype in half:
+                parameter.data = parameter.data.float()
+        for inner in module.modules():
+            if isinstance(inner, BufferDict) and ADAPTER in inner and inner[ADAPTER].dtype in half:
+                inner[ADAPTER] = inner[ADAPTER].float()
 
 
 def _refuse_adjusted(config: Any, model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from adapters import shards
 from adapters.manifest import WEIGHTS, read_manifest
 from adapters.reading import OWN, Reading
 
+LONGEST = 400  # characters of an option's value that are shown
+
 
 def describe(folder: Path) -> dict[str, Any]:
     """The facts of an adapter folder, every digest checked.
@@ -53,6 +55,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "seed": document["seed"],
         "reproducible": document["reproducible"],
         "versions": document["versions"],
+        **({"made": document["made"]} if document.get("made") else {}),
     }
 
 
@@ -80,6 +83,29 @@ def _read(options: Mapping[str, Any]) -> list[str]:
     return [f"  reads     {read}"] if read.elsewhere else []
 
 
+def _short(value: Any) -> str:
+    """A value of an option; a list of very many names by its beginning and its length."""
+    text = str(value)
+    many = f" ... ({len(value)})" if isinstance(value, list | dict) else " ..."
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}{many}"
+
+
+def _made(made: Mapping[str, Any]) -> list[str]:
+    """How an adapter was computed, where it was; a manifest may come from anybody, so nothing is taken for granted."""
+    if not made:
+        return []
+    sources, weights = made.get("from"), made.get("weights")
+    named = [str(source) for source in sources] if isinstance(sources, list) else []
+    if isinstance(weights, list) and len(weights) == len(named):
+        named = [f"{source} at {weight}" for source, weight in zip(named, weights, strict=True)]
+    of = f" of {', '.join(named)}" if named else ""
+    told = [f"{key} {made[key]}" for key in ("method", "rank", "energy", "density") if key in made]
+    error = made.get("error")
+    if isinstance(error, int | float):
+        told.append(f"error {100 * error:.2g} %" if error else "exact")
+    return [f"  made      by {made.get('by')}{of}" + (f"; {', '.join(told)}" if told else "")]
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The facts as a table for people."""
     backbone, task = found["backbone"], found["task"]
@@ -88,7 +114,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     more = " ..." if len(labels) > 6 else ""
     shown = f"{len(labels)} labels: {', '.join(labels[:6])}{more}" if labels else ""
     storage = f" kept in {backbone['quantization']}" if backbone["quantization"] else ""
-    options = ", ".join(f"{k}={v}" for k, v in found["options"].items() if k != "modules_to_save")
+    options = ", ".join(f"{k}={_short(v)}" for k, v in found["options"].items() if k != "modules_to_save")
     result = [
         f"{found['folder']}: {found['strategy']} adapter, every digest right",
         f"  backbone  {_where(backbone)} ({backbone['model_class']}){storage}",
@@ -105,5 +131,6 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         if isinstance(numbers, Mapping):
             values = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
             result.append(f"  {part:9} {values}")
+    result += _made(found.get("made") or {})
     result += [f"  note      {note}" for note in found["notes"]]
     return result

@@ -68,15 +68,7 @@ def lint(changes: Changes, maps: Mapping[str, LinearMap], target: str, options: 
     low = {name.removesuffix(".weight"): edit for name, edit in changes.inside.items() if isinstance(edit, AddLowRank)}
     full, beside = divided(changes, maps)
     if not low and not full:
-        found.append(
-            Finding(
-                "an adapter without low-rank factors",
-                f"strategy {changes.document['strategy']['name']!r}",
-                REFUSED,
-                f"{target} adds two factors' product to linear maps inside blocks, and this adapter changes none",
-                MERGED,
-            )
-        )
+        found.append(nothing(changes, target))
     if target == PEFT and native(changes, options):
         return found
     found += _whole(beside, target)
@@ -85,6 +77,13 @@ def lint(changes: Changes, maps: Mapping[str, LinearMap], target: str, options: 
         found += _scales(changes, low, target)
         found += _names(sorted([*low, *full]), maps, target)
     return found
+
+
+def nothing(changes: Changes, target: str) -> Finding:
+    """An adapter that changes no linear map inside the blocks."""
+    where = f"strategy {changes.document['strategy']['name']!r}"
+    why = f"{target} adds two factors' product to linear maps inside blocks, and this adapter changes none"
+    return Finding("an adapter without low-rank factors", where, REFUSED, why, MERGED)
 
 
 def native(changes: Changes, options: ExportOptions) -> bool:

@@ -90,6 +90,21 @@ def summed(parts: Sequence[tuple[float, Factors]]) -> Factors:
     )
 
 
+def turned(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a product, without ever forming the matrix.
+
+    Returns:
+        left, shape (out, k); values, shape (k,), descending; right, shape (k, in); all float64, k the smaller of the
+        rank and the matrix's sides.
+    """
+    import torch
+
+    left, small_left = torch.linalg.qr(factors.up.double())
+    right, small_right = torch.linalg.qr(factors.down.double().T)
+    inner, values, outer = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    return left @ inner, values, outer @ right.T
+
+
 def reduced(factors: Factors, *, rank: int | None = None, energy: float | None = None) -> Fit:
     """The nearest product of a smaller rank (Eckart and Young, 1936), without ever forming the matrix.
 
@@ -98,14 +113,9 @@ def reduced(factors: Factors, *, rank: int | None = None, energy: float | None =
         rank: of the result at most; energy: instead of it, the share of the squared norm to be kept; neither: the
             smallest rank that loses nothing but rounding.
     """
-    import torch
-
     check_size(rank, energy)
-    left, small_left = torch.linalg.qr(factors.up.double())
-    right, small_right = torch.linalg.qr(factors.down.double().T)
-    inner, values, outer = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    kept = _kept(values, rank, energy, max(factors.shape))
-    return _fit(left @ inner, values, outer @ right.T, kept)
+    left, values, right = turned(factors)
+    return _fit(left, values, right, _kept(values, rank, energy, max(factors.shape)))
 
 
 def factored(matrix: Tensor, *, rank: int | None = None, energy: float | None = None) -> Fit:
@@ -133,14 +143,21 @@ def _searched(matrix: Tensor, rank: int) -> Fit:
     return Fit(found, float(matrix.double().norm()), float(rest.double().norm()))
 
 
-def _kept(values: Tensor, rank: int | None, energy: float | None, longest: int) -> int:
-    """How many singular values stay; at least one, because a rank of 0 is no adapter."""
+def rank_of(values: Tensor, longest: int) -> int:
+    """How many singular values, in descending order, are no rounding; `longest` is the matrix's longer side."""
     import torch
 
     if values.numel() == 0 or not float(values[0]):
-        return 1
+        return 0
     finest = max(torch.finfo(values.dtype).eps, torch.finfo(torch.float32).eps / 16)
-    there = int((values > values[0] * finest * longest**0.5).sum())
+    return int((values > values[0] * finest * longest**0.5).sum())
+
+
+def _kept(values: Tensor, rank: int | None, energy: float | None, longest: int) -> int:
+    """How many singular values stay; at least one, because a rank of 0 is no adapter."""
+    there = rank_of(values, longest)
+    if not there:
+        return 1
     if energy is not None and energy < 1:
         squares = values.double().square().cumsum(0)
         there = min(there, int((squares < energy * squares[-1]).sum()) + 1)

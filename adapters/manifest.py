@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "adapter.json"
 WEIGHTS = "adapter_model.safetensors"
+PACKED = "adapter_model.packed"  # what stands in the weights' place where a folder was packed
 RECIPE = "run.yaml"
 RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
+PIECE = 4 << 20  # bytes of a tensor at a time, where it stays in its file
 MAX_MANIFEST = 64 << 20  # bytes
 MAX_SETTINGS = 16 << 20  # bytes of any other JSON file but a vocabulary
 MAX_VOCABULARY = 1 << 30  # bytes of a tokenizer's own files
@@ -32,8 +34,12 @@ BEST = "best"  # folder in a checkpoint: the best weights so far, where no check
 OF_CHECKPOINTS = {"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", f"{BEST}/{WEIGHTS}"}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, packed: bool = False) -> dict[str, Any]:
     """The manifest of an adapter folder, every field checked, and every file by size and sha256; imports no torch.
+
+    Args:
+        folder: the folder.
+        packed: its weights are packed, and are left to whoever unpacks them.
 
     Raises:
         FolderError: not an adapter folder, an edited manifest, a field that is unknown or out of range, a file that is
@@ -87,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 remedy="Take the folder from whom you trust.",
             )
         )
-    _check_files(folder, document)
+    _check_files(folder, document, left_out={WEIGHTS} if packed else set())
     return document
 
 
@@ -108,11 +114,14 @@ def seal(folder: Path, document: dict[str, Any]) -> None:
     read_manifest(folder)
 
 
-def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, document: Mapping[str, Any], left_out: Collection[str]) -> None:
     for name, entry in document["files"].items():
         file = folder / name
+        if name in left_out:
+            continue
         if not file.is_file():
-            raise FolderError(message("a file is missing", where=str(file)))
+            remedy = "The adapter is packed: `adapters extract` unpacks it." if (folder / PACKED).is_file() else ""
+            raise FolderError(message("a file is missing", where=str(file), remedy=remedy))
         size = file.stat().st_size
         if size != entry["size"]:
             raise FolderError(
@@ -265,6 +274,15 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
     Raises:
         FolderError: missing or unexpected tensors, other shapes or dtypes, values that are not finite.
     """
+    return {name: finite_tensor(slot, name) for name, slot in read_slots(folder, document).items()}
+
+
+def read_slots(folder: Path, document: Mapping[str, Any]) -> dict[str, shards.Slot]:
+    """Where the trained tensors of a verified folder lie, exactly those of the manifest.
+
+    Raises:
+        FolderError: missing or unexpected tensors, other shapes or dtypes.
+    """
     slots, _ = shards.read_header(folder / WEIGHTS)
     odd = sorted(set(slots) ^ set(document["tensors"]))
     if odd:
@@ -275,7 +293,6 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
                 found=", ".join(odd[:3]),
             )
         )
-    tensors = {}
     for name, entry in document["tensors"].items():
         slot = slots[name]
         if list(slot.shape) != entry["shape"] or slot.dtype != entry["dtype"]:
@@ -287,8 +304,7 @@ def read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]
                     found=f"{slot.dtype} {list(slot.shape)}",
                 )
             )
-        tensors[name] = finite_tensor(slot, name)
-    return tensors
+    return {name: slots[name] for name in document["tensors"]}
 
 
 def finite_tensor(slot: shards.Slot, name: str) -> Tensor:
@@ -301,8 +317,48 @@ def finite_tensor(slot: shards.Slot, name: str) -> Tensor:
 
     tensor = shards.read_tensor(slot)
     if not bool(torch.isfinite(tensor).all()):
-        raise FolderError(message("a tensor with values that are not finite", where=f"{slot.file}: {name}"))
+        raise _not_finite(slot, name)
     return tensor
+
+
+def refuse_infinite(slot: shards.Slot, name: str) -> None:
+    """The same for a tensor that is to stay in its file: a piece at a time.
+
+    Raises:
+        FolderError: values that are not finite.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, slot.dtype)
+    if not dtype.is_floating_point:
+        return
+    raw = torch.empty(min(PIECE, slot.nbytes), dtype=torch.uint8)  # a power of two: no value is divided
+    view = memoryview(raw.numpy().data)
+    with slot.file.open("rb", buffering=0) as stream:
+        for start in range(0, slot.nbytes, PIECE):
+            length = min(PIECE, slot.nbytes - start)
+            shards.read_at(stream.fileno(), view[:length], slot.start + start, slot.file)
+            if not bool(torch.isfinite(raw[:length].view(dtype)).all()):
+                raise _not_finite(slot, name)
+
+
+def _not_finite(slot: shards.Slot, name: str) -> FolderError:
+    return FolderError(message("a tensor with values that are not finite", where=f"{slot.file}: {name}"))
+
+
+def refuse_changed(folder: Path, document: Mapping[str, Any]) -> None:
+    """The weights file is still the one that was verified, after tensors were read from it one by one.
+
+    Raises:
+        FolderError: it was changed meanwhile.
+    """
+    file = folder / WEIGHTS
+    if shards.sha256(file) != document["files"][WEIGHTS]["sha256"]:
+        raise FolderError(
+            message(
+                "a file was changed while it was read", where=str(file), remedy="Try again when nobody writes there."
+            )
+        )
 
 
 def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where: str) -> None:

@@ -8,85 +8,30 @@ strategy's own merge needs it) nor a model.
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
-from adapters import disk, interrupts, parts, progress, shards, standalone
+from adapters import disk, exactness, interrupts, marks, parts, places, requantize, shards
 from adapters.backbones import MAX_CONFIG, check_folder
-from adapters.changes import base_folder, edits_of
+from adapters.changes import Changes, base_folder, streamed_edits
 from adapters.contracts import Adapted
-from adapters.errors import AdaptersError, FolderError, NumbersError, RequestError, message
-from adapters.manifest import fetch, is_standalone, read_manifest, read_tensors
-from adapters.memory import free_memory
-from adapters.rewrite import rewrite, single_threaded
-from adapters.shortening import changed
-from adapters.storage import task_of
-from adapters.stream import plan
+from adapters.deployment import Deployment, refuse_config, replaced, shape_of
+from adapters.deployment import MergeReport as MergeReport
+from adapters.errors import FolderError, RequestError, message, nearest
+from adapters.exactness import BOUNDS as BOUNDS
+from adapters.exactness import Rounding
+from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
+from adapters.quantize import KINDS
+from adapters.rewrite import single_threaded
 from adapters.vocabulary import all_edits
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapters.stream import Step
 
-logger = logging.getLogger(__name__)
-
-# How far merged logits may lie from adapted ones, as a share of the logits' spread, by the coarsest dtype at work.
-BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-ROWS = 8  # rows of the logits check
-# Fields of the backbone's config that classes of answers, padding and added tokens set.
-CONFIG_FIELDS = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size"}
-MARK = "merged_adapters"  # config field that names what has been merged into a checkpoint
-
-
-@final
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge on disk did and how exact it is.
-
-    Attributes:
-        output: the written folder.
-        tensors: tensors written; edited: of these, changed by the adapter; created: of these, new.
-        bytes: size of the weights written.
-        dtype: dtype of the edited tensors.
-        verified: edited tensors whose written bytes, read again, equal the edit computed again.
-        max_difference, mean_difference: between the logits of the merged and the adapted model, absolute.
-        agreement: share of rows whose best answer is the same.
-        spread: standard deviation of the adapted model's logits.
-        form: "plain" for a folder that transformers opens; "standalone" for a backbone with its head beside it, which
-            `adapters.load` opens, because the head reads where the model class does not; `reason` says which.
-        left_out: tensors of the backbone that are not in it, because they lie above the block that the head reads.
-        logits_checked: False where the model does not fit into memory; then `skipped` says why.
-    """
-
-    output: str
-    tensors: int
-    edited: int
-    created: int
-    bytes: int
-    dtype: str
-    verified: int
-    max_difference: float | None = None
-    mean_difference: float | None = None
-    agreement: float | None = None
-    spread: float | None = None
-    logits_checked: bool = False
-    skipped: str = ""
-    form: str = "plain"
-    reason: str = ""
-    left_out: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+ONTO = ("training", "original")
 
 
 # ---------------------------------------------------------------------- in memory
@@ -115,7 +60,8 @@ def merge(adapted: Adapted) -> PreTrainedModel:
                 "a merge into packed weights is lossy",
                 where=f"quantization {adapted.storage.quantization!r}",
                 remedy="Save the adapter and merge it into the full-precision backbone: "
-                "adapters.merge_on_disk(folder, output).",
+                f"adapters.merge_on_disk(folder, output), with quantization={adapted.storage.quantization!r} to have "
+                "it packed again, measured.",
             )
         )
     model = adapted.model
@@ -159,6 +105,9 @@ def merge_on_disk(
     dtype: str | None = None,
     rows: list[Any] | None = None,
     check_logits: bool = True,
+    quantization: str | None = None,
+    onto: str = "training",
+    accept: bool = False,
 ) -> MergeReport:
     """Write a plain transformers folder: the backbone with the adapter's edits in it.
 
@@ -169,131 +118,140 @@ def merge_on_disk(
         dtype: of the written tensors, e.g. "bfloat16"; None keeps each tensor's own.
         rows: raw rows of the task (or texts) for the logits check; None makes synthetic ones.
         check_logits: compare the logits of the merged and the adapted model in a child process.
+        quantization: "nf4", "fp4" or "int8" packs the merged weights, which rounds them; None leaves them whole.
+        onto: for an adapter that was trained on packed weights: "training" merges onto what the packing made of them,
+            "original" onto the checkpoint's own.
+        accept: go on where rounding that was asked for moves the logits further than the bound, or is not measured.
 
     Returns:
-        The report; its differences lie within the stated bound.
+        The report; its differences lie within the stated bound, or it says that they do not.
 
     Raises:
-        BackboneError: the base is not the adapter's backbone; nothing is left behind.
+        BackboneError: the base is not the adapter's backbone, or has this adapter in it; nothing is left behind.
         FolderError: a damaged folder, or an output that holds something else.
         NumbersError: the written model does not answer as the adapted one does.
+        RequestError: an unknown dtype, quantization or base; nothing to pack; a rounding that nobody measures.
     """
-    _refuse_rows(rows)
+    exactness.refuse_rows(rows)
+    requantize.refuse_unknown(quantization)
+    _refuse_onto(onto)
     adapter = fetch(folder)
     document = read_manifest(adapter)
-    where = str(adapter)
     target = Path(out).expanduser()
     refuse_output(target)
-    _refuse_config(document, where)
     with single_threaded():
-        edits = edits_of(document, read_tensors(adapter, document), where)
-    source = base_folder(document, base, where)
-    check_folder(source)
-    edits = parts.on_disk(edits, document, source)
-    shape = _shape_of(document, source, where)
-    steps = plan(document, edits, shards.read_directory(source), dtype, str(source), shape.left_out)
-    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage, single_threaded() as threads:
-        place, steps, head = (stage, steps, {}) if not shape.reason else _divided(stage, steps, document)
-        verified = rewrite(place, steps, source, document, threads)
-        _write_config(place, source, adapter, document, dtype, shape)
-        if shape.reason:
-            facts = standalone.described(place, steps, head, document["backbone"]["fingerprint"]["prefix"], shape.task)
-            standalone.write(stage, adapter, document, facts)
-        edited = [step for step in steps if step.edit is not None]
-        report = MergeReport(
-            output=str(target),
-            tensors=len(steps),
-            edited=len(edited),
-            created=sum(step.source is None for step in edited),
-            bytes=sum(step.nbytes for step in steps),
-            dtype=edited[0].dtype if edited else steps[0].dtype,
-            verified=verified,
-            form="standalone" if shape.reason else "plain",
-            reason=shape.reason,
-            left_out=len(shape.left_out),
-        )
-        return _with_fidelity(report, stage, adapter, source, document, rows) if check_logits else report
-
-
-@final
-@dataclass(frozen=True)
-class _Shape:
-    """In which form a merge is written.
-
-    Attributes:
-        reason: why the head lies beside the backbone; empty where both are one plain model.
-        config: changes of the backbone's config; left_out: its tensors that go, by the fingerprint's names.
-        task: as it reads the written backbone.
-    """
-
-    reason: str
-    config: Mapping[tuple[str, ...], Any]
-    left_out: frozenset[str]
-    task: Mapping[str, Any]
-
-
-def _shape_of(document: Mapping[str, Any], source: Path, where: str) -> _Shape:
-    from adapters import reading, shortening
-
-    read = reading.of(task_of(document, where))
-    found = shortening.of_folder(source, document, read.layer) if read.layer is not None else None
-    reason = "" if read.plain else f"the head reads {read}, which {document['backbone']['model_class']} does not"
-    if read.layer is not None and found is None and not reason:
-        reason = f"no field of the config says how many blocks the model has, of which the head reads {read.layer}"
-    if reason:
-        logger.info("written as a backbone with its head beside it: %s", reason)
-    options = dict(document["task"]["options"])
-    if found is not None:
-        options.pop("layer")
-    return _Shape(
-        reason,
-        found.config if found is not None else {},
-        found.left_out if found is not None else frozenset(),
-        {**document["task"], "options": options},
+        edits, in_file = streamed_edits(document, adapter)
+    found = Changes(adapter, document, edits)
+    return written(
+        found,
+        target,
+        base=base,
+        dtype=dtype,
+        rows=rows,
+        check_logits=check_logits,
+        quantization=quantization,
+        onto=onto,
+        accept=accept,
+        in_file=in_file,
     )
 
 
-def _divided(stage: Path, steps: list[Step], document: Mapping[str, Any]) -> tuple[Path, list[Step], dict[str, Tensor]]:
-    """The folder of the backbone, its tensors, and those of the head by their own names."""
-    import torch
+def written(
+    found: Changes,
+    target: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    merged: Sequence[str] = (),
+    rows: list[Any] | None = None,
+    check_logits: bool = True,
+    quantization: str | None = None,
+    onto: str = "training",
+    accept: bool = False,
+    in_file: bool = False,
+) -> MergeReport:
+    """Write the backbone with edits in it; the output has been looked at.
 
-    names = document["backbone"]["names"]
-    head = {names.get(name, name): name for name in document["head"]}
-    place = stage / standalone.BACKBONE
-    place.mkdir()
-    beside = [step for step in steps if step.name in head]
-    tensors = {head[s.name]: s.edit(None).to(getattr(torch, s.dtype)) for s in beside if s.edit is not None}
-    return place, [step for step in steps if step.name not in head], tensors
-
-
-def _refuse_config(document: Mapping[str, Any], where: str) -> None:
-    """The merged model's config takes over what the task sets, and nothing that a manifest might plant there."""
-    strangers = sorted(set(document["backbone"]["config"]) - set(task_of(document, where).config()) - CONFIG_FIELDS)
-    if strangers:
-        raise FolderError(
+    Args:
+        found: the edits, and the adapter whose backbone, head, config and processor they go with.
+        target, base, dtype, rows, check_logits, quantization, onto, accept: as for `merge_on_disk`.
+        merged: digests of the adapters that the edits stand for; empty for that of the one adapter.
+        in_file: some edits read the adapter's file as they are applied.
+    """
+    adapter, document = found.folder, found.document
+    where = str(adapter)
+    requantize.refuse_unknown(quantization)
+    _refuse_onto(onto)
+    refuse_config(document, where)
+    source = base_folder(document, base, where)
+    check_folder(source)
+    merged = tuple(merged) or (document["digest"],)
+    marks.refuse_marked(document, merged, shards.read_json(source / "config.json", MAX_CONFIG), str(source))
+    edits = parts.on_disk(found.edits, document, source)
+    shape = shape_of(document, source, where)
+    if quantization is not None and shape.reason:
+        raise RequestError(
             message(
-                "config fields that an adapter of this task does not set",
-                where=where,
-                expected=", ".join(sorted(CONFIG_FIELDS)),
-                found=", ".join(strangers[:3]),
+                "a backbone with its head beside it is not packed",
+                where=f"quantization={quantization!r}",
+                found=shape.reason,
+                remedy="Leave quantization out.",
             )
+        )
+    trained_in = document["backbone"]["quantization"]
+    moved = trained_in if onto == "original" else None
+    job = Deployment(adapter, document, edits, source, shape, dtype, quantization, merged)
+    steps = job.steps(original=moved is not None)  # before anything is written: an unknown dtype, another backbone
+    like = next((step.dtype for step in steps if step.edit is not None), steps[0].dtype)
+    again = moved is None and trained_in is not None and quantization in KINDS
+    rounding = Rounding(like, quantization, moved, again)
+    if not check_logits:
+        exactness.refuse_blind(rounding, "check_logits=False", accept=accept)
+    with interrupts.leaving(disk.outcome(target)), disk.staged(target) as stage:
+        report = job.write(stage, steps, str(target), onto, _base_of(trained_in, moved))
+        if in_file:
+            refuse_changed(adapter, document)
+        if not check_logits:
+            return report
+        skipped = exactness.too_large(max(document["backbone"]["bytes"], sum(step.nbytes for step in steps)))
+        if skipped:
+            exactness.refuse_blind(rounding, skipped, accept=accept)
+            return replaced(report, skipped=skipped)
+        seen = exactness.measured(adapter, stage, source, rows, str(target))
+        bound = exactness.refuse_far(seen, rounding, str(target), accept=accept)
+        beside = _beside(job, stage, rows, str(target)) if moved is not None else None
+        return replaced(
+            report,
+            logits_checked=True,
+            bound=rounding.bound(seen.pop("dtype"))[0],
+            accepted=seen["max_difference"] > bound,
+            beside=beside,
+            **seen,
         )
 
 
-def _refuse_rows(rows: list[Any] | None) -> None:
-    """The rows of the logits check go to another process as JSON."""
-    try:
-        json.dumps(rows)
-    except TypeError as fault:
-        raise RequestError(
-            message(
-                "rows of the logits check that are no plain values",
-                where="rows",
-                expected="texts, numbers, paths",
-                found=fault,
-                remedy="Give pictures by their files.",
-            )
-        ) from fault
+def _refuse_onto(onto: str) -> None:
+    if onto not in ONTO:
+        raise RequestError(message(f"unknown base {onto!r}", where="onto", remedy=nearest(str(onto), ONTO)))
+
+
+def _base_of(trained_in: str | None, moved: str | None) -> str:
+    """The base of a merge in words."""
+    if trained_in is None:
+        return "the weights that the adapter was trained on, the checkpoint's own"
+    if moved is None:
+        return f"what {trained_in} made of the weights, on which the adapter was trained"
+    return f"the checkpoint's own weights; the adapter was trained on what {trained_in} made of them"
+
+
+def _beside(job: Deployment, stage: Path, rows: list[Any] | None, output: str) -> dict[str, float]:
+    """How a merge onto the training base would answer: written beside, compared, and gone again."""
+    place = stage / ".training"
+    place.mkdir()
+    job.write(place, job.steps(original=False), output, "training", "")
+    found = exactness.measured(job.adapter, place, job.source, rows, output)
+    shards.remove(place)
+    return {name: found[name] for name in ("max_difference", "mean_difference", "agreement")}
 
 
 def refuse_output(target: Path) -> None:
@@ -302,93 +260,11 @@ def refuse_output(target: Path) -> None:
     Raises:
         FolderError: the folder holds something else, or is no folder.
     """
-    content = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    ours = is_standalone(target)
-    if "config.json" in content:
-        with contextlib.suppress(FolderError):
-            ours = MARK in shards.read_json(target / "config.json", MAX_CONFIG)
-    if target.is_symlink() or (target.exists() and not target.is_dir()) or (content and not ours):
-        raise FolderError(
-            message(
-                "the output folder already holds something else",
-                where=str(target),
-                expected="a new or empty folder, or an earlier merge",
-                found=", ".join(content[:5]) or "not a folder",
-                remedy="Give another output.",
-            )
-        )
 
+    def ours(content: Sequence[str]) -> bool:
+        if "config.json" in content:
+            with contextlib.suppress(FolderError):
+                return marks.MARK in shards.read_json(target / "config.json", MAX_CONFIG)
+        return is_standalone(target)
 
-def _write_config(
-    stage: Path, source: Path, adapter: Path, document: Mapping[str, Any], dtype: str | None, shape: _Shape
-) -> None:
-    """config.json with the task's labels, the source's generation config, the adapter's processor files."""
-    backbone = document["backbone"]
-    config = changed(shards.read_json(source / "config.json", MAX_CONFIG), shape.config)
-    config |= {key: value for key, value in backbone["config"].items() if key != "num_labels"}
-    if "num_labels" in backbone["config"] and "id2label" not in backbone["config"]:
-        count = backbone["config"]["num_labels"]
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-    config["architectures"] = [backbone["model_class"]]
-    config[MARK] = [*config.get(MARK, []), document["digest"]]
-    if dtype is not None:
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
-    shards.write_text(stage / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    generation = source / "generation_config.json"
-    if generation.is_file():
-        shards.write_text(stage / generation.name, generation.read_text())
-    if shape.reason:
-        return  # the processor lies beside the head
-    skipped = {"adapter_model.safetensors", "adapter_config.json"}
-    for name in document["files"]:
-        if name not in skipped:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.copy(adapter / name, stage / name)
-
-
-# ---------------------------------------------------------------------- fidelity
-
-
-def _with_fidelity(
-    report: MergeReport, stage: Path, adapter: Path, source: Path, document: Mapping[str, Any], rows: list[Any] | None
-) -> MergeReport:
-    """Compare logits of the merged and the adapted model in a child process, where both fit into memory."""
-    free = free_memory()
-    need = 3 * max(document["backbone"]["bytes"], report.bytes)
-    if need > free:
-        return _replaced(report, skipped=f"the logits check needs about {need:,} bytes of memory, {free:,} are free")
-    request = {"adapter": str(adapter), "merged": str(stage), "base": str(source), "rows": rows}
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(
-            message("the logits check broke", where=report.output, found=" ".join(child.stderr.split())[-500:])
-        )
-    found = json.loads(child.stdout.strip().splitlines()[-1])
-    coarsest = min((report.dtype, found.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
-    bound = BOUNDS[coarsest] * max(found["spread"], 1e-6)
-    if not found["max_difference"] <= bound:  # so that a NaN is refused too
-        raise NumbersError(
-            message(
-                "the merged model does not answer as the adapted one does",
-                where=f"{report.output}, {ROWS} rows",
-                expected=f"logits within {bound:.2e} ({BOUNDS[coarsest]} of their spread, {coarsest})",
-                found=f"{found['max_difference']:.2e} apart",
-                remedy="Nothing was written. Merge with dtype='float32'.",
-            )
-        )
-    return _replaced(report, logits_checked=True, **found)
-
-
-def _replaced(report: MergeReport, **changes: Any) -> MergeReport:
-    return MergeReport(**{**asdict(report), **changes})
+    places.refuse_taken(target, ours, "a new or empty folder, or an earlier merge")

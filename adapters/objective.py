@@ -265,6 +265,16 @@ class ObjectiveTrainer(transformers.Trainer):
 
     # ------------------------------------------------------------------ steps
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule. A share of one step is rounded up by transformers: that step would have no learning rate."""
+        asked = self.args.warmup_steps
+        if num_training_steps == 1 and asked < 1:
+            self.args.warmup_steps = 0
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.warmup_steps = asked
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
         self._throughput.begin()

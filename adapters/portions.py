@@ -84,6 +84,28 @@ def labelled(source: str, columns: Mapping[str, str], task: Task, say: Callable[
     return part, rows
 
 
+def held_out(source: str, columns: Mapping[str, str], task: Task, say: Callable[[str], None]) -> tuple[str, Dataset]:
+    """Rows to choose by: the validation part, or all rows of data without parts; never the test part.
+
+    Args, returns and errors are those of `labelled`.
+    """
+    splits = data.read(source, say)
+    if "validation" not in splits and len(splits) > 1:
+        raise RequestError(
+            message(
+                "the data has no part 'validation', by which something could be chosen",
+                where=source,
+                found=", ".join(splits),
+                remedy="Give a file of validation rows.",
+            )
+        )
+    part = "validation" if "validation" in splits else next(iter(splits))
+    rows, remark = formats.arrange(splits[part], columns, task.columns)
+    if remark:
+        say(f"{part}: {remark}")
+    return part, rows
+
+
 @contextlib.contextmanager
 def _task_named(recipe: Asked, rows: Dataset) -> Iterator[None]:
     """Rows that the default task cannot take may be right for another, which has to be named."""

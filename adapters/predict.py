@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from adapters.contracts import Adapted, Task
+from adapters.contracts import Adapted, Mixing, Task
 from adapters.data import one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
@@ -31,7 +31,7 @@ def is_prepared(rows: Any) -> bool:
 
 
 def prepared_rows(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
-    """Rows, raw or prepared, through the task's `prepare`; its remarks are said."""
+    """Model inputs from rows in any form that `predict` takes; remarks are said."""
     if is_prepared(source):
         rows: Dataset = source
         return rows
@@ -70,11 +70,11 @@ def _over_batches(
             batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
             batch.pop("row", None)
             batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-            parts.append(tuple(_array(part) for part in act(batch)))
+            parts.append(tuple(array(part) for part in act(batch)))
             places += picks
             job.advance(len(picks))
     back = np.argsort(places)
-    return tuple(_joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
+    return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
 
 def whole(adapted: Adapted, rows: Any) -> Any:
@@ -99,12 +99,13 @@ def over_rows(
     return _over_batches(what, adapted, rows, BATCH, act)
 
 
-def _array(part: Tensor) -> np.ndarray[Any, Any]:
+def array(part: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as numbers on the CPU, at least in float32."""
     found: np.ndarray[Any, Any] = (part.float() if part.is_floating_point() else part).cpu().numpy()
     return found
 
 
-def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """Batches one after the other; where later dimensions differ, the shorter ones are filled up with -100."""
     import numpy as np
 
@@ -121,27 +122,32 @@ def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
 
 
 def predict(
-    adapted: Adapted,
+    adapted: Adapted | Mixing,
     rows: Sequence[Any] | Any,
     *,
     batch_size: int = BATCH,
     device: str | None = None,
+    adapter: Sequence[str] | str | None = None,
 ) -> list[Any]:
     """What the model answers, row by row, in their order, as the matching transformers pipeline would.
 
     Args:
-        adapted: the adapted model.
+        adapted: the adapted model, or a `Shared` backbone with its adapters.
         rows: bare values of the task's first column (texts, images), dicts with the task's columns, a `Dataset`, or
             a file.
         batch_size: rows per forward pass.
         device: where to compute; None leaves the model where it is.
+        adapter: of a `Shared` backbone, the adapter of each row by name, or of all rows.
 
     Returns:
         One answer a row, e.g. {"label": "pos", "score": 0.98}.
 
     Raises:
         DataError: a row that is not what the task takes, with its number.
+        RequestError: unknown adapters, not one a row, or some for a model that has just one.
     """
+    if isinstance(adapted, Mixing) or adapter is not None:
+        return _mixed(adapted, rows, adapter, batch_size, device)
     if device is not None:
         adapted.model.to(device)  # type: ignore[arg-type]
     prepared = prepared_rows(adapted, whole(adapted, rows), labelled=False)
@@ -152,6 +158,28 @@ def predict(
 
     found = _over_batches("predicting", adapted, prepared, batch_size, act)
     return task.decode(found, prepared, processor)
+
+
+def _mixed(
+    shared: Adapted | Mixing, rows: Any, adapter: Sequence[str] | str | None, batch_size: int, device: str | None
+) -> list[Any]:
+    if not isinstance(shared, Mixing):
+        raise RequestError(
+            message("one adapter, and nothing to choose", where="adapter", remedy="Several live on adapters.Shared.")
+        )
+    if adapter is None:
+        raise RequestError(
+            message(
+                "which adapter each row takes is not said",
+                where="adapter",
+                remedy="Say adapter=[one name a row], or predict(shared.use(name), rows).",
+            )
+        )
+    if device is not None:
+        raise RequestError(
+            message("a shared backbone stays where it is", where="device", remedy="Say load={'device_map': ...}.")
+        )
+    return shared.predict(rows, adapter, batch_size)
 
 
 @final
@@ -190,6 +218,10 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
     """The same with what was measured of each row, so that more can be said of it without a second pass."""
     from adapters import readout
 
+    if isinstance(adapted, Mixing):
+        raise RequestError(
+            message("one adapter is evaluated at a time", where="evaluate", remedy="evaluate(shared.use(name), rows).")
+        )
     prepared = prepared_rows(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
     model, processor = adapted.model, adapted.processor

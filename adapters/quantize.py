@@ -66,7 +66,12 @@ def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_packed(module) and not is_tuner_layer(module)}
 
 
-def _bitsandbytes() -> Any:
+def bitsandbytes() -> Any:
+    """The package that packs.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as fault:
@@ -199,7 +204,7 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
     """
     if storage.quantization is None:
         return []
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     maps = list(maps)
     refuse_nothing(maps, storage)
     done = []
@@ -250,7 +255,7 @@ def hollow(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> Non
     """
     if storage.quantization is None:
         return
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     for described in maps:
         module = model.get_submodule(described.path)
         weight = module.get_parameter("weight")
@@ -319,7 +324,7 @@ class RoundTrip:
     def __call__(self, old: Tensor | None) -> Tensor:
         if old is None:
             raise RequestError("a packed weight must be in the backbone")
-        bnb = _bitsandbytes()
+        bnb = bitsandbytes()
         dense = old.T.contiguous() if self.transposed else old
         weight = bnb.nn.Params4bit(
             dense.to(getattr(torch, self.dtype)).clone(),
@@ -336,7 +341,7 @@ class RoundTrip:
 
 def dequantized(module: nn.Module) -> Tensor:
     """The weight that a packed linear map computes with, shape (out, in), float32."""
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     weight = module.get_parameter("weight")
     dense: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
     return dense.float()
@@ -354,7 +359,7 @@ def repacked_differs(model: PreTrainedModel, read: Callable[[str], Tensor | None
     """
     from transformers.pytorch_utils import Conv1D
 
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     wrong = []
     for path, module in packed_modules(model).items():
         name = f"{path.replace('.base_layer', '')}.weight"

@@ -18,7 +18,7 @@ from adapters.changes import Changes
 from adapters.errors import FolderError, NumbersError, RequestError, message
 from adapters.manifest import CARD, FORMAT, WEIGHTS, refuse_foreign, seal
 from adapters.quantize import Storage
-from adapters.storage import task_of
+from adapters.storage import strategy_of, task_of
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.lora import Lora
 from adapters.strategies.probe import Probe
@@ -66,12 +66,32 @@ def write(
     """
     target = Path(out).expanduser()
     refuse_foreign(target)
+    with disk.staged(target) as stage:
+        compose(stage, like, base, factors=factors, whole=whole, made=made, notes=notes)
+    return target
+
+
+def compose(
+    stage: Path,
+    like: Changes,
+    base: Path,
+    *,
+    factors: Mapping[str, Factors],
+    whole: Mapping[str, Tensor],
+    made: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write the adapter's files into an existing, empty folder; arguments and errors as for `write`.
+
+    Returns:
+        Its manifest.
+    """
     document = like.document
     strategy, state = _resolved(like, base, factors, whole)
     for name, tensor in state.items():
         if not bool(tensor.isfinite().all()):
             raise NumbersError(message("a computed tensor is not finite", where=name, remedy="Nothing was written."))
-    with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
+    with progress.Job("saving the adapter"):
         shards.save_tensors(stage / WEIGHTS, dict(sorted(state.items())), {"format": "pt", "holdfast": str(FORMAT)})
         backbone = document["backbone"]
         beside = facts.sidecars(
@@ -85,6 +105,30 @@ def write(
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
                 shards.copy(like.folder / name, stage / name)
         described = _manifest(document, strategy, state, made, notes)
+        shards.write_text(stage / CARD, _card(described))
+        seal(stage, described)
+    return described
+
+
+def copied(out: str | Path, like: Changes, *, made: Mapping[str, Any], notes: Sequence[str] = ()) -> Path:
+    """Write an adapter as it is, strategy and tensors bit for bit, under a manifest that says what it was made of.
+
+    Args:
+        out, made, notes: as for `write`; `like` is the adapter.
+
+    Raises:
+        FolderError: a folder that holds something else.
+        DiskError: the disk is full or fails; nothing is left behind.
+    """
+    target = Path(out).expanduser()
+    refuse_foreign(target)
+    with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
+        for name in like.document["files"]:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shards.copy(like.folder / name, stage / name)
+        strategy = strategy_of(like.document, str(like.folder))
+        described = _manifest(like.document, strategy, {}, made, notes)
+        described |= {name: like.document[name] for name in ("strategy", "tensors")}
         shards.write_text(stage / CARD, _card(described))
         seal(stage, described)
     return target

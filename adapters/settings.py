@@ -6,6 +6,7 @@ Nothing of torch or transformers is imported to tell; `arguments` makes transfor
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def faults(given: Mapping[str, Any], *, own_metrics: bool = False, literal: bool
             right = ALIASES.get(name)
             remedy = f"The name is {right}." if right else nearest(name, known)
             found.append(message(f"unknown training setting {name!r}", where="args", remedy=remedy))
-        elif value != holds and not (own_metrics and remedy == _WHOLE):
+        elif name in SETTLED and value != holds and not (own_metrics and remedy == _WHOLE):
             what = "this setting is fixed here"
             where = f"args: {name}"
             found.append(message(what, where=where, expected=repr(holds), found=repr(value), remedy=remedy))
@@ -166,7 +167,7 @@ def _value_faults(name: str, value: Any, *, literal: bool) -> list[str]:
     elif name in COUNTS:
         fine, expected = number and isinstance(value, int) and value > 0, "a whole number > 0"
     elif name == "learning_rate":
-        fine, expected = number and value >= 0, "a number >= 0"
+        fine, expected = number and 0 < value < math.inf, "a number > 0: with 0 nothing would train"
     else:
         setting = installed.settings()[name]
         fine, expected = (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, pooling, progress, shards
+from adapters import bare, disk, facts, marks, pooling, progress, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
-from adapters.backbones import PROCESSORS, live_model, open_processor
+from adapters.backbones import MAX_CONFIG, PROCESSORS, live_model, local_folder, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
 from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
@@ -212,21 +212,11 @@ def load(
         )
     if model is None:
         refuse_gone(document, str(folder))
+    if verify != "off":
+        place = type(base).__name__ if live_model(base) else str(base)
+        marks.refuse_marked(document, (document["digest"],), _config_at_hand(base, options), place)
 
-    def accept(strategy: Strategy, found: Fingerprint, trained: Mapping[str, tuple[int, ...]]) -> None:
-        if facts.plain(facts.options_of(strategy)) != facts.plain(facts.options_of(saved_strategy)):
-            raise BackboneError(
-                message(
-                    "the strategy would change other modules of this backbone than it did when it was trained",
-                    where=str(folder),
-                    expected=document["backbone"]["model_class"],
-                    found=f"other modules for strategy {strategy.name!r}",
-                )
-            )
-        if verify != "off":
-            refuse_other_backbone(document, found, str(folder))
-        _refuse_shapes(tensors, trained, vocabulary, str(folder))
-
+    accept = acceptance(document, str(folder), tensors, saved_strategy, vocabulary, verified=verify != "off")
     from adapters.fingerprint import Fingerprint
 
     # Where 4-bit weights cannot be identified, "off" takes the user's word that they are the recorded backbone's.
@@ -237,7 +227,7 @@ def load(
         task,
         _quantization_for(base, backbone["quantization"]),
         options,
-        _saved_processor(folder, document, task),
+        saved_processor(folder, document, task),
         int(document["seed"]),
         accept=accept,
         full=verify == "strict",
@@ -260,6 +250,55 @@ def load(
         adapted.record.notes += [note] if note not in adapted.record.notes else []
         logger.warning(note)
     return adapted
+
+
+def _config_at_hand(base: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a backbone: a live model's, or the file of one that lies on this machine."""
+    if live_model(base):
+        found: Mapping[str, Any] = base.config.to_dict()
+        return found
+    place = local_folder(str(base), options) if isinstance(base, str | Path) else None
+    if place is None or not (place / "config.json").is_file():
+        return {}
+    config = shards.read_json(place / "config.json", MAX_CONFIG)
+    return config if isinstance(config, dict) else {}
+
+
+def acceptance(
+    document: Mapping[str, Any],
+    where: str,
+    tensors: Mapping[str, Tensor],
+    strategy: Strategy,
+    vocabulary: Vocabulary | None,
+    *,
+    verified: bool = True,
+) -> Callable[[Strategy, Fingerprint, Mapping[str, tuple[int, ...]]], None]:
+    """What compares a backbone with the one that an adapter was trained on, before anything changes.
+
+    Args:
+        document: the adapter's manifest.
+        where: its folder.
+        tensors: trained, by their keys; their shapes are compared.
+        strategy: as it was saved.
+        vocabulary: the tokens that it added.
+        verified: False takes any backbone whose modules fit.
+    """
+
+    def accept(found_strategy: Strategy, found: Fingerprint, trained: Mapping[str, tuple[int, ...]]) -> None:
+        if facts.plain(facts.options_of(found_strategy)) != facts.plain(facts.options_of(strategy)):
+            raise BackboneError(
+                message(
+                    "the strategy would change other modules of this backbone than it did when it was trained",
+                    where=where,
+                    expected=document["backbone"]["model_class"],
+                    found=f"other modules for strategy {strategy.name!r}",
+                )
+            )
+        if verified:
+            refuse_other_backbone(document, found, where)
+        _refuse_shapes(tensors, trained, vocabulary, where)
+
+    return accept
 
 
 def _refuse_shapes(
@@ -291,7 +330,7 @@ def _quantization_for(base: Any, quantization: str | None) -> str | None:
     return None if packed_modules(base) else quantization
 
 
-def _saved_processor(folder: Path, document: Mapping[str, Any], task: Task) -> Any:
+def saved_processor(folder: Path, document: Mapping[str, Any], task: Task) -> Any:
     if not set(PROCESSORS[task.processor][1]) & set(document["files"]):
         return None
     try:

@@ -41,6 +41,8 @@ def plan(
     dtype: str | None,
     where: str,
     left_out: Collection[str] = (),
+    *,
+    original: bool = False,
 ) -> list[Step]:
     """Every tensor of the output in the order of the backbone's files, named as this model class saves it.
 
@@ -49,6 +51,7 @@ def plan(
         slots: the backbone's tensors; dtype: of the output, None for each tensor's own.
         where: for messages.
         left_out: the backbone's tensors that the output does not have, by the fingerprint's names.
+        original: put an adapter that was trained on packed weights onto those that were packed.
     """
     backbone = document["backbone"]
     prefix = backbone["fingerprint"]["prefix"]
@@ -57,7 +60,7 @@ def plan(
     known = set(backbone["fingerprint"]["tensors"])
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise RequestError(message(f"unknown dtype {dtype!r}", where="dtype", expected=", ".join(WEIGHT_DTYPES)))
-    edits = _on_packed(backbone, edits)
+    edits = dict(edits) if original else _on_packed(backbone, edits)
     pending = {names.get(name, name): edit for name, edit in edits.items()}
     head = {names.get(name, name) for name in document["head"]}
     grown = _grown(document, names)

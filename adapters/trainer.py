@@ -231,7 +231,7 @@ class Trainer(ObjectiveTrainer):
                 self._prefix = self._kept_prefix()
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
-                    contract.finish()
+                    contract.finish(whole=folder is None and not self.stops.number)
                 except NumbersError:
                     self._put_back(contract.good)
                     raise

@@ -54,7 +54,7 @@ class Updates:
 
 
 def updates(changes: Changes, base: Originals, maps: Mapping[str, LinearMap], rank: int | None = None) -> Updates:
-    """The changes of an adapter; values of the backbone are read where an edit is no factors already.
+    """The changes of an adapter; every tensor of the backbone that it changes is read, and compared.
 
     Args:
         changes: the adapter's.
@@ -74,6 +74,7 @@ def updates(changes: Changes, base: Originals, maps: Mapping[str, LinearMap], ra
         if name in changes.head:
             whole[name] = edit(None)
         elif isinstance(edit, AddLowRank):
+            base.old(name)  # not needed, but compared with the adapter's fingerprint as it is read
             pair = Factors(edit.down.float(), edit.up.float() * edit.scale)
             fit = reduced(pair, rank=rank) if rank is not None and pair.rank > rank else None
             factors[path] = pair if fit is None else fit.factors

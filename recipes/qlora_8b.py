@@ -16,7 +16,7 @@ RECIPE = adapters.Recipe(
     task="causal-lm",
     strategy="qlora",  # LoRA over a backbone whose linear maps are packed to NF4: 0.52 bytes a weight
     output="out/8b-qlora",
-    load={"dtype": "bfloat16"},  # embeddings and norms, which are not packed; the adapters are in it, too
+    load={"dtype": "bfloat16"},  # embeddings and norms, which are not packed; the adapters are in float32
     options={
         "max_length": 1024,
         "r": 16,  # the paper takes 64 and finds that the rank hardly matters once every linear map is adapted

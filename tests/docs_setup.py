@@ -95,6 +95,10 @@ def names(page: str) -> dict[str, Any]:
     """What a page's first block finds besides the builtins, where reading rows and training are not its subject."""
     rows = texts(48)
     if page == "README.md":
+        import adapters
+
+        topics = adapters.adapt(model("roberta-base"), "lora", labels=["business", "sport", "science"])
+        adapters.save(topics, "out/topics")
         return {"train": rows[:24], "val": rows[24:36], "test": rows[36:]}
     if page == "reports.md":
         import adapters

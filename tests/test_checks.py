@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import adapters
-from adapters import checks, course, fidelity, finite, storage
+from adapters import checks, course, fidelity, finite, settings, storage
 from adapters.tasks import TASKS
 
 QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "warmup_steps": 0}
@@ -144,10 +144,39 @@ def test_zero_gradients_that_are_right_are_listed(tmp_path: Path) -> None:
     assert not [note for note in longer.record.notes if "did not move" in note]
 
 
-def test_a_learning_rate_of_zero_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [0, 0.0, -1e-4, float("nan"), float("inf")])
+def test_a_learning_rate_that_trains_nothing_is_refused_before_anything_starts(tmp_path: Path, rate: float) -> None:
+    before = "wrong value .args: learning_rate.; expected a number > 0"
+    with pytest.raises(adapters.RequestError, match=before):
+        trainer_for(tmp_path, adapted_on(), args={"learning_rate": rate})
+    if rate == 0:
+        with pytest.raises(adapters.RequestError, match=before):
+            adapters.Trainer(adapted_on(), TrainingArguments(output_dir=str(tmp_path), learning_rate=rate))
+    assert any("learning_rate" in fault for fault in settings.faults({"learning_rate": rate}))
+
+
+def test_a_run_that_moved_nothing_is_refused(tmp_path: Path) -> None:
     adapted = adapted_on()
-    trainer_for(tmp_path, adapted, args={"learning_rate": 0.0}).train()
-    assert any("nothing was trained" in note for note in adapted.record.notes)
+    args = {"max_steps": 1, "warmup_steps": 5}  # its only step is the first of a warm-up, at 0
+    with pytest.raises(adapters.ContractError, match=r"trained nothing .*1 steps.*no step had a learning rate above 0"):
+        trainer_for(tmp_path, adapted, args=args).train()
+    flat = adapted_on()
+    for parameter in flat.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+    args = {"max_steps": 2, "weight_decay": 0.0}
+    with pytest.raises(adapters.ContractError, match=r"trained nothing .*2 steps.*their gradient is zero"):
+        trainer_for(tmp_path, flat, args=args).train()
+
+
+def test_one_step_with_the_usual_warm_up_trains(tmp_path: Path) -> None:
+    adapted = adapted_on()
+    before = {name: tensor.clone() for name, tensor in adapted.state().items()}
+    args = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none"}
+    trainer = adapters.Trainer(adapted, args, tiny.rows(16))
+    trainer.train()
+    assert trainer.args.warmup_steps == 0.06
+    assert any(not torch.equal(before[name], tensor) for name, tensor in adapted.state().items())
 
 
 def test_full_leaves_what_no_row_reaches(tmp_path: Path) -> None:
@@ -497,6 +526,13 @@ def test_a_loss_that_rises_for_good_is_said_once() -> None:
     assert len(said) == 1
     assert said[0].startswith("the loss diverged: median ")
     assert len(say_of([1.0] * 20 + [1.5] * 20)) == 1
+
+
+def test_small_losses_that_differ_as_they_did_at_first_are_no_divergence() -> None:
+    begun_solved = [0.05, 0.3] * 8
+    assert say_of([*begun_solved, *([0.12, 0.25, 0.26] * 20)]) == []
+    assert len(say_of([*begun_solved, *([0.9, 1.1] * 20)])) == 1
+    assert len(say_of([*begun_solved[:-1], 9.0, *([0.9, 1.1] * 20)])) == 1  # a bad batch hides nothing
 
 
 def test_divergence_is_in_the_record(tmp_path: Path) -> None:

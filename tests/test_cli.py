@@ -517,6 +517,8 @@ BAD: dict[str, tuple[int, str | list[str], tuple[str, ...]]] = {
     "no adapter": (2, "evaluate <base> --data <rows>", ("not an adapter folder", "adapter.json")),
     "no folder": (2, "predict <here>/nowhere text", ("no such adapter folder", "nowhere")),
     "merge to what": (2, "merge <saved> <out> --dtype float99", ("float99", "float32")),
+    "merge into which form": (2, "merge <saved> <out> --quantization nf5", ("unknown quantization 'nf5'", "nf4")),
+    "merge onto what": (2, "merge <saved> <out> --onto base", ("unknown base 'base'", "training")),
     "merge of what": (2, "merge <base> <out>", ("not an adapter folder",)),
     "merge into what": (2, "merge <saved> <out> --base <here>/nowhere", ("no such backbone folder", "nowhere")),
     # data
@@ -596,6 +598,19 @@ def test_another_backbone_is_refused_with_its_tensors(place: Place, warm: Callab
         assert "not the backbone" in done.fault()
         assert done.code == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_packed_merge_says_what_it_did(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+    said = warm("merge", place.saved, tmp_path / "merged", "--quantization", "int8").out
+    for line in (
+        "onto      the weights that the adapter was trained on, the checkpoint's own",
+        " weights as int8; ",
+        "bound     0.2 of the logits' spread; they are ",
+        "answers   agree on ",
+    ):
+        assert line in said
+    assert "accepted" not in said
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]["load_in_8bit"]
 
 
 def test_an_output_that_holds_something_else_is_refused(

@@ -89,6 +89,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # A page may compare the logits of a merge itself; the child process of each would take ten seconds.
     quick = functools.partial(adapters.merge_on_disk, check_logits=False)
     monkeypatch.setattr(adapters, "merge_on_disk", quick)
+    monkeypatch.setattr(adapters, "extract", functools.partial(adapters.extract, check_logits=False))
     return tmp_path
 
 

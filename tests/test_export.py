@@ -35,6 +35,7 @@ PEFT = (*LORA, "dora", "oft")  # what peft reads itself
 STRATEGIES = (*PEFT, "full", "freeze", "bitfit")
 SERVERS = ("vllm", "tgi", "llama.cpp")
 IMPOSSIBLE = {("gpt2", "oft"), ("llama", "bitfit"), ("t5", "bitfit")}  # peft refuses the first; there are no biases
+IMPOSSIBLE |= {("bert", "pissa"), ("t5", "pissa"), ("t5", "oft")}  # nor anything that the other cells do not show
 CELLS = [(kind, strategy) for kind in AUTO for strategy in STRATEGIES if (kind, strategy) not in IMPOSSIBLE]
 
 
@@ -383,6 +384,15 @@ def test_what_a_reader_cannot_take_is_refused_with_its_reason(place: Path, tmp_p
     assert count == 32
 
 
+def test_an_adapter_that_changes_nothing_is_refused(place: Path, tmp_path: Path) -> None:
+    made(place, "llama", "lora")
+    adapted = adapters.adapt(str(place / "llama-causal-lm"), "oft", task="causal-lm", oft_block_size=8)
+    folder = adapters.save(adapted, tmp_path / "still")
+    with pytest.raises(adapters.RequestError, match=r"without low-rank factors.*changes none.*'peft'"):
+        adapters.export(folder, tmp_path / "out", to="vllm", rank=4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_refusal_of_an_adapter_is_said_at_once(place: Path, tmp_path: Path) -> None:
     folder, _ = made(place, "bert", "full")
     with pytest.raises(adapters.RequestError) as fault:
@@ -439,8 +449,9 @@ def test_another_backbone_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(adapters.BackboneError):
         adapters.export(folder, tmp_path / "out", to="vllm", rank=8, base=other)
     plain, _ = made(place, "llama", "lora")  # whose factors need no value of the backbone
-    with pytest.raises(adapters.BackboneError):
-        adapters.export(plain, tmp_path / "out", to="vllm", base=other)
+    for target in ("peft", "vllm", "llama.cpp"):
+        with pytest.raises(adapters.BackboneError):
+            adapters.export(plain, tmp_path / "out", to=target, base=other, check=False)
     assert not (tmp_path / "out").exists()
 
 

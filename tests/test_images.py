@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import struct
 import sys
@@ -104,6 +105,40 @@ def test_metadata_says_labels_and_more(tmp_path: Path, kind: str, part: str) -> 
     assert rows[1]["image"].size == SIZE
     assert len(lines) == 1
     assert "not named there: 1 (c.png)" in lines[0]
+
+
+@pytest.mark.parametrize("column", ["image", "path", "Photo"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_of_paths_is_a_table_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, column: str
+) -> None:
+    write(tmp_path / "shots" / "a.png")
+    write(tmp_path / "elsewhere" / "b.png")
+    write(tmp_path / "c.png")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = [("shots/a.png", "cat"), ("b.png", "dog"), (str(tmp_path / "c.png"), "cat")]
+    text = {
+        "csv": f"{column},label\n" + "".join(f"{name},{label}\n" for name, label in rows),
+        "jsonl": "".join(json.dumps({column: name, "label": label}) + "\n" for name, label in rows),
+    }
+    (tmp_path / f"photos.{kind}").write_text(text[kind])
+    found = data.read(tmp_path / f"photos.{kind}")["train"]
+    assert found.column_names == ["image", "label"]
+    assert [picture.size for picture in found["image"]] == [SIZE] * 3
+    assert list(found["label"]) == ["cat", "dog", "cat"]
+
+
+def test_a_path_that_leads_nowhere_is_told_with_its_row(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    (tmp_path / "photos.csv").write_text("image,label\na.png,cat\nb.png,dog\n")
+    said_so = refused(DataError, tmp_path / "photos.csv")
+    for word in ("no such picture", "row 1", "'image'", "b.png", "folder of photos.csv"):
+        assert word in said_so
+
+
+def test_texts_that_only_speak_of_pictures_stay_texts(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("file,label\nsee a.png,x\nreport.txt,y\n")
+    assert data.read(tmp_path / "rows.csv")["train"].column_names == ["file", "label"]
 
 
 def test_pictures_without_classes_are_rows_without_labels(tmp_path: Path) -> None:

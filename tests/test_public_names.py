@@ -15,8 +15,10 @@ PUBLIC = {
     "Adapted",
     "AdaptersError",
     "BackboneError",
+    "CombineReport",
     "ContractError",
     "DataError",
+    "Difference",
     "DiskError",
     "ExportReport",
     "FolderError",
@@ -24,9 +26,11 @@ PUBLIC = {
     "MissingPackageError",
     "NumbersError",
     "Plan",
+    "Profile",
     "Recipe",
     "RequestError",
     "STRATEGIES",
+    "Shared",
     "SpentError",
     "Strategy",
     "Sweep",
@@ -35,9 +39,14 @@ PUBLIC = {
     "Trainer",
     "__version__",
     "adapt",
+    "combine",
     "disabled",
     "evaluate",
+    "ExtractReport",
+    "extract",
     "export",
+    "diff",
+    "inspect",
     "load",
     "merge",
     "merge_on_disk",
@@ -66,7 +75,7 @@ def test_each_name_opens(name: str) -> None:
     assert getattr(adapters, name) is not None
 
 
-@pytest.mark.parametrize("name", ["adapt", "merge", "predict"])
+@pytest.mark.parametrize("name", ["adapt", "combine", "diff", "export", "extract", "merge", "predict"])
 def test_functions_win_over_their_rooms(name: str) -> None:
     importlib.import_module(f"adapters.{name}")
     assert isinstance(getattr(adapters, name), FunctionType)

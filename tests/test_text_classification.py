@@ -544,7 +544,13 @@ def test_minus_one_hundred_is_a_number_like_any_other(tmp_path: Any) -> None:
     # transformers takes -100 for a label that does not count; for a regression it is a value.
     adapted = adapters.adapt(tiny.model("bert", labels=1), "probe", processor=tiny.tokenizer())
     rows = [{"text": row["text"], "label": (1.0, -100.0)[number % 2]} for number, row in enumerate(tiny.rows(8))]
-    args = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "report_to": "none"}
+    args = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "learning_rate": 1e-30,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
     trainer = adapters.Trainer(adapted, args, rows)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(adapters.evaluate(adapted, rows)["loss"], rel=1e-5)

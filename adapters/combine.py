@@ -1,0 +1,375 @@
+"""Several adapters made into one, or into a merged model, at weights that are given or found on rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from adapters import lowrank, manifest, progress, remake, storage
+from adapters.arithmetic import METHODS, Method
+from adapters.changes import Changes
+from adapters.data import one
+from adapters.errors import FolderError, RequestError, message, nearest
+from adapters.formats import arrange
+from adapters.gathering import opened
+from adapters.merge import refuse_output, written
+from adapters.mixture import Made, Mixture
+from adapters.predict import evaluate
+from adapters.weighing import Tried, chosen, weighed
+
+logger = logging.getLogger(__name__)
+
+TRIALS: Final = 40  # weights that a search measures at most
+
+
+@final
+@dataclass(frozen=True)
+class CombineReport:
+    """What was combined, and how exact it is.
+
+    Attributes:
+        output: the written folder.
+        form: "adapter", or "merged" for a backbone with everything in it.
+        method: how.
+        parts: the folders; weights: of each, as they are in the result; head: whose head it has, empty for none.
+        strategy: of the adapter that was written; empty for a merged model.
+        modules: linear maps that hold factors; whole: tensors beside them, the head's among them.
+        dense: of these, weights of linear maps, which no rank was asked for.
+        ranks: the smallest and the largest rank; 0 without factors.
+        parameters: of the adapter; tensors edited, of a merged model.
+        bytes: of its weights.
+        error: what was left out of the linear maps' change, as a share of its Frobenius norm; 0 where it is exact.
+        worst: the module that lost the largest share; worst_error: which share.
+        itself: one adapter at weight 1, which was copied bit for bit.
+        searched: the weights that were tried, each with its numbers; empty where none were looked for.
+        metric: by which the best of them was taken.
+    """
+
+    output: str
+    form: str
+    method: str
+    parts: tuple[str, ...]
+    weights: tuple[float, ...]
+    head: str = ""
+    strategy: str = ""
+    modules: int = 0
+    whole: int = 0
+    dense: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    parameters: int = 0
+    bytes: int = 0
+    error: float = 0.0
+    worst: str = ""
+    worst_error: float = 0.0
+    itself: bool = False
+    searched: tuple[Mapping[str, Any], ...] = ()
+    metric: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def combine(
+    parts: Mapping[str | Path, float] | Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+    head: str | Path | None = None,
+    base: str | Path | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+    search: Any = None,
+    trials: int = TRIALS,
+) -> CombineReport:
+    """Make one adapter of several, or merge them all into their backbone.
+
+    What is added up is what training did to each tensor of the backbone, so that it does not matter how each adapter
+    keeps it: rslora's scale, DoRA's magnitudes, biases, ranks that differ, whole tensors. One adapter at weight 1 is
+    copied, bit for bit. Without `rank` and `energy` nothing is left out.
+
+    Args:
+        parts: adapter folder -> weight, or pairs of them.
+        out: the folder to write; new, empty, or an adapter (of `merged`: a merge) of ours, which is replaced whole.
+        method: "linear", "cat" and "task-arithmetic" are the weighted sum (Ilharco et al., 2023); "svd" is the sum cut
+            to a rank; "ties" leaves small entries out and lets the rest vote on each sign (Yadav et al., 2023); "dare"
+            leaves entries out at random and scales up the others (Yu et al., 2024); "della" leaves small ones out more
+            often, and votes (Deep et al., 2024); "negate" takes one adapter away.
+        rank: of the factors at most; what that leaves out is reported.
+        energy: instead of it, the share of each change's squared norm that is kept.
+        density: the share of entries that ties, dare and della keep; None for 0.2, 0.5 and 0.5.
+        scale: what every weight is multiplied by.
+        seed: of what dare, della and the search draw.
+        head: the adapter whose new head the result has, where several bring one.
+        base: the backbone's folder, where it is not the one that the adapters name.
+        merged: write the backbone with everything in it instead: a plain transformers folder, exactly.
+        dtype: of a merged model's tensors; None keeps each tensor's own.
+        search: labelled rows to look for better weights on, as `evaluate` takes them; it begins at the given ones.
+        trials: how many weights are measured at most.
+
+    Returns:
+        The report.
+
+    Raises:
+        RequestError: an unknown method, a weight that is no number, a rank above the matrix, two new heads, other
+            added tokens, another storage, tensors that the result's model class does not have.
+        BackboneError: different backbones.
+        FolderError: a damaged adapter, an output that holds something else or is one of the inputs.
+        DataError: rows without labels.
+        DiskError: the disk is full or fails; nothing is left behind.
+    """
+    pairs: list[tuple[Any, ...]] = [tuple(part) for part in (parts.items() if isinstance(parts, Mapping) else parts)]
+    how, weights = _checked(pairs, method, scale, density, rank, energy)
+    kept = how.density if density is None else float(density)
+    target = Path(out).expanduser()
+    folders: list[str | Path] = [pair[0] for pair in pairs]
+    _refuse_same(target, [manifest.fetch(folder) for folder in folders])
+    if merged:
+        if rank is not None or energy is not None or how.cuts:
+            raise RequestError(
+                message("a merge is exact: there is no rank to cut", where="rank, energy, method", found=method)
+            )
+        refuse_output(target)
+    else:
+        manifest.refuse_foreign(target)
+        if dtype is not None:
+            raise RequestError(message("a dtype is a merged model's", where="dtype", remedy="Say merged as well."))
+    mix = opened(folders, method=how, density=kept, scale=scale, seed=seed, head=head, base=base)
+    _refuse_same(target, [mix.base.folder])
+    _check_rank(mix, rank, energy)
+    signs = tuple(-weight for weight in weights) if how.single else weights
+    tried, metric = _searched(mix, signs, rank, energy, search, trials, seed, base) if search is not None else ([], "")
+    if tried:
+        signs = chosen(tried).weights
+        logger.info("the best of %d weights by %s: %s", len(tried), metric, _named(folders, signs))
+    report = CombineReport(
+        str(target),
+        "merged" if merged else "adapter",
+        method,
+        tuple(map(str, folders)),
+        signs,
+        str(mix.like.folder) if mix.like.head else "",
+        searched=tuple({"weights": list(found.weights), **found.numbers} for found in tried),
+        metric=metric,
+    )
+    if merged:
+        return _merged(mix, report, target, dtype)
+    made = {
+        "by": "combine",
+        "from": list(report.parts),
+        "digests": [part.document["digest"] for part in mix.parts],
+        "method": method,
+        "weights": [weight * scale for weight in signs],
+        **({"density": kept} if how.thins is not None else {}),
+        **({"seed": seed} if how.thins is not None or tried else {}),
+        **({"rank": rank} if rank is not None else {}),
+        **({"energy": energy} if energy is not None else {}),
+        **({"head": report.head} if report.head else {}),
+        **({"search": {"metric": metric, "trials": len(tried), **chosen(tried).numbers}} if tried else {}),
+    }
+    itself = _itself(mix, signs, rank, energy)
+    if itself is not None:
+        made["error"] = 0.0
+        remake.copied(target, itself, made=made, notes=list(itself.document["notes"]))
+        return _described(report, target, Made({}, {}, {}), itself=True)
+    with progress.Job("combining"):
+        result = mix.made(signs, rank=rank, energy=energy)
+    made |= {"error": result.error, "worst": dict([result.worst])} if result.fits else {"error": 0.0}
+    remake.write(target, mix.like, mix.base.folder, factors=result.factors, whole=result.whole, made=made)
+    return _described(report, target, result, mix.paths())
+
+
+def _named(folders: Sequence[str | Path], weights: Sequence[float]) -> str:
+    return ", ".join(f"{Path(folder).name} {weight:g}" for folder, weight in zip(folders, weights, strict=True))
+
+
+def _described(
+    report: CombineReport, target: Path, result: Made, maps: Sequence[str] = (), itself: bool = False
+) -> CombineReport:
+    """The report with what was written."""
+    document = manifest.read_manifest(target)
+    ranks = [pair.rank for pair in result.factors.values()] or [0]
+    worst, share = result.worst
+    return CombineReport(
+        **{
+            **vars(report),
+            "strategy": document["strategy"]["name"],
+            "modules": len(result.factors),
+            "whole": len(result.whole),
+            "dense": sum(f"{path}.weight" in result.whole for path in maps),
+            "ranks": (min(ranks), max(ranks)),
+            "parameters": sum(math.prod(entry["shape"]) for entry in document["tensors"].values()),
+            "bytes": document["files"][manifest.WEIGHTS]["size"],
+            "error": result.error,
+            "worst": worst,
+            "worst_error": share,
+            "itself": itself,
+        }
+    )
+
+
+def _itself(mix: Mixture, weights: Sequence[float], rank: int | None, energy: float | None) -> Changes | None:
+    """The one adapter that the whole is, where it is one."""
+    there = [(part, weight) for part, weight in zip(mix.parts, weights, strict=True) if weight != 0]
+    if rank is not None or energy is not None or mix.density != 1 or len(there) != 1:
+        return None
+    part, weight = there[0]
+    return part if weight * mix.scale == 1 and part is mix.like else None
+
+
+def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None) -> CombineReport:
+    """Everything in the backbone, tensor by tensor."""
+    found = Changes(mix.like.folder, mix.like.document, mix.edits(report.weights))
+    digests = list(dict.fromkeys(part.document["digest"] for part in mix.parts))
+    done = written(found, target, base=mix.base.folder, dtype=dtype, merged=digests, check_logits=False)
+    return CombineReport(**{**vars(report), "whole": done.edited, "parameters": done.edited, "bytes": done.bytes})
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+def _checked(
+    pairs: Sequence[tuple[Any, ...]],
+    method: str,
+    scale: float,
+    density: float | None,
+    rank: int | None,
+    energy: float | None,
+) -> tuple[Method, tuple[float, ...]]:
+    """The method and the weights; all faults of the request at once."""
+    if method not in METHODS:
+        raise RequestError(message(f"unknown method {method!r}", where="method", remedy=nearest(str(method), METHODS)))
+    how, faults = METHODS[method], []
+    lowrank.check_size(rank, energy)
+    for pair in pairs:
+        if len(pair) != 2 or not _is_number(pair[1]):
+            found = repr(pair[1]) if len(pair) == 2 else repr(pair)
+            faults.append(
+                message("a weight that is no number", where=str(pair[0]), expected="a finite number", found=found)
+            )
+    if not pairs:
+        faults.append(message("there is nothing to combine", expected="at least one adapter"))
+    elif not faults and not any(weight for _, weight in pairs):
+        faults.append(message("every weight is 0", where="weights", remedy="Give one that is not."))
+    if not _is_number(scale) or scale == 0:
+        faults.append(message("a wrong scale", where="scale", expected="a number that is not 0", found=repr(scale)))
+    if density is not None and how.thins is None:
+        thinning = ", ".join(name for name, row in METHODS.items() if row.thins is not None)
+        faults.append(message("a density that nothing asks for", where=f"method {method!r}", expected=thinning))
+    elif density is not None and not (_is_number(density) and 0 < density <= 1):
+        faults.append(
+            message("a wrong density", where="density", expected="a share above 0, up to 1", found=repr(density))
+        )
+    if how.cuts and rank is None and energy is None:
+        faults.append(message(f"{method} needs a rank or an energy", where="rank, energy", remedy="Give one."))
+    if how.single and len(pairs) > 1:
+        faults.append(message(f"{method} takes one adapter", where="adapters", found=len(pairs)))
+    if faults:
+        raise RequestError(*faults)
+    return how, tuple(float(weight) for _, weight in pairs)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_same(target: Path, sources: Sequence[Path]) -> None:
+    """The output never is one of the inputs.
+
+    Raises:
+        FolderError: it is.
+    """
+    for source in sources:
+        if target.resolve() == source.resolve():
+            raise FolderError(
+                message("the output is one of the inputs", where=str(target), remedy="Give another output.")
+            )
+
+
+def _check_rank(mix: Mixture, rank: int | None, energy: float | None) -> None:
+    """A rank must fit into one of the matrices at least; smaller ones keep their own.
+
+    Raises:
+        RequestError: it does not, or there is no matrix.
+    """
+    if rank is None and energy is None:
+        return
+    sizes = {path: min(mix.maps[path].shape) for path in mix.paths()}
+    if not sizes:
+        raise RequestError(
+            message(
+                "no linear map was changed, of which a rank could be cut", where="rank, energy", remedy="Give none."
+            )
+        )
+    largest = max(sizes, key=lambda path: sizes[path])
+    if rank is not None and rank > sizes[largest]:
+        raise RequestError(
+            message(
+                "a rank above the matrix",
+                where="rank",
+                expected=f"at most {sizes[largest]}, the rank of {largest}",
+                found=rank,
+            )
+        )
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def _searched(
+    mix: Mixture,
+    start: Sequence[float],
+    rank: int | None,
+    energy: float | None,
+    rows: Any,
+    trials: int,
+    seed: int,
+    base: str | Path | None,
+) -> tuple[list[Tried], str]:
+    """What weights are worth on rows: one live model, whose adapter takes the tensors of each weights in place.
+
+    Returns:
+        What was tried, and the metric that decides.
+    """
+    if energy is not None:
+        raise RequestError(
+            message("a search needs ranks that stay", where="energy, search", remedy="Give a rank, or neither.")
+        )
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise RequestError(message("a wrong number of trials", where="trials", expected="1 or more", found=trials))
+    mix = Mixture(**{**{name: getattr(mix, name) for name in Mixture.__dataclass_fields__}, "kept": {}})
+    made = mix.made(start, rank=rank, fixed=True)
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
+        folder = remake.write(
+            Path(place) / "start",
+            mix.like,
+            mix.base.folder,
+            factors=made.factors,
+            whole=made.whole,
+            made={"by": "combine", "from": []},
+        )
+        adapted = storage.load(folder, base)
+        task = adapted.task
+        raw, _ = arrange(one(rows), None, task.columns)
+        prepared, _ = task.prepare(raw, adapted.processor, adapted.model, labelled=True)
+
+        def measure(weights: tuple[float, ...]) -> Mapping[str, float]:
+            tensors = mix.state(adapted, mix.made(weights, rank=rank, fixed=True))
+            storage.put(adapted, tensors, str(folder))
+            numbers = evaluate(adapted, prepared)
+            job.advance()
+            return numbers
+
+        metric, greater = task.best_metric
+        with progress.Job("trying weights", trials, "weights") as job:
+            return weighed(start, measure, metric, greater, trials=trials, seed=seed), metric
