@@ -112,7 +112,7 @@ def _exported(folder: Path, out: Path, options: ExportOptions, target: str) -> E
             tried = _compared(wanted, answers(graph, batches, document), document)
         metrics: dict[str, dict[str, float]] = {}
         if rows is not None:
-            tried, metrics = _on_rows(adapted, graph, document, rows, target, labelled=labelled)
+            tried, metrics = on_rows(adapted, graph, document, rows, target, labelled=labelled)
             _judged(tried, f"{out}, {len(rows)} rows", target, options)
         facts = {
             "inputs": list(graph.inputs),
@@ -234,7 +234,7 @@ def _compared(wanted: Sequence[Tensor], found: Sequence[Tensor], document: Mappi
     return compared(wanted, found, options.get("problem", "single-label"), options.get("threshold", 0.5))
 
 
-def _on_rows(
+def on_rows(
     adapted: Adapted, graph: Session, document: Mapping[str, Any], rows: Dataset, target: str, *, labelled: bool
 ) -> tuple[Agreement, dict[str, dict[str, float]]]:
     """How far model and graph agree on prepared rows, and the metrics of both where these have labels."""

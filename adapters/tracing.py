@@ -159,7 +159,7 @@ def traced(adapted: Adapted, document: Mapping[str, Any], file: Path, *, externa
     axes = tuple({0: rows} if name == "pixel_values" else {0: rows, 1: places} for name in inputs)
     model = _Answering(net.eval(), tuple(inputs), outputs, fixed)
     try:
-        with _hushed(), torch.no_grad():
+        with hushed(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 tuple(inputs.values()),
@@ -186,7 +186,7 @@ def traced(adapted: Adapted, document: Mapping[str, Any], file: Path, *, externa
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """The exporter talks of packages that it would know, and of its own deprecated parts."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
