@@ -110,7 +110,7 @@ def _pair(
         if deltas[0].shape == deltas[1].shape:
             difference, angle = _dense(deltas[0], deltas[1])
     elif isinstance(edits[0], Replace) and isinstance(edits[1], Replace) and edits[0].new.shape == edits[1].new.shape:
-        difference = norm_of(edits[0].new.double() - edits[1].new.double())  # whatever stood there before
+        difference = norm_of(edits[0](None).double() - edits[1](None).double())  # whatever stood there before
     return Compared(name, place, changed, norms[0], norms[1], difference, angle, None, any(heads))
 
 
