@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from adapters import progress
-from adapters.errors import AdaptersError, NumbersError, RequestError, message
+from adapters import aside
+from adapters.errors import NumbersError, RequestError, message
 from adapters.memory import free_memory
 
 # How far merged logits may lie from adapted ones, as a share of the logits' spread, by the coarsest dtype at work.
@@ -130,22 +127,7 @@ def measured(
         AdaptersError: that process broke.
     """
     request = {"adapter": str(adapter), "merged": str(merged), "base": str(base), "rows": rows, "dtype": dtype}
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.fidelity as f; f.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(
-            message("the logits check broke", where=output, found=" ".join(child.stderr.split())[-500:])
-        )
-    found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
-    return found
+    return aside.answered("fidelity", request, "the logits check", output)
 
 
 def refuse_far(found: Mapping[str, Any], rounding: Rounding, output: str, *, accept: bool) -> float:

@@ -7,15 +7,11 @@ opens anew.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import fidelity, gguffile, progress, served
-from adapters.errors import AdaptersError, message
+from adapters import aside, fidelity, gguffile, served
 from adapters.lint import GGUF_MODELS, LLAMA_CPP, PEFT, TGI, TGI_NAME
 
 if TYPE_CHECKING:
@@ -36,22 +32,7 @@ def compared(target: str, adapter: Path, base: Path, written: Path, rows: Any, h
         "rows": None if rows is None else list(rows),
         "heads": heads,
     }
-    root = str(Path(__file__).resolve().parents[1])
-    with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", "import sys, adapters.readback as r; r.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-    if child.returncode != 0:
-        raise AdaptersError(
-            message("reading the export back broke", where=target, found=" ".join(child.stderr.split())[-500:])
-        )
-    found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
-    return found
+    return aside.answered("readback", request, "reading the export back", target)
 
 
 def compare(target: str, adapter: str, base: str, written: str, rows: list[Any] | None, heads: bool) -> dict[str, Any]:
