@@ -87,8 +87,9 @@ def refuse_apart(one: Changes, others: Sequence[Changes]) -> None:
                     "the adapters were trained on different backbones",
                     where=f"{one.folder}, {other.folder}",
                     expected=f"one backbone, as {_named(one)}",
-                    found=f"{_named(other)}, where {len(lines)} of {shared} shared tensors differ"
-                    + (f": {'; '.join(lines[:3])}" if lines else ""),
+                    found=f"{_named(other)}, where {len(lines)} of {shared} shared tensors differ: {'; '.join(lines[:3])}"
+                    if lines
+                    else f"{_named(other)}, which has no tensor of the same name",
                     remedy="Combine adapters of one backbone; of others each can only be merged alone.",
                 )
             )
