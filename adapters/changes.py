@@ -82,14 +82,13 @@ def refuse_apart(one: Changes, others: Sequence[Changes]) -> None:
     for other in others:
         lines, shared = apart(one, other)
         if lines or not shared:
+            told = f"where {len(lines)} of {shared} shared tensors differ: {'; '.join(lines[:3])}"
             raise BackboneError(
                 message(
                     "the adapters were trained on different backbones",
                     where=f"{one.folder}, {other.folder}",
                     expected=f"one backbone, as {_named(one)}",
-                    found=f"{_named(other)}, where {len(lines)} of {shared} shared tensors differ: {'; '.join(lines[:3])}"
-                    if lines
-                    else f"{_named(other)}, which has no tensor of the same name",
+                    found=f"{_named(other)}, {told if lines else 'which has no tensor of the same name'}",
                     remedy="Combine adapters of one backbone; of others each can only be merged alone.",
                 )
             )
