@@ -472,7 +472,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "a.png").exists()
     assert json.loads(said("inspect", one, "--changes", "--json"))["total"]["tensors"] == 18
     (tmp_path / "rows.csv").write_text("text\n" + "\n".join(r["text"] for r in tiny.rows(8)) + "\n")
-    text = said("diff", one, two, "--rows", str(tmp_path / "rows.csv"), "--picture", str(tmp_path / "b.svg"))
+    text = said("diff", one, two, "--data", str(tmp_path / "rows.csv"), "--picture", str(tmp_path / "b.svg"))
     assert "answers   agree on" in text
     assert str(tmp_path / "b.svg") in text
     assert json.loads(said("diff", one, one, "--json"))["same"] is True

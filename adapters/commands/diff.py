@@ -14,7 +14,7 @@ def diff(
     a: Annotated[str, typer.Argument(help="An adapter folder or the id of one; or a transformers folder.")],
     b: Annotated[str, typer.Argument(help="Another of the same kind.")],
     base: Annotated[str | None, typer.Option(help="The backbone's folder, where it is not the one named.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Rows that both are to answer.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows that both are to answer.")] = None,
     columns: Columns = None,
     picture: Picture = None,
     as_json: Json = False,
@@ -27,7 +27,7 @@ def diff(
     with Job("importing torch"):
         from adapters.diff import diff as compared
 
-    found = compared(a, b, base=base, rows=rows, columns=renamed(columns), say=say)
+    found = compared(a, b, base=base, rows=data, columns=renamed(columns), say=say)
     file = found.picture(picture) if picture else None
     if as_json:
         out({**found.to_json(), "picture": str(file) if file else None})
