@@ -38,7 +38,8 @@ EXTRAS = {
     "tagging": "F1 over entities",
     "report": "reports",
     "sweep": "sweeps by optuna",
-    "onnx": "export to ONNX",
+    "onnx": "export to ONNX and int8",
+    "gguf": "export to llama.cpp",
 }
 # Variables that change what a run computes or where it looks -> what they do.
 VARIABLES = {

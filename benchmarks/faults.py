@@ -104,7 +104,7 @@ def carry_out(parts: Sequence[str], sides: Sequence[str], size: Size, file: Path
         "folders": faults_folders.folders,
     }
     for name, side in SIDES.items():  # what is imported here need not be imported in every child
-        train(side, place / f"first-{name}", False, max_steps=1, save_steps=1)
+        train(side, place / f"first-{name}", False, max_steps=1, save_steps=1, warmup_steps=0)
     machine, versions = harness.machine("cpu"), harness.versions()
     gc.freeze()  # what is here now no child has to look through
     for part in parts:

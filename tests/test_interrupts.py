@@ -164,11 +164,11 @@ def test_after_the_last_step_the_run_is_kept(
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("adapters.merge.plan", signal.SIGINT),
+        ("adapters.deployment.plan", signal.SIGINT),
         ("adapters.rewrite:_Passage._write", signal.SIGINT),
         ("adapters.rewrite:_Passage._write", signal.SIGTERM),
         ("adapters.rewrite:_Passage._write", signal.SIGHUP),
-        ("adapters.merge._with_fidelity", signal.SIGINT),
+        ("adapters.exactness.measured", signal.SIGINT),
     ],
 )
 def test_a_merge_that_is_interrupted_writes_nothing(
