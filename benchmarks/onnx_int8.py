@@ -162,7 +162,7 @@ def main() -> None:
         for make in (sst2, lambda: tagger(place), lambda: vit(place)):
             case = make()
             say(f"exporting {case.name}")
-            for line in measured(case, place / case.name.split(",")[0]):
+            for line in measured(case, place / "exported" / case.name.split(",")[0]):
                 print(f"| {' | '.join(line)} |", flush=True)
     finally:
         shutil.rmtree(place)
