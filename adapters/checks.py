@@ -304,8 +304,10 @@ class Contract(TrainerCallback):
         if not self._counted:
             self._say("no step had a learning rate above 0: nothing was trained")
         check_frozen(self._frozen, self._adapted)
+        if not whole or not self._taken:
+            return
         unmoved = len(self._watched) + sum(digest(self._parameters[n]) == old for n, (_, old) in self._still.items())
-        if whole and self._taken and unmoved == len(self._parameters):
+        if unmoved == len(self._parameters):
             reasons = {why for why, _ in self._still.values()} or {"no step had a learning rate above 0"}
             raise ContractError(
                 message(

@@ -139,7 +139,7 @@ def taken_apart(
     if isinstance(edit, AddLowRank) and described is not None:
         if not bool(edit.up.any()) or not bool(edit.down.any()):
             return Part("unchanged"), None, None
-        fit = lowrank.reduced(Factors(edit.down, edit.up.float() * edit.scale), rank=size.rank, energy=size.energy)
+        fit = lowrank.reduced(lowrank.of_edit(edit), rank=size.rank, energy=size.energy)
         return Part("factors", fit.factors.rank, fit.norm, fit.error), fit.factors, None
     old = originals.old(name)
     new = _new(edit, old)

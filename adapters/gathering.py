@@ -66,8 +66,7 @@ def opened(
     _refuse_grown_apart(like, others)
     names = {name: None for part in others for name in part.inside}
     where = str(like.folder)
-    inside = Changes(like.folder, like.document, like.edits)
-    first = originals(inside, base)  # says what is wrong with the backbone's folder before anything else is asked of it
+    first = originals(like, base)  # says what is wrong with the backbone's folder before anything else is asked of it
     net = drawn(first.folder, task_of(like.document, where), like.document["backbone"]["load"])
     known = {own_name(name) for name, _ in net.model.named_parameters()}
     known |= {own_name(name) for name, _ in net.model.named_buffers()}
@@ -83,7 +82,7 @@ def opened(
                     remedy="Combine adapters of one model class, or name another head.",
                 )
             )
-    values = originals(inside, base, also=[name for name in names if name not in like.edits])
+    values = originals(like, base, also=[name for name in names if name not in like.edits])
     shared = {} if head is not None else there[parts.index(like)]
     maps = dict(_maps(net.model, parts, like.head))
     return Mixture(parts, like, values, maps, shared, method, density, scale, seed)

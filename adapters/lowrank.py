@@ -15,6 +15,8 @@ from adapters.errors import RequestError, message
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adapters.edits import AddLowRank
+
 EXACT = 1 << 22  # elements up to which a matrix is decomposed in float64
 WIDE = 1024  # rows and columns from which a small rank is looked for at random (Halko et al., 2011)
 ROUNDS = 8  # power iterations of that search
@@ -43,6 +45,18 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return int(self.up.shape[0]), int(self.down.shape[1])
+
+    def padded(self, rank: int) -> Factors:
+        """The same product with factors of this rank: rows and columns of zeros; itself where it has that rank."""
+        from torch.nn.functional import pad
+
+        more = rank - self.rank
+        return Factors(pad(self.down, (0, 0, 0, more)), pad(self.up, (0, more))) if more > 0 else self
+
+
+def of_edit(edit: AddLowRank) -> Factors:
+    """What a low-rank edit adds, as a product of float32 factors; its scale is in `up`."""
+    return Factors(edit.down.float(), edit.up.float() * edit.scale)
 
 
 @final

@@ -209,14 +209,14 @@ class Mixture:
             result.whole[name] = self._whole(name, weights, edits, fixed)
             return
         width, height = self.maps[path].shape
-        pairs = [(weight, _factors(edit)) for _, weight, edit in found if isinstance(edit, AddLowRank)]
+        pairs = [(weight, lowrank.of_edit(edit)) for _, weight, edit in found if isinstance(edit, AddLowRank)]
         cut = rank is not None or energy is not None
         if self.method.sums and len(pairs) == len(found):
             pair = lowrank.summed(pairs)
             if cut or pair.rank > min(width, height):
                 most = min(pair.rank, width, height, rank if rank is not None else width)
                 result.fits[path] = fit = lowrank.reduced(pair, rank=rank, energy=energy)
-                pair = _padded(fit.factors, most) if fixed else fit.factors
+                pair = fit.factors.padded(most) if fixed else fit.factors
             result.factors[path] = pair
             return
         replaced = all(isinstance(edit, Replace) for edit in edits)
@@ -237,7 +237,7 @@ class Mixture:
             return
         result.fits[path] = fit
         most = min(width, height, rank if rank is not None else width)
-        result.factors[path] = _padded(fit.factors, most) if fixed else fit.factors
+        result.factors[path] = fit.factors.padded(most) if fixed else fit.factors
 
     def _whole(self, name: str, weights: Sequence[float], edits: Sequence[Edit], fixed: bool) -> Tensor:
         """A tensor as it becomes, in the dtype that all adapters have it in; of one that only grew, its new entries."""
@@ -295,16 +295,3 @@ class Mixture:
             if own_name(name) in made.whole and own_name(name) not in axes:
                 state[strategy.key(name)] = made.whole[own_name(name)]
         return state | {vocabulary.key(strategy, name): made.whole[name] for name in axes}
-
-
-def _factors(edit: AddLowRank) -> Factors:
-    """The update as a product of float32 factors, its scale in the second."""
-    return Factors(edit.down, edit.up.float() * edit.scale)
-
-
-def _padded(pair: Factors, rank: int) -> Factors:
-    """The same product with factors of this rank, which is not smaller than its own."""
-    from torch.nn.functional import pad
-
-    more = rank - pair.rank
-    return Factors(pad(pair.down, (0, 0, 0, more)), pad(pair.up, (0, more))) if more > 0 else pair

@@ -25,7 +25,7 @@ from adapters.errors import FolderError, NumbersError, RequestError, message
 from adapters.int8 import quantised
 from adapters.manifest import WEIGHTS, fetch, read_manifest
 from adapters.places import refuse_taken
-from adapters.predict import over_rows, prepared_rows, whole
+from adapters.predict import over_batches, prepared_rows, whole
 from adapters.readers import REFUSED, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.sessions import GRAPH, PACKAGES, Session, medians, need_packages
 from adapters.tracing import INSTEAD, OUTPUTS, TRIED, answers, made_up, opened, seen, traced
@@ -97,7 +97,7 @@ def _exported(folder: Path, out: Path, options: ExportOptions, target: str) -> E
     with interrupts.leaving(disk.outcome(out)), disk.staged(out) as stage:
         adapted, own = opened(adapter, document, options.base)
         labelled = bool(options.rows) and _labelled(options.rows)
-        rows = prepared_rows(adapted, whole(adapted, options.rows), labelled=labelled) if options.rows else None
+        rows = prepared_rows(adapted, whole(adapted.task, options.rows), labelled=labelled) if options.rows else None
         batches = [made_up(adapted, *shape) for shape in TRIED]
         wanted = own if own is not None else answers(adapted.model, batches, document)
         external = sum(4 * tensor.numel() for tensor in adapted.model.parameters()) > WHOLE
@@ -251,7 +251,7 @@ def on_rows(
             return (torch.zeros(len(next(iter(inputs.values())))),)
         return (*task.measured(own, batch, model, processor), *task.measured(theirs, batch, model, processor))
 
-    measured = over_rows("comparing answers", adapted, rows, act)
+    measured = over_batches("comparing answers", adapted, rows, act)
     metrics: dict[str, dict[str, float]] = {}
     if labelled:
         half = len(measured) // 2

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +36,38 @@ def prepared_rows(adapted: Adapted, source: Any, *, labelled: bool) -> Dataset:
     if is_prepared(source):
         rows: Dataset = source
         return rows
-    raw, remark = arrange(one(source), None, adapted.task.columns)
+    return prepared_by(adapted.task, adapted.processor, adapted.model, source, labelled=labelled)
+
+
+def prepared_by(task: Task, processor: Any, model: PreTrainedModel, source: Any, *, labelled: bool) -> Dataset:
+    """The same of raw rows, by a task and what it needs."""
+    raw, remark = arrange(one(source), None, task.columns)
     if remark:
         logger.info(remark)
     with Job("preparing", len(raw), "rows"):
-        prepared, remarks = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=labelled)
+        prepared, remarks = task.prepare(raw, processor, model, labelled=labelled)
     for remark in remarks:
         logger.warning(remark)
     return prepared
 
 
-def _over_batches(
+def over_batches(
     what: str,
     adapted: Adapted,
     prepared: Dataset,
-    batch_size: int,
     act: Callable[[dict[str, Any]], tuple[Tensor, ...]],
+    batch_size: int = BATCH,
 ) -> tuple[np.ndarray[Any, Any], ...]:
-    """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100."""
+    """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100.
+
+    Args:
+        what: is done, for the line of progress.
+        adapted: whose task makes the batches.
+        prepared: the rows.
+        act: gets a batch in inference mode, its labels with it where the rows have them; its results have the rows
+            first.
+        batch_size: rows per forward pass.
+    """
     import numpy as np
     import torch
 
@@ -77,26 +92,12 @@ def _over_batches(
     return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
 
-def whole(adapted: Adapted, rows: Any) -> Any:
+def whole(task: Task, rows: Any) -> Any:
     """Rows with columns; a bare value stands in the task's first one."""
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         return rows
-    first = next(iter(adapted.task.columns))
+    first = next(iter(task.columns))
     return [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
-
-
-def over_rows(
-    what: str, adapted: Adapted, rows: Dataset, act: Callable[[dict[str, Any]], tuple[Tensor, ...]]
-) -> tuple[np.ndarray[Any, Any], ...]:
-    """What `act` gives for batches of prepared rows, in inference mode, in the order of the rows.
-
-    Args:
-        what: is done, for the line of progress.
-        adapted: whose task makes the batches.
-        rows: prepared.
-        act: gets a batch, its labels with it where the rows have them; its results have the rows first.
-    """
-    return _over_batches(what, adapted, rows, BATCH, act)
 
 
 def array(part: Tensor) -> np.ndarray[Any, Any]:
@@ -150,13 +151,13 @@ def predict(
         return _mixed(adapted, rows, adapter, batch_size, device)
     if device is not None:
         adapted.model.to(device)  # type: ignore[arg-type]
-    prepared = prepared_rows(adapted, whole(adapted, rows), labelled=False)
+    prepared = prepared_rows(adapted, whole(adapted.task, rows), labelled=False)
     task, model, processor = adapted.task, adapted.model, adapted.processor
 
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
         return task.answered(model, {name: value for name, value in batch.items() if name != "labels"}, processor)
 
-    found = _over_batches("predicting", adapted, prepared, batch_size, act)
+    found = over_batches("predicting", adapted, prepared, act, batch_size)
     return task.decode(found, prepared, processor)
 
 
@@ -238,6 +239,6 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
         items += task.items(labels)
         return task.measured(outputs, batch, model, processor)
 
-    found = _over_batches("evaluating", adapted, prepared, batch_size, act)
+    found = over_batches("evaluating", adapted, prepared, act, batch_size)
     numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
     return Measured(numbers, task, found, prepared)

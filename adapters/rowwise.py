@@ -20,9 +20,8 @@ from torch import Tensor
 
 from adapters.data import one
 from adapters.errors import DataError, RequestError, message
-from adapters.formats import arrange
 from adapters.modes import evaluating
-from adapters.predict import array, is_prepared, joined
+from adapters.predict import array, is_prepared, joined, prepared_by, whole
 from adapters.prefix import Cut, Prefix, answering, unpadded
 from adapters.progress import Job
 from adapters.residents import Resident, Residents
@@ -146,7 +145,8 @@ def _prepared(numbers: Sequence[int], given: Sequence[Any], whose: Sequence[Resi
     """Rows of adapters that prepare alike, prepared at once; adapter by adapter where rows do not stay apart."""
     first = whose[numbers[0]]
     try:
-        rows = _made(first, [given[number] for number in numbers])
+        raw = whole(first.task, [given[number] for number in numbers])
+        rows = prepared_by(first.task, first.processor, first.trunk.net, raw, labelled=False)
     except DataError as fault:
         if len(numbers) == len(given):
             raise
@@ -178,19 +178,6 @@ def _content(value: Any) -> int:
     if isinstance(value, Mapping) and value:
         return _content(next(iter(value.values())))
     return hash(value) if isinstance(value, str) else id(value)
-
-
-def _made(resident: Resident, rows: Sequence[Any]) -> Dataset:
-    task, first = resident.task, next(iter(resident.task.columns))
-    named = [row if row is None or isinstance(row, Mapping) else {first: row} for row in rows]
-    raw, remark = arrange(one(named), None, task.columns)
-    if remark:
-        logger.info(remark)
-    with Job("preparing", len(raw), "rows"):
-        prepared, remarks = task.prepare(raw, resident.processor, resident.trunk.net, labelled=False)
-    for remark in remarks:
-        logger.warning(remark)
-    return prepared
 
 
 # ---------------------------------------------------------------------- passes

@@ -103,7 +103,7 @@ def _names(adapted: Adapted) -> tuple[str, ...]:
 def made_up(adapted: Adapted, rows: int, length: int) -> dict[str, Any]:
     """Inputs at random, rows of several lengths, padded; of pictures noise, as the processor makes it."""
     if adapted.model.main_input_name == "pixel_values":
-        prepared = prepared_rows(adapted, whole(adapted, noise(rows, adapted.model)), labelled=False)
+        prepared = prepared_rows(adapted, whole(adapted.task, noise(rows, adapted.model)), labelled=False)
         features = [prepared[index] for index in range(rows)]
         batch = adapted.task.collate(features, adapted.model, adapted.processor)
         return {name: value for name, value in batch.items() if name != "row"}

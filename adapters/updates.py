@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from adapters.edits import AddLowRank
-from adapters.lowrank import Factors, factored, reduced
+from adapters.lowrank import Factors, factored, of_edit, reduced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Updates:
 
     def uniform(self) -> dict[str, Factors]:
         """All at the highest rank: rows and columns of zeros make up for the rest, which changes no product."""
-        return {path: _padded(pair, self.rank) for path, pair in self.factors.items()}
+        return {path: pair.padded(self.rank) for path, pair in self.factors.items()}
 
 
 def updates(changes: Changes, base: Originals, maps: Mapping[str, LinearMap], rank: int | None = None) -> Updates:
@@ -75,7 +75,7 @@ def updates(changes: Changes, base: Originals, maps: Mapping[str, LinearMap], ra
             whole[name] = edit(None)
         elif isinstance(edit, AddLowRank):
             base.old(name)  # not needed, but compared with the adapter's fingerprint as it is read
-            pair = Factors(edit.down.float(), edit.up.float() * edit.scale)
+            pair = of_edit(edit)
             fit = reduced(pair, rank=rank) if rank is not None and pair.rank > rank else None
             factors[path] = pair if fit is None else fit.factors
             squares += _square(pair)
@@ -111,15 +111,3 @@ def _square(pair: Factors) -> float:
     """The squared norm of a product, without forming it."""
     up, down = pair.up.double(), pair.down.double()
     return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
-
-
-def _padded(pair: Factors, rank: int) -> Factors:
-    import torch
-
-    more = rank - pair.rank
-    if not more:
-        return pair
-    return Factors(
-        torch.cat([pair.down, pair.down.new_zeros(more, pair.shape[1])]),
-        torch.cat([pair.up, pair.up.new_zeros(pair.shape[0], more)], dim=1),
-    )

@@ -107,7 +107,7 @@ def measured(case: Case, place: Path) -> list[list[str]]:
     models |= {name: sessions.Session(place / name / sessions.GRAPH) for name in reports}
     _theirs(place / "onnx" / sessions.GRAPH, place / "theirs.onnx")
     models["quantize_dynamic"] = sessions.Session(place / "theirs.onnx")
-    rows = prepared_rows(adapted, whole(adapted, case.rows), labelled=True)
+    rows = prepared_rows(adapted, whole(adapted.task, case.rows), labelled=True)
     theirs, metrics = onnxfile.on_rows(adapted, models["quantize_dynamic"], document, rows, "theirs", labelled=True)
     bytes_of = {
         "torch": sum(tensor.numel() * 4 for tensor in adapted.model.parameters()),

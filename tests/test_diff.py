@@ -35,19 +35,8 @@ CELLS = [
 
 
 def adapter(tmp_path: Path, kind: str, strategy: str, name: str = "a", seed: int = 1, **options: Any) -> Path:
-    """An adapter that does something, on a backbone on disk."""
-    base = tmp_path / "base"
-    if not base.exists():
-        tiny.folder(kind, base)
-    adapted = adapters.adapt(
-        str(base),
-        strategy,
-        task="image-classification" if kind in tiny.IMAGES else "text-classification",
-        labels=list(tiny.LABELS),
-        **OPTIONS.get(strategy, {}) | options,
-    )
-    tiny.shake(adapted, seed=seed)
-    return adapters.save(adapted, tmp_path / name)
+    folder: Path = tiny.adapter(tmp_path, kind, strategy, name, seed, **OPTIONS.get(strategy, {}) | options)[1]
+    return folder
 
 
 def dense(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

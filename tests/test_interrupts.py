@@ -89,7 +89,7 @@ BEFORE = [  # moments before the first step
     ("adapters.backbones.check_folder", 1),
     ("adapters.fingerprint.print_of_slot", 3),
     ("adapters.tokens.check_ids", 20),
-    ("adapters.predict._over_batches", 1),
+    ("adapters.predict.over_batches", 1),
     ("adapters.features:Extract.batch", 1),
     ("adapters.solve.minimised", 2),
     ("adapters.prefix:Prefix.run", 3),
@@ -132,7 +132,7 @@ def test_while_it_trains_the_step_is_saved(number: int, place: Place, run: Calla
 
 LATER = [  # moments after the last step, with what lies there then
     ("adapters.fidelity.reopened", 1),
-    ("adapters.predict._over_batches", 2),
+    ("adapters.predict.over_batches", 2),
     ("adapters.storage.write", -1),
     ("adapters.disk._replace", -1),
 ]
@@ -181,7 +181,7 @@ def test_a_merge_that_is_interrupted_writes_nothing(
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
-@pytest.mark.parametrize("moment", ["adapters.manifest.read_manifest", "adapters.predict._over_batches"])
+@pytest.mark.parametrize("moment", ["adapters.manifest.read_manifest", "adapters.predict.over_batches"])
 def test_what_only_reads_leaves_nothing(
     command: str, moment: str, place: Place, run: Callable[..., Left], tmp_path: Path
 ) -> None:

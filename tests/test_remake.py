@@ -40,20 +40,9 @@ CELLS = [
 ]
 
 
-def adapter(tmp_path: Path, kind: str, strategy: str, name: str = "adapter", **options: Any) -> tuple[Any, Path]:
-    """An adapter that does something, on a backbone on disk."""
-    base = tmp_path / "base"
-    if not base.exists():
-        tiny.folder(kind, base)
-    adapted = adapters.adapt(
-        str(base),
-        strategy,
-        task="image-classification" if kind in tiny.IMAGES else "text-classification",
-        labels=list(tiny.LABELS),
-        **OPTIONS.get(strategy, {}) | options,
-    )
-    tiny.shake(adapted)
-    return adapted, adapters.save(adapted, tmp_path / name)
+def adapter(tmp_path: Path, kind: str, strategy: str, **options: Any) -> tuple[Any, Path]:
+    made: tuple[Any, Path] = tiny.adapter(tmp_path, kind, strategy, **OPTIONS.get(strategy, {}) | options)
+    return made
 
 
 def taken_apart(found: changes.Changes, base: changes.Originals) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:

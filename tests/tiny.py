@@ -251,3 +251,16 @@ def shake(adapted: Any, scale: float = 0.05, seed: int = 1) -> None:
         for name in adapted.trained:
             noise = torch.randn(parameters[name].shape, generator=generator)
             parameters[name].add_((scale * noise).to(parameters[name].dtype))
+
+
+def adapter(place: Path, kind: str, strategy: str, name: str = "adapter", seed: int = 1, **options: Any) -> Any:
+    """A saved classifier that does something, on a backbone on disk: what was adapted, and the folder."""
+    import adapters
+
+    base = place / "base"
+    if not base.exists():
+        folder(kind, base)
+    task = "image-classification" if kind in IMAGES else "text-classification"
+    adapted = adapters.adapt(str(base), strategy, task=task, labels=list(LABELS), **options)
+    shake(adapted, seed=seed)
+    return adapted, adapters.save(adapted, place / name)
