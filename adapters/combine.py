@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -200,21 +200,19 @@ def _described(
     document = manifest.read_manifest(target)
     ranks = [pair.rank for pair in result.factors.values()] or [0]
     worst, share = result.worst
-    return CombineReport(
-        **{
-            **vars(report),
-            "strategy": document["strategy"]["name"],
-            "modules": len(result.factors),
-            "whole": len(result.whole),
-            "dense": sum(f"{path}.weight" in result.whole for path in maps),
-            "ranks": (min(ranks), max(ranks)),
-            "parameters": sum(math.prod(entry["shape"]) for entry in document["tensors"].values()),
-            "bytes": document["files"][manifest.WEIGHTS]["size"],
-            "error": result.error,
-            "worst": worst,
-            "worst_error": share,
-            "itself": itself,
-        }
+    return replace(
+        report,
+        strategy=document["strategy"]["name"],
+        modules=len(result.factors),
+        whole=len(result.whole),
+        dense=sum(f"{path}.weight" in result.whole for path in maps),
+        ranks=(min(ranks), max(ranks)),
+        parameters=sum(math.prod(entry["shape"]) for entry in document["tensors"].values()),
+        bytes=document["files"][manifest.WEIGHTS]["size"],
+        error=result.error,
+        worst=worst,
+        worst_error=share,
+        itself=itself,
     )
 
 
@@ -232,7 +230,7 @@ def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None
     found = Changes(mix.like.folder, mix.like.document, mix.edits(report.weights))
     digests = list(dict.fromkeys(part.document["digest"] for part in mix.parts))
     done = written(found, target, base=mix.base.folder, dtype=dtype, merged=digests, check_logits=False)
-    return CombineReport(**{**vars(report), "whole": done.edited, "parameters": done.edited, "bytes": done.bytes})
+    return replace(report, whole=done.edited, parameters=done.edited, bytes=done.bytes)
 
 
 # ---------------------------------------------------------------------- what is asked for

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import marks, requantize, shards, standalone
 from adapters.backbones import MAX_CONFIG
 from adapters.errors import FolderError, message
+from adapters.facts import hand_on
 from adapters.rewrite import rewrite, single_threaded
 from adapters.shortening import changed
 from adapters.storage import task_of
@@ -84,10 +85,6 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
-
-
-def replaced(report: MergeReport, **changes: Any) -> MergeReport:
-    return MergeReport(**{**asdict(report), **changes})
 
 
 @final
@@ -219,7 +216,7 @@ class Deployment:
         packing = requantize.planned(whole, self.document["backbone"]["model_class"], self.quantization)
         done = requantize.pack_folder(whole, stage, packing, report.dtype)
         shards.remove(whole)
-        return replaced(report, tensors=done.tensors, bytes=done.bytes, packed=done.packed, kept=done.kept)
+        return replace(report, tensors=done.tensors, bytes=done.bytes, packed=done.packed, kept=done.kept)
 
 
 def _write_config(
@@ -250,8 +247,4 @@ def _write_config(
         shards.write_text(stage / generation.name, generation.read_text())
     if shape.reason:
         return  # the processor lies beside the head
-    skipped = {"adapter_model.safetensors", "adapter_config.json"}
-    for name in document["files"]:
-        if name not in skipped:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.copy(adapter / name, stage / name)
+    hand_on(adapter, document, stage)

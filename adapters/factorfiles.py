@@ -26,11 +26,10 @@ from adapters import (
 from adapters.anatomy import linear_maps
 from adapters.blueprint import drawn
 from adapters.errors import NumbersError, RequestError, message
+from adapters.exactness import BOUNDS, too_large
 from adapters.lint import LLAMA_CPP, PEFT, TGI, VLLM, VLLM_RANKS
 from adapters.lowrank import Factors, check_size
 from adapters.manifest import CARD
-from adapters.memory import free_memory
-from adapters.merge import BOUNDS
 from adapters.readers import REFUSED, Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
 from adapters.storage import task_of
 
@@ -235,14 +234,13 @@ def _compared(
 ) -> ExportReport:
     """Logits of the adapted model and of the backbone with what the reader makes of the file."""
     document = found.document
-    need, free = 3 * document["backbone"]["bytes"], free_memory()
     if not options.check:
         return replace(report, skipped="not asked for")
     if document["backbone"]["quantization"]:
         kind = document["backbone"]["quantization"]
         return replace(report, skipped=f"the adapter was trained over {kind} weights, and transformers opens full ones")
-    if need > free:
-        return replace(report, skipped=f"it needs about {need:,} bytes of memory, {free:,} are free")
+    if skipped := too_large(document["backbone"]["bytes"]):
+        return replace(report, skipped=skipped)
     seen = readback.compared(report.target, found.folder, base, stage, options.rows, options.heads)
     worst = min((dtype, seen.pop("dtype")), key=lambda name: -BOUNDS.get(name, 1.0))
     bound = BOUNDS[worst] * max(seen["spread"], 1e-6)

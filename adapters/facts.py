@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import shards
 from adapters.contracts import Adapted, Strategy, Vocabulary
-from adapters.manifest import FORMAT
+from adapters.manifest import FORMAT, WEIGHTS
 from adapters.schema import load_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SIDECAR = "adapter_config.json"  # by which peft and the servers read an adapter
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
 
 
@@ -44,6 +45,24 @@ def _trainable_tokens(vocabulary: Vocabulary | None, document: Mapping[str, Any]
         return {}
     weights = [name for name in vocabulary.axes if name.endswith(".weight")]
     return {"trainable_token_indices": {name.split(".")[-2]: list(vocabulary.ids) for name in weights}}
+
+
+def processor_files(document: Mapping[str, Any]) -> list[str]:
+    """What an adapter folder lists beside its tensors, their sidecar and a backbone in it: the processor's files."""
+    backbone = document["backbone"]
+    inside = f"{backbone['name']}/" if backbone.get("inside") else None
+    return [
+        name
+        for name in document["files"]
+        if name not in (WEIGHTS, SIDECAR) and not (inside is not None and name.startswith(inside))
+    ]
+
+
+def hand_on(adapter: Path, document: Mapping[str, Any], stage: Path) -> None:
+    """Copy an adapter's processor into a folder that is being written."""
+    for name in processor_files(document):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shards.copy(adapter / name, stage / name)
 
 
 def described(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from adapters import reading
 from adapters.edits import AddLowRank, MergeLayer
+from adapters.facts import SIDECAR
 from adapters.readers import NOTED, REFUSED, REWRITTEN, ExportOptions, Finding
 from adapters.storage import task_of
 
@@ -66,12 +67,12 @@ def lint(changes: Changes, maps: Mapping[str, LinearMap], target: str, options: 
     if target not in FACTORS:
         return found
     low = {name.removesuffix(".weight"): edit for name, edit in changes.inside.items() if isinstance(edit, AddLowRank)}
-    full, beside = divided(changes, maps)
+    full, others = divided(changes, maps)
     if not low and not full:
         found.append(nothing(changes, target))
     if target == PEFT and native(changes, options):
         return found
-    found += _whole(beside, target)
+    found += beside(others, target)
     if low or full:
         found += _ranks(low, full, target, options)
         found += _scales(changes, low, target)
@@ -88,7 +89,7 @@ def nothing(changes: Changes, target: str) -> Finding:
 
 def native(changes: Changes, options: ExportOptions) -> bool:
     """Whether peft reads the adapter's own tensors: then they are handed over bit for bit."""
-    return "adapter_config.json" in changes.document["files"] and options.rank is None
+    return SIDECAR in changes.document["files"] and options.rank is None
 
 
 def divided(changes: Changes, maps: Mapping[str, LinearMap]) -> tuple[dict[str, Edit], list[str]]:
@@ -154,11 +155,7 @@ def _generator(kind: str, heads: Sequence[str], options: ExportOptions) -> str:
 
 
 def beside(names: Sequence[str], target: str) -> list[Finding]:
-    """Whole tensors of the backbone that changed beside its matrices, found when the changes were computed."""
-    return _whole(names, target)
-
-
-def _whole(names: Sequence[str], target: str) -> list[Finding]:
+    """Whole tensors of the backbone that changed beside its matrices."""
     if not names:
         return []
     where = _few(names)

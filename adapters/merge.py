@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,9 @@ from adapters import disk, exactness, interrupts, marks, parts, places, requanti
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.changes import Changes, base_folder, streamed_edits
 from adapters.contracts import Adapted
-from adapters.deployment import Deployment, refuse_config, replaced, shape_of
+from adapters.deployment import Deployment, refuse_config, shape_of
 from adapters.deployment import MergeReport as MergeReport
 from adapters.errors import FolderError, RequestError, message, nearest
-from adapters.exactness import BOUNDS as BOUNDS
 from adapters.exactness import Rounding
 from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
 from adapters.quantize import KINDS
@@ -216,11 +216,11 @@ def written(
         skipped = exactness.too_large(max(document["backbone"]["bytes"], sum(step.nbytes for step in steps)))
         if skipped:
             exactness.refuse_blind(rounding, skipped, accept=accept)
-            return replaced(report, skipped=skipped)
+            return replace(report, skipped=skipped)
         seen = exactness.measured(adapter, stage, source, rows, str(target))
         bound = exactness.refuse_far(seen, rounding, str(target), accept=accept)
         beside = _beside(job, stage, rows, str(target)) if moved is not None else None
-        return replaced(
+        return replace(
             report,
             logits_checked=True,
             bound=rounding.bound(seen.pop("dtype"))[0],

@@ -22,8 +22,9 @@ from adapters import disk, interrupts, progress, shards
 from adapters.agreement import Agreement, compared
 from adapters.contracts import Adapted
 from adapters.errors import FolderError, NumbersError, RequestError, message
+from adapters.facts import hand_on
 from adapters.int8 import quantised
-from adapters.manifest import WEIGHTS, fetch, read_manifest
+from adapters.manifest import fetch, read_manifest
 from adapters.places import refuse_taken
 from adapters.predict import over_batches, prepared_rows, whole
 from adapters.readers import REFUSED, ExportOptions, ExportReport, Finding, refuse, sizes
@@ -287,11 +288,7 @@ def _write(stage: Path, adapter: Path, document: Mapping[str, Any], model: Any, 
         with file.open("rb+") as stream:
             shards.flush(stream)
     backbone = document["backbone"]
-    for name in document["files"]:
-        inside = backbone.get("inside") and name.startswith(f"{backbone['name']}/")
-        if name not in (WEIGHTS, "adapter_config.json") and not inside:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.copy(adapter / name, stage / name)
+    hand_on(adapter, document, stage)
     config = {**copy.deepcopy(model.config.to_dict()), "architectures": [backbone["model_class"]]}
     shards.write_text(stage / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     made: dict[str, Any] = {

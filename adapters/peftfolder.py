@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from adapters.lowrank import Factors
     from adapters.updates import Updates
 
-CONFIG = "adapter_config.json"
 OURS = {MANIFEST, RECIPE, CARD}  # what only this library reads, and the card of another folder
 
 
@@ -59,9 +58,6 @@ def write(stage: Path, changes: Changes, found: Updates, factors: Mapping[str, F
     state = {name: tensor.detach().to(kind).contiguous() for name, tensor in sorted(state.items())}
     shards.save_tensors(stage / WEIGHTS, state, {"format": "pt"})
     backbone = changes.document["backbone"]
-    config = facts.sidecars(strategy, None, backbone["name"], backbone["revision"])[CONFIG]
-    shards.write_text(stage / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in changes.document["files"]:
-        if name not in OURS | {WEIGHTS, CONFIG}:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.copy(changes.folder / name, stage / name)
+    config = facts.sidecars(strategy, None, backbone["name"], backbone["revision"])[facts.SIDECAR]
+    shards.write_text(stage / facts.SIDECAR, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    facts.hand_on(changes.folder, changes.document, stage)

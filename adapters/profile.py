@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from adapters import changes, heatmap, lowrank
 from adapters.backbones import local_folder
@@ -18,9 +18,6 @@ from adapters.lowrank import Factors
 from adapters.manifest import backbone_name
 from adapters.progress import Job
 from adapters.spectra import WIDE, Spectrum, norm_of, rounding_of, spectrum_of, summed_up
-
-if TYPE_CHECKING:
-    pass
 
 OUTSIDE = "outside the blocks"
 SHOWN = 40  # lines of one table for people

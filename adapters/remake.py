@@ -100,10 +100,7 @@ def compose(
         elsewhere = reading.of(task_of(document, str(like.folder))).elsewhere  # peft would answer otherwise
         for name, entry in ({} if elsewhere else beside).items():
             shards.write_text(stage / name, json.dumps(entry, indent=2, sort_keys=True) + "\n")
-        for name in document["files"]:
-            if name not in (WEIGHTS, "adapter_config.json"):
-                (stage / name).parent.mkdir(parents=True, exist_ok=True)
-                shards.copy(like.folder / name, stage / name)
+        facts.hand_on(like.folder, document, stage)
         described = _manifest(document, strategy, state, made, notes)
         shards.write_text(stage / CARD, _card(described))
         seal(stage, described)

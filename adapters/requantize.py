@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from adapters import shards
 from adapters.anatomy import LinearMap, backbone_state, saved_names
+from adapters.backbones import MAX_CONFIG
 from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.progress import Job
 from adapters.quantize import BLOCK, KINDS, bitsandbytes, packable
@@ -29,7 +30,6 @@ Entry = tuple[str, tuple[int, ...], int]  # what a header says of a tensor: dtyp
 FORMS = (*KINDS, "int8")
 # bitsandbytes' CPU kernel takes 4-bit weights only in such shapes, and dies of others: they stay as they are.
 OUTPUTS = 32
-MAX_CONFIG = 16 << 20  # bytes
 
 
 @final

@@ -18,6 +18,7 @@ from adapters.backbones import plan_padding
 from adapters.changes import Changes, edits_of
 from adapters.devices import size
 from adapters.errors import FolderError, RequestError, message, nearest
+from adapters.facts import processor_files
 from adapters.manifest import WEIGHTS, read_tensors
 from adapters.storage import saved_processor, task_of
 
@@ -239,8 +240,6 @@ class Residents:
 def _files(document: Mapping[str, Any]) -> tuple[Any, ...]:
     """The digests of a processor's files."""
     own: Sequence[tuple[str, str]] = sorted(
-        (name, entry["sha256"])
-        for name, entry in document["files"].items()
-        if name not in (WEIGHTS, "adapter_config.json") and Path(name).suffix != ".md"
+        (name, document["files"][name]["sha256"]) for name in processor_files(document) if Path(name).suffix != ".md"
     )
     return (document["task"]["name"], *own)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from adapters import shards
 from adapters.facts import described as described_tensors
+from adapters.facts import hand_on
 from adapters.fingerprint import Fingerprint, print_of_slot
 from adapters.manifest import CARD, RECIPE, WEIGHTS, seal
 from adapters.strategies.probe import Probe
@@ -34,11 +35,7 @@ def write(stage: Path, adapter: Path, document: Mapping[str, Any], facts: Mappin
         facts: of `described`.
     """
     shards.save_tensors(stage / WEIGHTS, dict(facts["tensors"]), {"format": "pt", "holdfast": str(document["format"])})
-    for name in document["files"]:
-        inside = name.split("/")[0] == document["backbone"]["name"] and document["backbone"].get("inside", False)
-        if name not in (WEIGHTS, "adapter_config.json") and not inside:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shards.copy(adapter / name, stage / name)
+    hand_on(adapter, document, stage)
     made = _manifest(document, facts)
     shards.write_text(stage / CARD, _card(made))
     seal(stage, made)

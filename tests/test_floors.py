@@ -27,7 +27,7 @@ FLOORS = {
     "marks": 1,
     "deployment": 8,
     "exactness": 3,
-    "requantize": 4,
+    "requantize": 6,
     "stored": 2,
     "journal": 1,
     "machine": 1,

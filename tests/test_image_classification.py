@@ -23,7 +23,7 @@ import adapters
 from adapters import cli, data, division, fidelity, formats, identity, pixels
 from adapters.contracts import Draw
 from adapters.errors import DataError, MissingPackageError, RequestError
-from adapters.merge import BOUNDS
+from adapters.exactness import BOUNDS
 from adapters.tasks.image_classification import ImageClassification
 
 LABELS = ("blue", "green", "red")
