@@ -22,6 +22,7 @@ _HOMES = {
     "FolderError": "errors",
     "MissingPackageError": "errors",
     "NumbersError": "errors",
+    "RankError": "errors",
     "RequestError": "errors",
     "SpentError": "errors",
     "Adapted": "contracts",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from adapters.errors import FolderError as FolderError
     from adapters.errors import MissingPackageError as MissingPackageError
     from adapters.errors import NumbersError as NumbersError
+    from adapters.errors import RankError as RankError
     from adapters.errors import RequestError as RequestError
     from adapters.errors import SpentError as SpentError
     from adapters.export import export as export

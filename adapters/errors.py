@@ -60,6 +60,10 @@ class ContractError(AdaptersError, RuntimeError):
     exit_code = 4
 
 
+class RankError(AdaptersError, RuntimeError):
+    """Another process of the same run failed, is gone, or does not answer."""
+
+
 class SpentError(AdaptersError, RuntimeError):
     """An `Adapted` whose model was merged cannot be saved, trained or merged again."""
 

@@ -65,6 +65,13 @@ class Resident:
         self.gone = False
         self.view: weakref.ref[Any] | None = None
 
+    def stands_apart(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether its rows cannot share a pass with others'; where that is not known yet, tried with one row."""
+        if self.apart is None:
+            fits = self.trunk.by_rows(self.paths, inputs)
+            self.apart = "" if fits else "all rows of a pass use a tensor of its own"
+        return bool(self.apart)
+
     def read(self) -> dict[str, Change]:
         """Its changes from its folder again.
 

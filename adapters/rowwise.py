@@ -213,10 +213,7 @@ def _divide(trunk: Trunk, items: Sequence[Item]) -> None:
     if not unknown:
         return
     inputs = _inputs(trunk, items[:1])
-    odd = []
-    for name, resident in unknown.items():
-        resident.apart = "" if trunk.by_rows(resident.paths, inputs) else "all rows of a pass use a tensor of its own"
-        odd += [name] if resident.apart else []
+    odd = [name for name, resident in unknown.items() if resident.stands_apart(inputs)]
     if odd:
         logger.warning(
             "rows of %s run apart from those of other adapters: a pass of %s uses a tensor that they change for all "

@@ -13,6 +13,7 @@ from adapters import changes, rowwise
 from adapters.backbones import live_model
 from adapters.contracts import Adapted, Record
 from adapters.errors import BackboneError, RequestError, SpentError, message
+from adapters.fidelity import synthetic
 from adapters.modes import evaluating
 from adapters.predict import BATCH
 from adapters.residents import Resident, Residents
@@ -188,9 +189,27 @@ class Shared:
                 )
             )
         trunk = residents[0].trunk
-        open_now = self._residents.needed(names), trunk.choice.made(names)
-        with open_now[0], open_now[1], evaluating(trunk.mixed), torch.inference_mode():
-            yield trunk.mixed
+        with self._residents.needed(names), evaluating(trunk.mixed), torch.inference_mode():
+            if len(set(names)) > 1:
+                self._refuse_apart(residents)
+            with trunk.choice.made(names):
+                yield trunk.mixed
+
+    def _refuse_apart(self, residents: Sequence[Resident]) -> None:
+        trunk = residents[0].trunk
+        inputs: dict[str, Any] = {}
+        if any(each.apart is None for each in residents):
+            inputs = {name: value.to(trunk.net.device) for name, value in synthetic(trunk.net).items()}
+        odd = {each.name: str(each.apart) for each in residents if each.stands_apart(inputs)}
+        if odd:
+            raise RequestError(
+                message(
+                    "adapters that cannot share a pass",
+                    where=", ".join(odd),
+                    found=next(iter(odd.values())),
+                    remedy="predict(shared, rows, adapter=[...]) runs their rows apart.",
+                )
+            )
 
     def predict(self, rows: Any, adapter: Sequence[str] | str, batch_size: int = BATCH) -> list[Any]:
         """What `adapters.predict(shared, rows, adapter=...)` answers."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,6 +25,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 # The same examples in every run: what is new is looked for by `python -m benchmarks.fuzz`.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Launches a function of a test in several processes of one run; see `many.host`."""
+    from many import host
+
+    with host(tmp_path_factory.mktemp("many")) as run:
+        yield run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ import tiny
 import torch
 
 import adapters
-from adapters import errors, shards
+from adapters import errors, ranks, shards
 from adapters.errors import AdaptersError
 
 ROOT = Path(adapters.__file__).parent
@@ -43,6 +43,7 @@ PROTOCOLS = {
     ("interrupts.py", "SystemExit"): "what a signal ends the process with",
     ("journal.py", "OSError"): "a disk that is full; the journal says so once and the run goes on",
     ("jsontext.py", "ValueError"): "what a decoder raises; whoever knows the file names it",
+    ("ranks.py", "fault"): "what the first process raised, told to the others before",
     ("readout.py", "_Reached"): "ends a pass at the output layer, and is caught there",
     ("prefix.py", "_Reached"): "ends a pass at the cut, and is caught there",
     ("states.py", "ValueError"): "a state of no dimension, which no row has",
@@ -154,6 +155,13 @@ def unmoved(monkeypatch: pytest.MonkeyPatch) -> Any:
     return adapters.Trainer(adapted, {"output_dir": "run", "disable_tqdm": True}, prepared()).train()
 
 
+def second(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(ranks, "joined", lambda: True)
+    monkeypatch.setattr(ranks, "first", lambda: False)
+    monkeypatch.setattr(ranks, "gathered", lambda value: [["KeyError", "odd"], value])
+    return ranks.by_first(lambda: None)
+
+
 def spent(monkeypatch: pytest.MonkeyPatch) -> Any:
     adapted = adapted_on()
     adapters.merge(adapted)
@@ -174,6 +182,7 @@ EXAMPLES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "BackboneError": other_backbone,
     "NumbersError": infinite,
     "ContractError": unmoved,
+    "RankError": second,
     "SpentError": spent,
     "MissingPackageError": without_bitsandbytes,
 }

@@ -26,6 +26,7 @@ from adapters.errors import (
     FolderError,
     MissingPackageError,
     NumbersError,
+    RankError,
     RequestError,
     SpentError,
 )
@@ -79,6 +80,7 @@ def refused(kind: type[AdaptersError], call: Callable[[], object], *said: str) -
         (BackboneError, ValueError, 2),
         (NumbersError, RuntimeError, 4),
         (ContractError, RuntimeError, 4),
+        (RankError, RuntimeError, 2),
         (SpentError, RuntimeError, 2),
         (MissingPackageError, ImportError, 2),
     ],

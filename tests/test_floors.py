@@ -205,6 +205,7 @@ FLOORS = {
     "script": 18,
     "__main__": 18,
     "processes": 1,
+    "ranks": 2,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

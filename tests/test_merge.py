@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import adapters
+from adapters.exactness import BOUNDS
 from adapters.injection import choose
 
 
@@ -116,11 +117,8 @@ def test_the_output_is_ours_or_new(adapter: Path, tmp_path: Path) -> None:
 def test_a_merge_that_answers_otherwise_is_refused(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    module = importlib.import_module("adapters.merge")
-    monkeypatch.setitem(module.BOUNDS, "float32", 0.0)
-    monkeypatch.setitem(module.BOUNDS, "float16", 0.0)
+    monkeypatch.setitem(BOUNDS, "float32", 0.0)
+    monkeypatch.setitem(BOUNDS, "float16", 0.0)
     with pytest.raises(adapters.NumbersError, match="does not answer as the adapted one"):
         adapters.merge_on_disk(adapter, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ PUBLIC = {
     "RequestError",
     "STRATEGIES",
     "Shared",
+    "RankError",
     "SpentError",
     "Strategy",
     "Sweep",

@@ -123,6 +123,21 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(made: Callable[[str], Made]
         agree([answers[place] for place in mine], adapters.predict(found.alone(name), [rows[place] for place in mine]))
 
 
+def test_logits_that_no_pass_can_mix_are_refused(made: Callable[[str], Made]) -> None:
+    """T5's position table is read once for all rows: with a length that the rows divide nothing else would tell."""
+    found = made("t5")
+    shared = adapters.Shared(found.base)
+    for name in ("full", "lora"):
+        shared.load(found.root / name)
+    inputs = tiny.inputs(shared.use("lora").model, 3)
+    assert inputs["input_ids"].shape[1] % 3 == 0
+    with pytest.raises(adapters.RequestError, match="cannot share a pass.*full.*run"), shared.mixed(["full", "lora"]):
+        pass
+    with shared.mixed(["full"] * 3) as model:
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, tiny.logits(found.alone("full").model, inputs), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "vit", "t5"])
 def test_mixed_logits_are_those_of_each_adapter_alone(made: Callable[[str], Made], kind: str) -> None:
     found = made(kind)

@@ -1,0 +1,135 @@
+"""The processes of one run: which of them this is, and plain data told from one to the others.
+
+What crosses from one process to another is JSON or tensors, never an object: a process takes nothing from another that
+could run as code. Every function here is called by all processes or by none, and does nothing much where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapters import errors
+from adapters.errors import AdaptersError, RankError, message
+from adapters.processes import count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+RANK = "RANK"  # set by accelerate and torchrun
+
+
+def rank() -> int:
+    """The number of this process, from 0; 0 without a launcher."""
+    said = os.environ.get(RANK, "0")
+    return int(said) if said.isdigit() else 0
+
+
+def first() -> bool:
+    """Whether this is the process that writes, logs and speaks for the run."""
+    return rank() == 0
+
+
+def joined() -> bool:
+    """Whether this process has entered the group of the run's processes."""
+    import torch.distributed as dist
+
+    return count() > 1 and dist.is_available() and dist.is_initialized()
+
+
+def join() -> None:
+    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one."""
+    if count() > 1 and not joined():
+        from accelerate import PartialState
+        from torch import cuda
+
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
+        PartialState(cpu=cpu)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    gathered(None)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process says, by its number.
+
+    Args:
+        value: plain data, the same kind in all; tuples come back as lists.
+    """
+    if not joined():
+        return [value]
+    import torch
+    import torch.distributed as dist
+
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
+    most = max(int(length) for length in lengths)
+    padded = torch.zeros(most, dtype=torch.uint8, device=said.device)
+    padded[: len(said)] = said
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
+
+
+def told(value: Any) -> Any:
+    """What the first process says, in all of them; plain data."""
+    return gathered(value if first() else None)[0]
+
+
+def by_first(act: Callable[[], T]) -> T | None:
+    """Let the first process do what only one may do, while the others wait; what stops it there stops all.
+
+    Returns:
+        What `act` gave in the first process, None in the others.
+
+    Raises:
+        AdaptersError: in the first process what `act` raised, in the others the same fault by its class and words.
+        RankError: in the others, where it was no error of this library.
+    """
+    if not joined():
+        return act()
+    found: T | None = None
+    fault: BaseException | None = None
+    if first():
+        try:
+            found = act()
+        except BaseException as raised:
+            fault = raised
+    said = told([type(fault).__name__, str(fault)] if fault is not None else None)
+    if fault is not None:
+        raise fault
+    if said is not None:
+        raise _same(*said)
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, put together; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def _same(name: str, text: str) -> AdaptersError:
+    """The first process's fault, as this one raises it."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, AdaptersError):
+        return kind(text)
+    return RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+
+
+def _device() -> Any:
+    """Where tensors must lie to cross: NCCL takes them from a GPU."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def _text(part: Tensor, length: int) -> str:
+    return bytes(part[:length].cpu().tolist()).decode()
