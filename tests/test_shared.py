@@ -131,7 +131,7 @@ def test_logits_that_no_pass_can_mix_are_refused(made: Callable[[str], Made]) ->
         shared.load(found.root / name)
     inputs = tiny.inputs(shared.use("lora").model, 3)
     assert inputs["input_ids"].shape[1] % 3 == 0
-    with pytest.raises(adapters.RequestError, match="cannot share a pass.*full.*run"), shared.mixed(["full", "lora"]):
+    with pytest.raises(adapters.RequestError, match=r"cannot share a pass.*full.*run"), shared.mixed(["full", "lora"]):
         pass
     with shared.mixed(["full"] * 3) as model:
         logits = model(**inputs).logits
