@@ -26,17 +26,27 @@ def answered(room: str, request: Mapping[str, Any], what: str, where: str) -> di
     Raises:
         AdaptersError: the process broke.
     """
-    root = str(Path(__file__).resolve().parents[1])
     with progress.Job("comparing logits"):
-        child = subprocess.run(
-            [sys.executable, "-c", f"import sys, adapters.{room} as room; room.main(sys.stdin.read())"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
+        child = launched(room, json.dumps(request))
     if child.returncode != 0:
         raise AdaptersError(message(f"{what} broke", where=where, found=" ".join(child.stderr.split())[-500:]))
     found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
     return found
+
+
+def launched(room: str, text: str) -> subprocess.CompletedProcess[str]:
+    """A room's `main` given a text, in an interpreter of its own.
+
+    Args:
+        room: such as "fidelity".
+        text: what it is given.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys, adapters.{room} as room; room.main(sys.stdin.read())"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+    )

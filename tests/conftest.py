@@ -27,6 +27,26 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def comparisons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Comparisons in processes of their own come from one that has imported torch; commands start theirs as users' do.
+
+    A test that takes the interpreter away gets what is there without one.
+    """
+    from warm_host import comparing
+
+    from adapters import aside
+
+    real, interpreter = aside.launched, sys.executable
+    with comparing(tmp_path_factory.mktemp("comparing")) as warm, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            aside,
+            "launched",
+            lambda room, text: (warm if sys.executable == interpreter else real)(room, text),
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Launches a function of a test in several processes of one run; see `many.host`."""

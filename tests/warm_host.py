@@ -120,3 +120,64 @@ def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
     yield run
     host.stdin.close()
     host.wait(timeout=60)
+
+
+COMPARING = """
+import importlib, json, os, sys, traceback
+import torch, transformers, peft, datasets
+import adapters.fidelity, adapters.readback
+print("ready", flush=True)
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number, stream in ((1, asked["out"]), (2, asked["err"])):
+                os.dup2(os.open(stream, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+            os.chdir(asked["folder"])
+            os.environ.update(asked["environment"])
+            importlib.import_module("adapters." + asked["room"]).main(asked["text"])
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def comparing(streams: Path) -> Iterator[Callable[[str, str], subprocess.CompletedProcess[str]]]:
+    """`adapters.aside.launched` in children of one process, started when it is first asked for.
+
+    Args:
+        streams: a folder for the streams.
+    """
+    hosts: list[subprocess.Popen[str]] = []
+
+    def launched(room: str, text: str) -> subprocess.CompletedProcess[str]:
+        if not hosts:
+            command = [sys.executable, "-c", COMPARING]
+            hosts.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+            )
+            assert hosts[0].stdout is not None
+            assert hosts[0].stdout.readline() == "ready\n"
+        asking, answers = hosts[0].stdin, hosts[0].stdout
+        assert asking is not None
+        assert answers is not None
+        out, err = streams / "out", streams / "err"
+        asked = {"room": room, "text": text, "folder": os.getcwd(), "environment": dict(os.environ)}
+        asking.write(json.dumps({**asked, "out": str(out), "err": str(err)}) + "\n")
+        asking.flush()
+        code = int(answers.readline())
+        return subprocess.CompletedProcess([room], code, out.read_text(), err.read_text())
+
+    yield launched
+    for host in hosts:
+        host.communicate(timeout=60)
