@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -62,3 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cell = getattr(item, "callspec", None) and item.callspec.params.get("cell")
         by_backbone = item.path.name == "test_matrix.py" and cell is not None
         item.add_marker(pytest.mark.xdist_group(cell[1] if by_backbone else item.path.name))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports made stays: a run ends with a full collection, which would look at all of it each time."""
+    gc.collect()
+    gc.freeze()
