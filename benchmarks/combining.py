@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -187,11 +187,14 @@ class Bench:
         return {"seconds": seconds, "apart": apart, "same": same, "bytes": float(size)}
 
 
-def measured(smoke: bool, rounds: int, seeds: int, place: Path) -> dict[tuple[str, str], list[dict[str, float]] | str]:
-    """Every way's numbers by kind; why it refuses, where it does."""
+def measured(
+    smoke: bool, rounds: int, seeds: int, place: Path, kinds: Sequence[str]
+) -> dict[tuple[str, str], list[dict[str, float]] | str]:
+    """Every way's numbers by kind of adapter; why it refuses, where it does."""
     trained, texts, base = sample(smoke, place)
     found: dict[tuple[str, str], list[dict[str, float]] | str] = {}
-    for kind, (first, second) in KINDS.items():
+    for kind in kinds:
+        first, second = KINDS[kind]
         for seed in range(seeds):
             pair = (trained(*first, 2 * seed), trained(*second, 2 * seed + 1))
             work = place / f"{kind.split()[0]}-{len(found)}-{seed}"
@@ -233,11 +236,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a small model and random adapters")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="combining-") as name:
         rounds, seeds = (1, 1) if given.smoke else (given.rounds, given.seeds)
-        found = measured(given.smoke, rounds, seeds, Path(name))
+        found = measured(given.smoke, rounds, seeds, Path(name), given.kinds)
     print(table(found))
     print(f"\n{machine('cpu')}; {versions()}; weights {WEIGHTS[0]} and {WEIGHTS[1]}")
 
