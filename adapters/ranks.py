@@ -2,16 +2,20 @@
 
 What crosses from one process to another is JSON or tensors, never an object: a process takes nothing from another that
 could run as code. Every function here is called by all processes or by none, and does nothing much where there is one.
+Where one of them is gone or late, the others end with a `RankError` that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import errors
+from adapters import errors, presence
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RANK = "RANK"  # set by accelerate and torchrun
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: its own process holds the store, not the first of the run
 
 
 def rank() -> int:
@@ -40,14 +45,72 @@ def joined() -> bool:
     return count() > 1 and dist.is_available() and dist.is_initialized()
 
 
-def join() -> None:
-    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one."""
+def join(seconds: float | None = None) -> None:
+    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one.
+
+    Args:
+        seconds: how long a process waits for others in a collective (`ddp_timeout`); None for torch's own.
+
+    Raises:
+        RankError: not all of them came.
+    """
     if count() > 1 and not joined():
         from accelerate import PartialState
         from torch import cuda
 
         cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
-        PartialState(cpu=cpu)
+        limit = {} if seconds is None else {"timeout": datetime.timedelta(seconds=seconds)}
+        try:
+            PartialState(cpu=cpu, **limit)
+        except RuntimeError as fault:
+            if not presence.is_loss(fault):
+                raise
+            raise _absent(fault) from fault
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Common work: within it a process that fails stops all, soon, and one that is gone or late is named.
+
+    Raises:
+        RankError: in the others, with the words of the one that failed, or with what was last heard of it.
+    """
+    if not joined():
+        yield
+        return
+    outermost = not _SELF or not _SELF[-1].inside
+    if outermost:
+        _begin()
+    own = _SELF[-1]
+    own.enter()
+    left: BaseException | None = None
+    try:
+        yield
+    except RuntimeError as fault:
+        left = fault
+        if not presence.is_loss(fault):
+            raise
+        left = own.explained(fault)
+        raise left from fault
+    except BaseException as fault:
+        left = fault
+        raise
+    finally:
+        own.leave(left)
+
+
+def at(place: str, step: int | None = None) -> None:
+    """Tell the others where this process is; nothing outside `together`.
+
+    Args:
+        place: in words, "step 3".
+        step: the training step, where it begins one.
+
+    Raises:
+        RankError: another process has failed.
+    """
+    if _SELF and _SELF[-1].inside:
+        _SELF[-1].at(place, step)
 
 
 def wait() -> None:
@@ -60,21 +123,31 @@ def gathered(value: Any) -> list[Any]:
 
     Args:
         value: plain data, the same kind in all; tuples come back as lists.
+
+    Raises:
+        RankError: another process failed, is gone, or did not come here in time.
     """
     if not joined():
         return [value]
+    if not _SELF:
+        _begin()
+    return _met(lambda: _gathered(value))
+
+
+def most(number: int) -> int:
+    """The greatest of the numbers that the processes say.
+
+    Raises:
+        RankError: as `gathered`.
+    """
+    if not joined():
+        return number
     import torch
     import torch.distributed as dist
 
-    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
-    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
-    most = max(int(length) for length in lengths)
-    padded = torch.zeros(most, dtype=torch.uint8, device=said.device)
-    padded[: len(said)] = said
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
+    found = torch.tensor([number], device=_device())
+    _met(lambda: dist.all_reduce(found, op=dist.ReduceOp.MAX))
+    return int(found)
 
 
 def told(value: Any) -> Any:
@@ -113,6 +186,69 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process holds a part, put together; any other as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+_SELF: list[presence.Presence] = []  # the last is this process in the work that goes on
+
+
+def _begin() -> None:
+    """Make this process known to the others, under a word that no earlier work of theirs had."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    while _SELF:
+        _SELF.pop().close()
+    host = None if os.environ.get(AGENT) == "True" else 0
+    try:
+        word = _gathered(secrets.token_hex(8))[0]
+        own = presence.Presence(_get_default_store(), word, rank(), count(), host)
+        dist.barrier()
+    except RuntimeError as fault:
+        if not presence.is_loss(fault):
+            raise
+        raise _absent(fault) from fault
+    own.begin()
+    _SELF.append(own)
+
+
+def _met(act: Callable[[], T]) -> T:
+    """What a collective gives, or who was not there."""
+    own = _SELF[-1] if _SELF else None
+    try:
+        if own is not None:
+            own.arrive()
+        return act()
+    except RuntimeError as fault:
+        if not presence.is_loss(fault):
+            raise
+        raise (own.explained(fault) if own is not None else _absent(fault)) from fault
+
+
+def _absent(fault: BaseException) -> RankError:
+    return RankError(
+        message(
+            "the processes of the run did not all meet",
+            where=f"rank {rank()}",
+            expected=f"{count()} processes",
+            found=" ".join(str(fault).split())[:200],
+            remedy=presence.REMEDY,
+        )
+    )
+
+
+def _gathered(value: Any) -> list[Any]:
+    import torch
+    import torch.distributed as dist
+
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=said.device)
+    padded[: len(said)] = said
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
 
 
 def _same(name: str, text: str) -> AdaptersError:
