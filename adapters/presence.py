@@ -21,6 +21,8 @@ from typing import Any, final
 from adapters.errors import RankError, message
 
 BEAT = 0.5  # seconds from one sign of life to the next
+SKEW = 1.5  # seconds within which all that wait in one collective find out that they wait in vain
+LOOK = 3.0  # seconds without a sign after which a process counts as silent, where another waits for it in vain
 LISTENING = 5.0  # seconds that the store has to answer a question
 GRACE = 15.0  # seconds from another's fault until a process that cannot hear it is ended
 LINGER = 5.0  # seconds that the process with the store in it stays for the others to read its fault
@@ -48,7 +50,10 @@ class Sign:
     step: int
     place: str
     at: float  # seconds of its clock
+    doing: str = ""  # where its main thread was at its last beat
     fault: tuple[str, str] | None = None  # class and words of what stopped it
+    vain: bool = False  # it waited for others in vain
+    heard: bool = False  # it knows what stopped another
     ended: bool = False
 
     @classmethod
@@ -60,7 +65,17 @@ class Sign:
 
     def seen(self) -> str:
         """When and where it was."""
-        return f"last heard of {max(0.0, time.time() - self.at):.1f} s ago at {self.place}"
+        doing = f", in {self.doing}" if self.doing else ""
+        return f"last heard of {max(0.0, time.time() - self.at):.1f} s ago at {self.place}{doing}"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of all processes."""
+
+    signs: list[Sign]
+    alive: list[bool]  # which of them gave a sign meanwhile
+    late: set[int]  # which of them did not wait where the others did
 
 
 @final
@@ -82,10 +97,11 @@ class Presence:
         self._calls = self._step = self._beat = 0
         self._place = "its beginning"
         self._fault: tuple[str, str] | None = None
-        self._ended = False
+        self._vain = self._ended = self._gone = False
+        self._main = threading.get_ident()
         self._heard: dict[int, tuple[str, str]] = {}
         self._since: float | None = None  # when a fault was heard
-        self._known: list[Sign | None] = [None] * count
+        self._known: list[Sign] = []  # of all at the beginning; of the store's own process, the last
         self._inside = 0
         self._writing, self._asking = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
@@ -99,6 +115,7 @@ class Presence:
 
     def begin(self) -> None:
         """Speak and listen from now on; all have written once by then."""
+        self._known = list(self._read())
         self._thread.start()
 
     def close(self) -> None:
@@ -171,36 +188,26 @@ class Presence:
         Args:
             fault: what torch raised.
         """
-        line = " ".join(str(fault).split())
-        raw = f"torch says: {line[:160]}"
-        signs = self._look()
-        if signs is None:
-            if self.host is None:
-                return RankError(message("the launcher's store does not answer", where=self._place, found=raw))
-            lost = {self.host: self._known[self.host]}
-            return self._silent(lost, raw)
-        alive, now = signs
-        told = {n: sign.fault for n, sign in enumerate(now) if sign.fault and n != self.rank}
+        self._vain = True
+        self._write()
+        raw = f"torch says: {' '.join(str(fault).split())[:160]}"
+        looked = self._look()
+        if looked is None:
+            return self._of_heard() if self._heard else self._of_store(raw)
+        others = {n: sign for n, sign in enumerate(looked.signs) if n != self.rank}
+        told = self._heard | {n: sign.fault for n, sign in others.items() if sign.fault}
         own = {n: words for n, words in told.items() if words[0] != RankError.__name__}
         if own:
             return self._failed(own)
-        silent = {n: sign for n, sign in enumerate(now) if not alive[n] and n not in told and n != self.rank}
+        silent = {n: sign for n, sign in others.items() if not (looked.alive[n] or sign.vain or n in told)}
         if silent:
             return self._silent(silent, raw)
         if told:
             return self._failed(told)
-        reached = max((sign.step, sign.calls) for sign in now)
-        behind = {n: sign for n, sign in enumerate(now) if (sign.step, sign.calls) < reached and n != self.rank}
-        if behind:
-            return RankError(
-                message(
-                    f"{_named(behind)} of {self.count} did not come to where the others waited",
-                    where=self._place,
-                    found=f"{_places(behind)}; {raw}",
-                    remedy=REMEDY,
-                )
-            )
-        others = {n: sign for n, sign in enumerate(now) if n != self.rank}
+        late = {n: sign for n, sign in others.items() if n in looked.late}
+        if late:
+            what = f"{_named(late)} of {self.count} did not come to where the others waited"
+            return RankError(message(what, where=self._place, found=f"{_places(late)}; {raw}", remedy=REMEDY))
         return RankError(
             message(
                 "the processes of the run lost each other",
@@ -210,11 +217,15 @@ class Presence:
             )
         )
 
-    def _silent(self, lost: Mapping[int, Sign | None], raw: str) -> RankError:
-        known = {n: sign for n, sign in lost.items() if sign is not None}
-        places = _places(known) if known else "nothing was heard of it"
+    def _silent(self, lost: Mapping[int, Sign], raw: str) -> RankError:
         what = f"{_named(lost)} of {self.count} does not answer"
-        return RankError(message(what, where=self._place, found=f"{places}; {raw}", remedy=REMEDY))
+        return RankError(message(what, where=self._place, found=f"{_places(lost)}; {raw}", remedy=REMEDY))
+
+    def _of_store(self, raw: str) -> RankError:
+        """The store is gone, and with it the process that it was in."""
+        if self.host is None:
+            return RankError(message("the launcher's store does not answer", where=self._place, found=raw))
+        return self._silent({self.host: self._known[self.host]}, raw)
 
     def _failed(self, faults: dict[int, tuple[str, str]]) -> RankError:
         """Another's own fault, in its words; one that quotes a third is passed on as it is."""
@@ -233,21 +244,33 @@ class Presence:
         own = {n: words for n, words in self._heard.items() if words[0] != RankError.__name__}
         return self._failed(own or self._heard)
 
-    def _look(self) -> tuple[list[bool], list[Sign]] | None:
-        """Who gives signs of life and what each said last; None where the store does not answer."""
-        found: list[tuple[list[bool], list[Sign]]] = []
+    def _look(self) -> _Look | None:
+        """What the others say in the moments after a wait in vain; None where the store does not answer."""
+        found: list[_Look] = []
 
         def look() -> None:
+            begin, late = time.monotonic(), None
             with contextlib.suppress(RuntimeError):  # the store is gone
-                before = self._read()
-                time.sleep(2.5 * BEAT)
-                now = self._read()
-                alive = [a.beat != b.beat and not b.ended for a, b in zip(before, now, strict=True)]
-                found.append((alive, now))
+                before = now = self._read()
+                while True:
+                    told = [sign.fault for sign in now]
+                    alive = [a.beat != b.beat and not b.ended for a, b in zip(before, now, strict=True)]
+                    if any(fault and fault[0] != RankError.__name__ for fault in told):
+                        break
+                    if all(sign.fault or sign.vain for sign in now):
+                        break
+                    past = time.monotonic() - begin
+                    if late is None and past > SKEW:
+                        late = {n for n, sign in enumerate(now) if not (sign.vain or sign.fault)}
+                    if late is not None and (all(alive) or past > LOOK):
+                        break
+                    time.sleep(BEAT / 5)
+                    now = self._read()
+                found.append(_Look(now, alive, late or set()))
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
-        thread.join(2.5 * BEAT + LISTENING)
+        thread.join(LOOK + LISTENING)
         return found[0] if found else None
 
     def _read(self) -> list[Sign]:
@@ -256,30 +279,47 @@ class Presence:
 
     # ------------------------------------------------------------------ the thread
 
-    def _write(self, *, alarm: bool = False) -> None:
+    def _write(self, *, doing: str = "", alarm: bool = False) -> None:
         """Put this process's sign into the store, which is not waited for."""
-        with self._writing, contextlib.suppress(RuntimeError):  # the store is gone: whoever waits will find out
+        with self._writing:
+            if self._gone:
+                return
             self._beat += 1
-            sign = Sign(self._beat, self._calls, self._step, self._place, time.time(), self._fault, self._ended)
-            self._writer.set(self._keys[self.rank], json.dumps(vars(sign)))
-            if alarm:
-                self._writer.set(self._alarm, "1")
+            place = (self._beat, self._calls, self._step, self._place, time.time(), doing)
+            sign = Sign(*place, self._fault, self._vain, bool(self._heard), self._ended)
+            try:
+                self._writer.set(self._keys[self.rank], json.dumps(vars(sign)))
+                if alarm:
+                    self._writer.set(self._alarm, "1")
+            except RuntimeError:  # whoever waits will find out
+                self._gone = True
 
     def _live(self) -> None:
+        there = True
         while not self._closed.wait(BEAT):
-            self._write()
-            try:
-                self._listen()
-            except RuntimeError:  # the store is gone
-                return
-            if self._since is not None and self._inside and self._fault is None:
-                if time.monotonic() - self._since > GRACE:
-                    self._end()
-            else:
+            if there:
+                self._write(doing=self._doing())
+                try:
+                    self._listen()
+                except RuntimeError:  # the store is gone, and the process that it was in
+                    there = False
+                    self._since = self._since or time.monotonic()
+            busy = self._inside and self._fault is None and not self._vain
+            if not busy:
                 self._since = None
+            elif self._since is not None and time.monotonic() - self._since > GRACE:
+                self._end()
+
+    def _doing(self) -> str:
+        """Where the main thread is."""
+        frame = sys._current_frames().get(self._main)
+        if frame is None:
+            return ""
+        code = frame.f_code
+        return f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
 
     def _listen(self) -> None:
-        if self.host not in (None, self.rank):
+        if self.host is not None and self.host != self.rank:
             with self._asking:
                 self._known[self.host] = Sign.parse(self._reader.get(self._keys[self.host]))
         with self._asking:
@@ -291,15 +331,16 @@ class Presence:
                 self._heard[number] = sign.fault
         if self._heard and self._since is None:
             self._since = time.monotonic()
+            self._write()
 
     def _end(self) -> None:
         """End a process whose main thread waits in a collective that nobody else will come to any more."""
-        sys.stderr.write(f"adapters: {self._of_heard()}\n")
+        sys.stderr.write(f"adapters: {self._of_heard() if self._heard else self._of_store('its store is gone')}\n")
         sys.stderr.flush()
         os._exit(RankError.exit_code)
 
     def _linger(self) -> None:
-        """Stay, with the store, until those who live have ended or failed too, which takes them a moment."""
+        """Stay, with the store, until those who live have heard what stops this process, which takes them a moment."""
         begin = time.monotonic()
         beats: dict[int, tuple[int, float]] = {}  # by process: its last sign, and when that was new
         while (now := time.monotonic()) < begin + LINGER:
@@ -311,7 +352,7 @@ class Presence:
                 if beats.get(number, (0, 0.0))[0] != sign.beat:
                     beats[number] = sign.beat, now
             lives = [n for n, (_, at) in beats.items() if now - at < 2.5 * BEAT and n != self.rank]
-            if all(signs[n].fault or signs[n].ended for n in lives):
+            if all(signs[n].fault or signs[n].heard or signs[n].ended for n in lives):
                 return
             time.sleep(BEAT / 10)
 
@@ -323,4 +364,3 @@ def _named(ranks: Iterable[int]) -> str:
 
 def _places(signs: Mapping[int, Sign]) -> str:
     return ", ".join(f"rank {n} {'ended, ' if s.ended else ''}{s.seen()}" for n, s in sorted(signs.items()))
-

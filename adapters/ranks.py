@@ -69,7 +69,7 @@ def join(seconds: float | None = None) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def attending() -> Iterator[None]:
     """Common work: within it a process that fails stops all, soon, and one that is gone or late is named.
 
     Raises:
@@ -86,6 +86,8 @@ def together() -> Iterator[None]:
     left: BaseException | None = None
     try:
         yield
+        if outermost:
+            wait()  # none is gone while another is at work still
     except RuntimeError as fault:
         left = fault
         if not presence.is_loss(fault):
@@ -100,7 +102,7 @@ def together() -> Iterator[None]:
 
 
 def at(place: str, step: int | None = None) -> None:
-    """Tell the others where this process is; nothing outside `together`.
+    """Tell the others where this process is; nothing outside `attending`.
 
     Args:
         place: in words, "step 3".
@@ -132,22 +134,6 @@ def gathered(value: Any) -> list[Any]:
     if not _SELF:
         _begin()
     return _met(lambda: _gathered(value))
-
-
-def most(number: int) -> int:
-    """The greatest of the numbers that the processes say.
-
-    Raises:
-        RankError: as `gathered`.
-    """
-    if not joined():
-        return number
-    import torch
-    import torch.distributed as dist
-
-    found = torch.tensor([number], device=_device())
-    _met(lambda: dist.all_reduce(found, op=dist.ReduceOp.MAX))
-    return int(found)
 
 
 def told(value: Any) -> Any:

@@ -5,6 +5,7 @@ Each fault comes from inside a process, at a moment that is the same on any mach
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -26,21 +27,24 @@ STEPS = 6
 
 def stepping(kind: str, culprit: int, step: int) -> list[Any]:
     """Steps with a collective in each; one process comes to grief at the beginning of one of them."""
-    presence.GRACE = 1.0
+    if kind == "deaf":
+        presence.GRACE = 1.0
     ranks.join(2.0 if kind in ("stop", "late", "deaf") else 60.0)
     numbers = ranks.gathered(os.getpid())
     begin = time.monotonic()
     try:
-        with ranks.together():
+        with ranks.attending():
             for number in range(1, STEPS + 1):
                 ranks.at(f"step {number}", number)
                 if (ranks.rank(), number) == (culprit, step):
                     _come_to_grief(kind)
+                time.sleep(0.1)
                 dist.all_reduce(torch.ones(3))
                 ranks.gathered(number)
     except RankError as fault:
         if kind == "stop":
-            os.kill(numbers[culprit], signal.SIGKILL)  # as a launcher does
+            with contextlib.suppress(ProcessLookupError):  # the other has done it
+                os.kill(numbers[culprit], signal.SIGKILL)  # as a launcher does
         return ["RankError", str(fault), time.monotonic() - begin]
     except NumbersError as fault:
         return ["NumbersError", str(fault), 0.0]
@@ -53,7 +57,7 @@ def _come_to_grief(kind: str) -> None:
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "late":
-        time.sleep(4.5)
+        time.sleep(7)
     elif kind == "deaf":
         time.sleep(1000)
     elif kind == "raise":
