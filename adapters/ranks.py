@@ -2,20 +2,17 @@
 
 What crosses from one process to another is JSON or tensors, never an object: a process takes nothing from another that
 could run as code. Every function here is called by all processes or by none, and does nothing much where there is one.
-Where one of them is gone or late, the others end with a `RankError` that names it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import errors, presence
+from adapters import attendance, errors
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RANK = "RANK"  # set by accelerate and torchrun
-AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: its own process holds the store, not the first of the run
 
 
 def rank() -> int:
@@ -60,59 +56,7 @@ def join(seconds: float | None = None) -> None:
 
         cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
         limit = {} if seconds is None else {"timeout": datetime.timedelta(seconds=seconds)}
-        try:
-            PartialState(cpu=cpu, **limit)
-        except RuntimeError as fault:
-            if not presence.is_loss(fault):
-                raise
-            raise _absent(fault) from fault
-
-
-@contextlib.contextmanager
-def attending() -> Iterator[None]:
-    """Common work: within it a process that fails stops all, soon, and one that is gone or late is named.
-
-    Raises:
-        RankError: in the others, with the words of the one that failed, or with what was last heard of it.
-    """
-    if not joined():
-        yield
-        return
-    outermost = not _SELF or not _SELF[-1].inside
-    if outermost:
-        _begin()
-    own = _SELF[-1]
-    own.enter()
-    left: BaseException | None = None
-    try:
-        yield
-        if outermost:
-            wait()  # none is gone while another is at work still
-    except RuntimeError as fault:
-        left = fault
-        if not presence.is_loss(fault):
-            raise
-        left = own.explained(fault)
-        raise left from fault
-    except BaseException as fault:
-        left = fault
-        raise
-    finally:
-        own.leave(left)
-
-
-def at(place: str, step: int | None = None) -> None:
-    """Tell the others where this process is; nothing outside `attending`.
-
-    Args:
-        place: in words, "step 3".
-        step: the training step, where it begins one.
-
-    Raises:
-        RankError: another process has failed.
-    """
-    if _SELF and _SELF[-1].inside:
-        _SELF[-1].at(place, step)
+        attendance.entered(lambda: PartialState(cpu=cpu, **limit))
 
 
 def wait() -> None:
@@ -129,11 +73,22 @@ def gathered(value: Any) -> list[Any]:
     Raises:
         RankError: another process failed, is gone, or did not come here in time.
     """
-    if not joined():
-        return [value]
-    if not _SELF:
-        _begin()
-    return _met(lambda: _gathered(value))
+    return attendance.met(lambda: _gathered(value)) if joined() else [value]
+
+
+def _gathered(value: Any) -> list[Any]:
+    import torch
+    import torch.distributed as dist
+
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
+    most = max(int(length) for length in lengths)
+    padded = torch.zeros(most, dtype=torch.uint8, device=said.device)
+    padded[: len(said)] = said
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
 
 
 def told(value: Any) -> Any:
@@ -172,69 +127,6 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process holds a part, put together; any other as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
-
-
-_SELF: list[presence.Presence] = []  # the last is this process in the work that goes on
-
-
-def _begin() -> None:
-    """Make this process known to the others, under a word that no earlier work of theirs had."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    while _SELF:
-        _SELF.pop().close()
-    host = None if os.environ.get(AGENT) == "True" else 0
-    try:
-        word = _gathered(secrets.token_hex(8))[0]
-        own = presence.Presence(_get_default_store(), word, rank(), count(), host)
-        dist.barrier()
-    except RuntimeError as fault:
-        if not presence.is_loss(fault):
-            raise
-        raise _absent(fault) from fault
-    own.begin()
-    _SELF.append(own)
-
-
-def _met(act: Callable[[], T]) -> T:
-    """What a collective gives, or who was not there."""
-    own = _SELF[-1] if _SELF else None
-    try:
-        if own is not None:
-            own.arrive()
-        return act()
-    except RuntimeError as fault:
-        if not presence.is_loss(fault):
-            raise
-        raise (own.explained(fault) if own is not None else _absent(fault)) from fault
-
-
-def _absent(fault: BaseException) -> RankError:
-    return RankError(
-        message(
-            "the processes of the run did not all meet",
-            where=f"rank {rank()}",
-            expected=f"{count()} processes",
-            found=" ".join(str(fault).split())[:200],
-            remedy=presence.REMEDY,
-        )
-    )
-
-
-def _gathered(value: Any) -> list[Any]:
-    import torch
-    import torch.distributed as dist
-
-    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
-    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=said.device)
-    padded[: len(said)] = said
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
 
 
 def _same(name: str, text: str) -> AdaptersError:

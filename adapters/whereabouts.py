@@ -6,7 +6,7 @@ from typing import Any, final
 
 from transformers import TrainerCallback
 
-from adapters import ranks
+from adapters import attendance
 
 
 @final
@@ -15,7 +15,7 @@ class Whereabouts(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
-        ranks.at(f"step {state.global_step + 1}", state.global_step + 1)
+        attendance.at(f"step {state.global_step + 1}", state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What comes after it."""
@@ -23,12 +23,12 @@ class Whereabouts(TrainerCallback):
             name for name, wanted in (("evaluation", control.should_evaluate), ("save", control.should_save)) if wanted
         ]
         if due:
-            ranks.at(f"the {' and '.join(due)} after step {state.global_step}", state.global_step)
+            attendance.at(f"the {' and '.join(due)} after step {state.global_step}", state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch ends, and evaluations and saves may follow."""
-        ranks.at(f"the end of epoch {state.epoch or 0:g}, after step {state.global_step}", state.global_step)
+        attendance.at(f"the end of epoch {state.epoch or 0:g}, after step {state.global_step}", state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No step is left."""
-        ranks.at(f"the end of the run, after step {state.global_step}", state.global_step)
+        attendance.at(f"the end of the run, after step {state.global_step}", state.global_step)

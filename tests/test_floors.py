@@ -205,7 +205,10 @@ FLOORS = {
     "script": 18,
     "__main__": 18,
     "processes": 1,
-    "ranks": 2,
+    "presence": 1,
+    "attendance": 2,
+    "whereabouts": 3,
+    "ranks": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

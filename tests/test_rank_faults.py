@@ -1,4 +1,4 @@
-"""A process of a run that is killed, stopped, late or at fault: the others end soon, with its name, and nothing is lost.
+"""A process of a run that is killed, stopped, late or at fault: the others end soon and name it, and nothing is lost.
 
 Each fault comes from inside a process, at a moment that is the same on any machine.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from many import Ended
 
-from adapters import presence, ranks
+from adapters import attendance, presence, ranks
 from adapters.errors import NumbersError, RankError, message
 
 STEPS = 6
@@ -33,9 +33,9 @@ def stepping(kind: str, culprit: int, step: int) -> list[Any]:
     numbers = ranks.gathered(os.getpid())
     begin = time.monotonic()
     try:
-        with ranks.attending():
+        with attendance.attending():
             for number in range(1, STEPS + 1):
-                ranks.at(f"step {number}", number)
+                attendance.at(f"step {number}", number)
                 if (ranks.rank(), number) == (culprit, step):
                     _come_to_grief(kind)
                 time.sleep(0.1)
