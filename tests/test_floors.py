@@ -206,6 +206,10 @@ FLOORS = {
     "__main__": 18,
     "processes": 1,
     "ranks": 2,
+    "shares": 1,
+    "accord": 3,
+    "unison": 8,
+    "randomness": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
