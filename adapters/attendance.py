@@ -1,4 +1,4 @@
-"""The processes of a run at their common work: one that fails stops all, soon, and one that is gone or late is named."""
+"""The processes of a run at their common work: one that fails stops all, and one that is gone or late is named."""
 
 from __future__ import annotations
 

@@ -209,6 +209,10 @@ FLOORS = {
     "attendance": 2,
     "whereabouts": 3,
     "ranks": 3,
+    "shares": 1,
+    "accord": 4,
+    "unison": 8,
+    "randomness": 4,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
