@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from adapters import (
+    attendance,
     checkpoints,
     checks,
     course,
@@ -35,6 +36,7 @@ from adapters import (
     progress,
     randomness,
     ranks,
+    restarts,
     runs,
     storage,
     unison,
@@ -50,6 +52,7 @@ from adapters.modes import evaluating
 from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
 from adapters.stops import EarlyStopping, Stops
+from adapters.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +208,7 @@ class Trainer(ObjectiveTrainer):
 
     # ------------------------------------------------------------------ the run
 
+    @attendance.attending()
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -217,8 +221,9 @@ class Trainer(ObjectiveTrainer):
         Ctrl-C and SIGTERM save a checkpoint at the end of the step and stop; a second one stops at once.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in the output folder. What is
-                different from the run that wrote it is refused.
+            resume_from_checkpoint: a checkpoint folder, True for the newest whole one in the output folder, or "auto"
+                for that where there is one. What is different from the run that wrote it is refused. None begins, but
+                where torchrun has started the run again goes on from what this launch of it has saved.
             override: what is meant to be different, by the names that the refusal lists ("learning_rate").
             args, kwargs: what transformers' `train` takes.
 
@@ -228,6 +233,7 @@ class Trainer(ObjectiveTrainer):
             FolderError: nothing to resume from, a damaged checkpoint, another process that writes there.
             DiskError: the disk is full or fails.
             RequestError: the checkpoint is another run's.
+            RankError: another process of the run failed, is gone, or did not come in time.
         """
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
@@ -238,6 +244,7 @@ class Trainer(ObjectiveTrainer):
             self.epochs.start(0, 0)
             self._throughput.start()
             unison.check_start(self.adapted, self._terms())
+            resume_from_checkpoint = restarts.wanted(resume_from_checkpoint, run)
             folder = self._checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
             start = self._head_start() if folder is None else None
             contract = checks.Contract(
@@ -249,7 +256,7 @@ class Trainer(ObjectiveTrainer):
                 self._witness = witness.Witness(self.journal, self._throughput)
                 stack.callback(self.remove_callback, self._witness)
                 self.add_callback(self._witness)
-            for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
+            for callback in (contract, self._course, self.stops, Whereabouts()):  # stops says whether a step is saved
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
             stack.enter_context(self.stops.watched())
@@ -410,7 +417,7 @@ class Trainer(ObjectiveTrainer):
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
+        facts = {"run": self._run, "launch": restarts.launch(), "terms": self._terms(), "progress": place_in}
         step = self.state.best_global_step
         try:
             with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:

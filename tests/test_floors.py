@@ -209,6 +209,7 @@ FLOORS = {
     "attendance": 2,
     "whereabouts": 3,
     "ranks": 3,
+    "restarts": 4,
     "shares": 1,
     "accord": 4,
     "unison": 8,
