@@ -6,26 +6,33 @@ could run as code. Every function here is called by all processes or by none, an
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapters import errors
 from adapters.errors import AdaptersError, RankError, message
-from adapters.processes import count
+from adapters.processes import count, number
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+    from torch.nn import Module
 
 T = TypeVar("T")
-RANK = "RANK"  # set by accelerate and torchrun
+_WAITED: list[None] = []  # for the first process so often; the same number in all
+PATIENCE = 1800  # seconds; transformers' ddp_timeout
+_AGREED: list[BaseException] = []  # faults that stop all processes with the same words
 
 
 def rank() -> int:
     """The number of this process, from 0; 0 without a launcher."""
-    said = os.environ.get(RANK, "0")
-    return int(said) if said.isdigit() else 0
+    return number()
 
 
 def first() -> bool:
@@ -35,19 +42,46 @@ def first() -> bool:
 
 def joined() -> bool:
     """Whether this process has entered the group of the run's processes."""
+    if count() == 1:
+        return False
     import torch.distributed as dist
 
-    return count() > 1 and dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
-def join() -> None:
-    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one."""
-    if count() > 1 and not joined():
-        from accelerate import PartialState
-        from torch import cuda
+def join(seconds: float | None = None) -> None:
+    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one.
 
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
-        PartialState(cpu=cpu)
+    Args:
+        seconds: how long a process waits for the others in any exchange before it gives up; None for `PATIENCE`.
+
+    Raises:
+        RankError: the processes do not find each other.
+    """
+    if count() == 1 or joined():
+        return
+    from accelerate import PartialState
+    from torch import cuda
+
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # transformers asks again, and would take each process for a run
+    remedy = "Start all of them by one command: accelerate launch, torchrun; or unset WORLD_SIZE for a run of one."
+    found = ""
+    try:
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE))
+    except (ValueError, RuntimeError) as fault:  # torch.distributed's own errors are RuntimeErrors
+        found = " ".join(str(fault).split())[:300]
+    if found or not joined():
+        raise RankError(
+            message(
+                "the processes of this run do not find each other",
+                where=f"rank {rank()}",
+                expected=f"{count()} processes",
+                found=found or "no group of processes",
+                remedy=remedy,
+            )
+        )
 
 
 def wait() -> None:
@@ -63,18 +97,38 @@ def gathered(value: Any) -> list[Any]:
     """
     if not joined():
         return [value]
+    return [json.loads(part) for part in _exchanged(json.dumps(value).encode())]
+
+
+def gathered_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> list[list[np.ndarray[Any, Any]]]:
+    """What each process has computed, by its number: some arrays of numbers, any shapes."""
+    if not joined():
+        return [list(arrays)]
+    import numpy as np
+
+    file = io.BytesIO()
+    np.savez(file, *arrays, allow_pickle=False)
+    found = []
+    for part in _exchanged(file.getvalue()):
+        with np.load(io.BytesIO(part), allow_pickle=False) as read:
+            found.append([read[name] for name in read.files])
+    return found
+
+
+def _exchanged(said: bytes) -> list[bytes]:
+    """The bytes of each process."""
     import torch
     import torch.distributed as dist
 
-    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
-    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
+    mine = torch.frombuffer(bytearray(said), dtype=torch.uint8).to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device))
     most = max(int(length) for length in lengths)
-    padded = torch.zeros(most, dtype=torch.uint8, device=said.device)
-    padded[: len(said)] = said
+    padded = torch.zeros(most, dtype=torch.uint8, device=mine.device)
+    padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
-    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
+    return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
 
 def told(value: Any) -> Any:
@@ -84,6 +138,8 @@ def told(value: Any) -> Any:
 
 def by_first(act: Callable[[], T]) -> T | None:
     """Let the first process do what only one may do, while the others wait; what stops it there stops all.
+
+    The others wait as long as it takes, beyond the time that the group gives any exchange: a download may be long.
 
     Returns:
         What `act` gave in the first process, None in the others.
@@ -101,12 +157,64 @@ def by_first(act: Callable[[], T]) -> T | None:
             found = act()
         except BaseException as raised:
             fault = raised
+    _until_first_is_here()
     said = told([type(fault).__name__, str(fault)] if fault is not None else None)
     if fault is not None:
+        _AGREED.append(fault)
         raise fault
     if said is not None:
         raise _same(*said)
     return found
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Within it each process does the same for itself, and waits for none; what stops one of them stops all.
+
+    Raises:
+        AdaptersError: in all processes the fault of the first that has one, by its class and words; with its number
+            where it is not the first process.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        fault = raised
+    if not joined():
+        if fault is not None:
+            raise fault
+        return
+    said = gathered([type(fault).__name__, str(fault)] if fault is not None else None)
+    failed = next((number for number, one in enumerate(said) if one is not None), None)
+    if failed is None:
+        return
+    name, text = said[failed]
+    if fault is not None and failed == 0 and [type(fault).__name__, str(fault)] == said[0]:
+        _AGREED.append(fault)
+        raise fault
+    raise _same(name, f"rank {failed}: {text}" if failed else text, failed) from fault
+
+
+def agreed(fault: BaseException) -> bool:
+    """Whether a fault has stopped all processes with the same words, so that one of them need say it."""
+    return any(fault is known for known in _AGREED)
+
+
+def _until_first_is_here() -> None:
+    """Wait for the first process without an exchange, which would be given up after a while."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    _WAITED.append(None)
+    key = f"adapters/first/{len(_WAITED)}"
+    if first():
+        store.set(key, "here")
+        return
+    try:
+        while not store.check([key]):
+            time.sleep(0.02)
+    except RuntimeError as fault:  # the store is the first process's, or its launcher's
+        raise RankError(message("the first process of the run is gone", where="rank 0", found=fault)) from fault
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -115,12 +223,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def _same(name: str, text: str) -> AdaptersError:
-    """The first process's fault, as this one raises it."""
+def in_parts(model: Module) -> bool:
+    """Whether each process holds a part of the model's tensors, so that no process computes anything by itself."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _same(name: str, text: str, failed: int = 0) -> AdaptersError:
+    """Another process's fault, as this one raises it."""
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        return kind(text)
-    return RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+        made: AdaptersError = kind(text)
+    else:
+        who = "the first process" if failed == 0 else "a process"
+        made = RankError(message(f"{who} of the run failed", where=f"rank {failed}", found=f"{name}: {text}"))
+    _AGREED.append(made)
+    return made
 
 
 def _device() -> Any:
@@ -129,7 +246,3 @@ def _device() -> Any:
     import torch.distributed as dist
 
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-
-
-def _text(part: Tensor, length: int) -> str:
-    return bytes(part[:length].cpu().tolist()).decode()
