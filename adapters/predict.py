@@ -98,9 +98,8 @@ def over_batches(
             job.advance(len(picks))
     if several > 1:
         mine = [joined([part[position] for part in parts]) for position in range(len(parts[0]))]
-        shares = ranks.gathered_arrays([np.array(places), *mine])
-        places = [int(place) for share in shares for place in share[0]]
-        parts = [tuple(share[1:]) for share in shares]
+        places = [int(place) for share in ranks.arrays(np.array(places)) for place in share]
+        parts = list(zip(*map(ranks.arrays, mine), strict=True))
     back = np.argsort(places)
     return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 

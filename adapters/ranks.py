@@ -7,32 +7,30 @@ could run as code. Every function here is called by all processes or by none, an
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import errors
+from adapters import errors, processes
 from adapters.errors import AdaptersError, RankError, message
-from adapters.processes import count, number
+from adapters.processes import count
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
     from torch.nn import Module
 
 T = TypeVar("T")
+_AGREED: list[BaseException] = []  # faults that stop all processes with the same words
 _WAITED: list[None] = []  # for the first process so often; the same number in all
 PATIENCE = 1800  # seconds; transformers' ddp_timeout
-_AGREED: list[BaseException] = []  # faults that stop all processes with the same words
 
 
 def rank() -> int:
     """The number of this process, from 0; 0 without a launcher."""
-    return number()
+    return processes.number()
 
 
 def first() -> bool:
@@ -97,38 +95,18 @@ def gathered(value: Any) -> list[Any]:
     """
     if not joined():
         return [value]
-    return [json.loads(part) for part in _exchanged(json.dumps(value).encode())]
-
-
-def gathered_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> list[list[np.ndarray[Any, Any]]]:
-    """What each process has computed, by its number: some arrays of numbers, any shapes."""
-    if not joined():
-        return [list(arrays)]
-    import numpy as np
-
-    file = io.BytesIO()
-    np.savez(file, *arrays, allow_pickle=False)
-    found = []
-    for part in _exchanged(file.getvalue()):
-        with np.load(io.BytesIO(part), allow_pickle=False) as read:
-            found.append([read[name] for name in read.files])
-    return found
-
-
-def _exchanged(said: bytes) -> list[bytes]:
-    """The bytes of each process."""
     import torch
     import torch.distributed as dist
 
-    mine = torch.frombuffer(bytearray(said), dtype=torch.uint8).to(_device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(count())]
-    dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device))
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
     most = max(int(length) for length in lengths)
-    padded = torch.zeros(most, dtype=torch.uint8, device=mine.device)
-    padded[: len(mine)] = mine
+    padded = torch.zeros(most, dtype=torch.uint8, device=said.device)
+    padded[: len(said)] = said
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
-    return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+    return [json.loads(_text(part, int(length))) for part, length in zip(parts, lengths, strict=True)]
 
 
 def told(value: Any) -> Any:
@@ -167,37 +145,133 @@ def by_first(act: Callable[[], T]) -> T | None:
     return found
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Within it each process does the same for itself, and waits for none; what stops one of them stops all.
+def together(fault: Exception | None) -> None:
+    """Let what stopped one process stop all; each says how it fared, None for well.
 
     Raises:
-        AdaptersError: in all processes the fault of the first that has one, by its class and words; with its number
-            where it is not the first process.
+        Exception: in a process that failed its own fault; in the others the first one's, by its class and words where
+            it is an error of this library, and with the process that it was.
+        RankError: in the others, where it was none.
     """
+    mine = [type(fault).__name__, str(fault)] if fault is not None else None
+    said = gathered(mine)
+    if fault is not None:
+        if said[0] in (None, mine):  # the first says the same, or what it was told of the others
+            _AGREED.append(fault)
+        raise fault
+    for number, one in enumerate(said):
+        if one is not None:
+            name, text = one
+            raise _same(name, text, number)
+
+
+def in_all(act: Callable[[], T]) -> T:
+    """Let every process do the same; what stops one of them stops all.
+
+    Raises:
+        Exception: as `together` has it.
+    """
+    found: T | None = None
+    fault: Exception | None = None
+    try:
+        found = act()
+    except Exception as raised:
+        if not joined():
+            raise
+        fault = raised
+    together(fault)
+    return found  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """Within it every process does the same by itself; what stops one of them stops all, as `together` has it."""
     fault: Exception | None = None
     try:
         yield
     except Exception as raised:
         fault = raised
-    if not joined():
-        if fault is not None:
-            raise fault
-        return
-    said = gathered([type(fault).__name__, str(fault)] if fault is not None else None)
-    failed = next((number for number, one in enumerate(said) if one is not None), None)
-    if failed is None:
-        return
-    name, text = said[failed]
-    if fault is not None and failed == 0 and [type(fault).__name__, str(fault)] == said[0]:
-        _AGREED.append(fault)
-        raise fault
-    raise _same(name, f"rank {failed}: {text}" if failed else text, failed) from fault
+    together(fault)
 
 
 def agreed(fault: BaseException) -> bool:
-    """Whether a fault has stopped all processes with the same words, so that one of them need say it."""
+    """Whether a fault has stopped all processes, so that what the first says of it is enough."""
     return any(fault is known for known in _AGREED)
+
+
+def alike(facts: Mapping[str, Any], where: str, remedy: str = "") -> None:
+    """Whether every process says the same.
+
+    Args:
+        facts: plain data by name.
+        where: for the message.
+        remedy: likewise.
+
+    Raises:
+        RequestError: naming what differs, and the processes that differ from the first.
+    """
+    said = gathered(dict(facts))
+    names = sorted({name for one in said for name in one})
+    faults = []
+    for name in names:
+        others = [number for number, one in enumerate(said) if one.get(name) != said[0].get(name)]
+        if others:
+            numbers = ", ".join(map(str, others))
+            found = f"{_short(said[others[0]].get(name))} in process {numbers}"
+            faults.append(
+                message(
+                    f"the processes of one run differ: {name}",
+                    where=where,
+                    expected=f"{_short(said[0].get(name))}, as in process 0",
+                    found=found,
+                    remedy=remedy,
+                )
+            )
+    if faults:
+        fault = errors.RequestError(*faults)
+        _AGREED.append(fault)
+        raise fault
+
+
+def told_tensors(tensors: Sequence[Tensor]) -> None:
+    """Give tensors, of the same shapes in all processes, the values that they have in the first."""
+    if not joined():
+        return
+    import torch
+    import torch.distributed as dist
+
+    with torch.no_grad():
+        for tensor in tensors:
+            sent = tensor.detach().to(_device()).contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
+
+def arrays(found: Any) -> list[Any]:
+    """Arrays with the rows first, as each process has them, by its number; of all but the rows the same rank.
+
+    Where they are not equally wide, the narrower ones are filled up with -100.
+    """
+    import numpy as np
+
+    if not joined():
+        return [found]
+    import torch
+    import torch.distributed as dist
+
+    shapes = gathered([list(found.shape), found.dtype.str])
+    widest = [max(shape[axis] for shape, _ in shapes) for axis in range(found.ndim)]
+    padded = np.full(widest, -100 if found.dtype.kind in "if" else 0, dtype=found.dtype)
+    padded[tuple(slice(0, length) for length in found.shape)] = found
+    sent = torch.frombuffer(bytearray(np.ascontiguousarray(padded).tobytes()) or bytearray(1), dtype=torch.uint8)
+    sent = sent.to(_device())
+    parts = [torch.empty_like(sent) for _ in shapes]
+    dist.all_gather(parts, sent)
+    whole = []
+    for (shape, kind), part in zip(shapes, parts, strict=True):
+        values = np.frombuffer(part.cpu().numpy().tobytes()[: padded.nbytes], dtype=np.dtype(kind)).reshape(widest)
+        whole.append(values[: shape[0]])
+    return whole
 
 
 def _until_first_is_here() -> None:
@@ -228,16 +302,20 @@ def in_parts(model: Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _same(name: str, text: str, failed: int = 0) -> AdaptersError:
+def _same(name: str, text: str, number: int = 0) -> AdaptersError:
     """Another process's fault, as this one raises it."""
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        made: AdaptersError = kind(text)
+        fault: AdaptersError = kind(f"process {number}: {text}" if number else text)
     else:
-        who = "the first process" if failed == 0 else "a process"
-        made = RankError(message(f"{who} of the run failed", where=f"rank {failed}", found=f"{name}: {text}"))
-    _AGREED.append(made)
-    return made
+        fault = RankError(message("a process of the run failed", where=f"rank {number}", found=f"{name}: {text}"))
+    _AGREED.append(fault)
+    return fault
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) > 60 else text
 
 
 def _device() -> Any:
@@ -246,3 +324,7 @@ def _device() -> Any:
     import torch.distributed as dist
 
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def _text(part: Tensor, length: int) -> str:
+    return bytes(part[:length].cpu().tolist()).decode()

@@ -6,6 +6,7 @@ Reading and checking a recipe imports no torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,16 +238,17 @@ def _run(
     ranks.join(recipe.train.get("ddp_timeout"))
     if not ranks.first():
         say = _unsaid
-    with ranks.together():
+    with ranks.agreeing():
         faults = processes.sharding(recipe.train)
         if faults:
             raise RequestError(" ".join(faults))
     if processes.count() > 1:
-        from adapters import unison
+        from adapters import team
 
-        unison.same("recipe", recipe.model_dump(), recipe.output)
-        with ranks.together():
-            say(unison.shares(recipe.train, processes.count()))
+        remedy = "Start every process with the same recipe and options."
+        ranks.alike(json.loads(recipe.model_dump_json()), "the recipe", remedy)
+        with ranks.agreeing():
+            say(team.shares(recipe.train, processes.count()))
     output = Path(recipe.output).expanduser()
     work = output.with_name(f".{output.name}.run")
     with contextlib.ExitStack() as stack:
@@ -294,19 +296,8 @@ def _steps(
     import shlex
     import sys
 
-    from adapters import (
-        deferred,
-        hardware,
-        journal,
-        launch,
-        manifest,
-        processes,
-        progress,
-        ranks,
-        shards,
-        storage,
-        unison,
-    )
+    from adapters import deferred, hardware, journal, launch, manifest, processes, progress, ranks, shards, storage
+    from adapters import team  # isort: skip
     from adapters.adapt import adapt
     from adapters.predict import measure
 
@@ -327,7 +318,7 @@ def _steps(
         return interrupted and bool(resume)
 
     interrupted: bool = ranks.told(ranks.by_first(begun))
-    splits, task, options, remarks = unison.drawn(recipe, say)
+    splits, task, options, remarks = team.drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     with progress.Job("importing torch"):
@@ -336,7 +327,7 @@ def _steps(
         from adapters.arguments import check_fields
         from adapters.trainer import Trainer
 
-    with ranks.together():
+    with ranks.agreeing():
         hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
         check_fields(recipe.train)
     for remark in remarks:
@@ -349,7 +340,7 @@ def _steps(
         named = {"task": recipe.task, "strategy": recipe.strategy, "model": recipe.model}
         events.begin(**named, command=shlex.join(launch.again(sys.argv)), processes=processes.count())
     events.write("phase", name="reading the data", took=round(time.monotonic() - started, 3), **journal.memory())
-    with events.phase("loading the model"), ranks.together():
+    with events.phase("loading the model"), ranks.agreeing():
         adapted = adapt(
             recipe.model,
             recipe.strategy,
@@ -361,15 +352,13 @@ def _steps(
             added_tokens=recipe.added_tokens,
             **options,
         )
-    if processes.count() > 1:
-        unison.same("backbone", adapted.fingerprint.digest, recipe.model)
     say(str(adapted))
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown()}
-    checkpoints |= unison.divided(recipe.train, processes.count())
-    with events.phase("preparing the rows"), ranks.together():
+    checkpoints |= team.divided(recipe.train, processes.count())
+    with events.phase("preparing the rows"), ranks.agreeing():
         trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
         prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
     trainer.journal = events

@@ -1,94 +1,61 @@
-"""What the processes of one run share: recipe, rows and backbone are the same, the rows of a step are divided."""
+"""Whether the processes of a run are one run: with the same terms at its start, and the same weights ever after."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from adapters import identity, portions, processes, ranks
-from adapters.errors import RequestError, message
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from adapters.contracts import Task
-
-SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
+from adapters import ranks
+from adapters.checks import digest, some
+from adapters.contracts import Adapted
+from adapters.errors import ContractError, message
 
 
-def same(what: str, value: Any, where: str) -> None:
-    """Refuse a run whose processes do not have the same at hand; every process calls this.
+def check_start(adapted: Adapted, terms: Mapping[str, Any]) -> None:
+    """All processes are about to do the same: the run's terms, its backbone and its first weights are.
+
+    Raises:
+        RequestError: naming what differs, and the processes that it differs in.
+    """
+    if ranks.joined():
+        first = {f"the first values of {name}": sha for name, sha in _digests(adapted).items()}
+        facts = {**terms, "backbone": adapted.fingerprint.digest, **first}
+        remedy = "Start every process with the same command, rows, settings and seed."
+        ranks.alike(facts, "the start of the run", remedy)
+
+
+def check_weights(adapted: Adapted, where: str) -> None:
+    """Every process has the same trained tensors, byte for byte.
 
     Args:
-        what: in words.
-        value: plain data that tells one from another.
-        where: it came from.
+        adapted: what trains.
+        where: in the run, for the message.
 
     Raises:
-        RequestError: in all processes, naming the ones that differ from the first.
+        ContractError: naming the tensors, and the processes whose bytes are not those of the first.
     """
-    said = ranks.gathered(hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest())
-    others = [number for number, digest in enumerate(said) if digest != said[0]]
-    with ranks.together():
-        if others:
-            raise RequestError(
-                message(
-                    f"not all processes of the run have the same {what}",
-                    where=where,
-                    expected=f"that of rank 0 (sha256 {said[0][:12]}) everywhere",
-                    found="others on "
-                    + ", ".join(f"rank {number} (sha256 {said[number][:12]})" for number in others[:8]),
-                    remedy="Each machine reads its own copy: bring the same to all, or a folder that all of them see.",
-                )
-            )
+    if not ranks.joined():
+        return
+    mine = _digests(adapted)
+    whole = hashlib.sha256("".join(mine.values()).encode()).hexdigest()
+    if len(set(ranks.gathered(whole))) == 1:
+        return
+    said = ranks.gathered(mine)
+    others = {name: [n for n, one in enumerate(said) if one.get(name) != sha] for name, sha in said[0].items()}
+    named = [f"{name} in process {', '.join(map(str, numbers))}" for name, numbers in others.items() if numbers]
+    raise ContractError(
+        message(
+            "the processes of one run have other weights",
+            where=f"strategy {adapted.strategy.name!r}, {where}",
+            expected=f"{len(mine)} tensors as they are in process 0",
+            found=f"{len(named)} others: {some(named)}",
+            remedy="A callback, a hook or the model's own code wrote to them in one process, or hardware is at fault. "
+            "Go on from the last checkpoint.",
+        )
+    )
 
 
-def drawn(
-    recipe: portions.Asked, say: Callable[[str], None]
-) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
-    """The rows of a recipe in every process: the first reads them, downloads and all, and then the others do.
-
-    Args, returns and errors are those of `portions.drawn`.
-
-    Raises:
-        RequestError: the rows are not the same in all processes.
-    """
-    found = ranks.by_first(lambda: portions.drawn(recipe, say))
-    with ranks.together():
-        if found is None:
-            found = portions.drawn(recipe, lambda line: None)
-    if processes.count() > 1:
-        prints = {name: identity.fingerprint(rows) for name, rows in found[0].items()}
-        same("rows", prints, str(recipe.data))
-    return found
-
-
-def divided(train: Mapping[str, Any], several: int) -> dict[str, Any]:
-    """Training settings as each of several processes takes them: the rows of a step stay those of one process.
-
-    Args:
-        train: a recipe's, whose rows a step are those of all processes together.
-        several: processes.
-
-    Raises:
-        RequestError: they do not divide.
-    """
-    from adapters.arguments import HOUSE
-
-    given = {SHARED[0]: HOUSE[SHARED[0]], SHARED[1]: 1, **train}
-    rows, accumulated = given[SHARED[0]], given[SHARED[1]]
-    if several == 1 or not all(isinstance(value, int) and value > 0 for value in (rows, accumulated)):
-        return dict(train)  # what is no number is refused with all other settings
-    at_once, passes = processes.share(rows, accumulated, several)
-    return {**train, SHARED[0]: at_once, SHARED[1]: passes}
-
-
-def shares(train: Mapping[str, Any], several: int) -> str:
-    """The same in words: what each process takes of a step."""
-    each = divided(train, several)
-    at_once, passes = each[SHARED[0]], each[SHARED[1]]
-    often = f" in {passes} passes of {at_once}" if passes > 1 else ""
-    step = at_once * passes * several
-    return f"{several} processes: a step of {step} rows, each process takes {at_once * passes} of them{often}"
+def _digests(adapted: Adapted) -> dict[str, str]:
+    """The digest of every trained tensor, by its name in the adapter's file."""
+    return {name: digest(tensor) for name, tensor in sorted(adapted.state().items())}

@@ -207,8 +207,12 @@ FLOORS = {
     "processes": 1,
     "ranks": 2,
     "launch": 2,
-    "unison": 8,
+    "team": 8,
     "narration": 2,
+    "shares": 1,
+    "accord": 3,
+    "unison": 8,
+    "randomness": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

@@ -53,7 +53,7 @@ def train(
     if dry_run and not ranks.first():
         return
     plans: list[Recipe] = []
-    with contextlib.nullcontext() if dry_run else ranks.together():
+    with contextlib.nullcontext() if dry_run else ranks.agreeing():
         try:
             named = {"model": model, "data": data, "task": task, "strategy": strategy, "output": output}
             changes = {key: value for key, value in named.items() if value is not None}
@@ -110,11 +110,11 @@ def _dry(plan: Recipe, several: int, *, as_json: bool) -> None:
     from adapters.recipe import Recipe, changed
 
     if several > 1:
-        from adapters import unison
+        from adapters import team
 
-        say(unison.shares(plan.train, several) + "; the plan is of one of them")
+        say(team.shares(plan.train, several) + "; the plan is of one of them")
         plan = Recipe.make(
-            changed(plan.model_dump(exclude_unset=True), {"train": unison.divided(plan.train, several)}), ""
+            changed(plan.model_dump(exclude_unset=True), {"train": team.divided(plan.train, several)}), ""
         )
     needed = plan.plan(say)
     if as_json:
