@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -96,6 +97,8 @@ NOISE = {
     # packed blocks have positions instead of a mask, and were tried: see `documents.confined`
     "transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`",
 }
+# Python's warnings that are none to a user: of accelerate, about its own use of torch.
+PASSING = ("`broadcast_buffers` is deprecated",)
 # What typer raises for a command line that it cannot read; it has no public name of its own.
 USAGE: Any = typer.BadParameter.__mro__[1]
 
@@ -135,6 +138,10 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         logging.getLogger(logger).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
     debug, quiet = "--debug" in given, "--quiet" in given
     arguments = [argument for argument in given if argument not in ("--debug", "--quiet")]
+    for text in PASSING:
+        warnings.filterwarnings("ignore", message=text)
+    if processes.count() > 1:
+        warnings.showwarning = console.warned
     if not ranks.first():
         console.hold()
     elif quiet:

@@ -6,8 +6,9 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, final
+from typing import Annotated, Any, TextIO, final
 
 import typer
 
@@ -86,6 +87,19 @@ def hush() -> None:
 def hold() -> None:
     """From here on this process prints nothing: another one speaks for the run. Warnings are kept for it."""
     _HELD.append([])
+    warnings.showwarning = warned
+
+
+def warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning of Python's in one line, as `warnings.showwarning` would: once, whichever process gave it."""
+    _print(f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}")
 
 
 def held() -> list[str]:
