@@ -207,7 +207,9 @@ FLOORS = {
     "processes": 1,
     "ranks": 2,
     "shares": 1,
-    "accord": 3,
+    "exchange": 3,
+    "evaluation": 6,
+    "accord": 4,
     "unison": 8,
     "randomness": 3,
 }
