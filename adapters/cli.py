@@ -153,12 +153,12 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         _pass_on(together=True)
     except AdaptersError as fault:
         progress.end()
-        _pass_on(together=ranks.agreed(fault))
+        _pass_on(together=fault.agreed)
         if debug:
             raise
         if ranks.first():
             print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
-        elif not ranks.agreed(fault):
+        elif not fault.agreed:
             print(f"adapters: rank {ranks.rank()}: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:

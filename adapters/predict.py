@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import processes, ranks
+from adapters import exchange, processes, ranks
 from adapters.contracts import Adapted, Mixing, Task
 from adapters.data import one
 from adapters.errors import RequestError, message
@@ -98,15 +98,15 @@ def over_batches(
             job.advance(len(picks))
     if several > 1:
         mine = [joined([part[position] for part in parts]) for position in range(len(parts[0]))]
-        places = [int(place) for share in ranks.arrays(np.array(places)) for place in share]
-        parts = list(zip(*map(ranks.arrays, mine), strict=True))
+        places = [int(place) for share in exchange.arrays(np.array(places)) for place in share]
+        parts = list(zip(*map(exchange.arrays, mine), strict=True))
     back = np.argsort(places)
     return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
 
 
 def parted(model: PreTrainedModel, batches: int) -> bool:
     """Whether the processes of a run divide so many batches: each has the whole model, and there is one for each."""
-    return ranks.joined() and batches >= processes.count() and not ranks.in_parts(model)
+    return ranks.joined() and batches >= processes.count() and not any(map(ranks.divided, model.parameters()))
 
 
 def whole(task: Task, rows: Any) -> Any:

@@ -233,12 +233,12 @@ def _run(
 
     Of several processes all do the same work, each on its rows of a step; the first alone speaks and writes.
     """
-    from adapters import disk, interrupts, locks, processes, ranks, shards, storage
+    from adapters import disk, exchange, interrupts, locks, processes, ranks, shards, storage
 
     ranks.join(recipe.train.get("ddp_timeout"))
     if not ranks.first():
         say = _unsaid
-    with ranks.agreeing():
+    with exchange.agreeing():
         faults = processes.sharding(recipe.train)
         if faults:
             raise RequestError(" ".join(faults))
@@ -246,8 +246,8 @@ def _run(
         from adapters import team
 
         remedy = "Start every process with the same recipe and options."
-        ranks.alike(json.loads(recipe.model_dump_json()), "the recipe", remedy)
-        with ranks.agreeing():
+        exchange.alike(json.loads(recipe.model_dump_json()), "the recipe", remedy)
+        with exchange.agreeing():
             say(team.shares(recipe.train, processes.count()))
     output = Path(recipe.output).expanduser()
     work = output.with_name(f".{output.name}.run")
@@ -299,6 +299,7 @@ def _steps(
     from adapters import deferred, hardware, journal, launch, manifest, processes, progress, ranks, shards, storage
     from adapters import team  # isort: skip
     from adapters.adapt import adapt
+    from adapters.exchange import agreeing
     from adapters.predict import measure
 
     started = time.monotonic()
@@ -327,7 +328,7 @@ def _steps(
         from adapters.arguments import check_fields
         from adapters.trainer import Trainer
 
-    with ranks.agreeing():
+    with agreeing():
         hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
         check_fields(recipe.train)
     for remark in remarks:
@@ -340,7 +341,7 @@ def _steps(
         named = {"task": recipe.task, "strategy": recipe.strategy, "model": recipe.model}
         events.begin(**named, command=shlex.join(launch.again(sys.argv)), processes=processes.count())
     events.write("phase", name="reading the data", took=round(time.monotonic() - started, 3), **journal.memory())
-    with events.phase("loading the model"), ranks.agreeing():
+    with events.phase("loading the model"), agreeing():
         adapted = adapt(
             recipe.model,
             recipe.strategy,
@@ -358,7 +359,7 @@ def _steps(
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown()}
     checkpoints |= team.divided(recipe.train, processes.count())
-    with events.phase("preparing the rows"), ranks.agreeing():
+    with events.phase("preparing the rows"), agreeing():
         trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
         prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
     trainer.journal = events

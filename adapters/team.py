@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapters import identity, portions, processes, ranks
+from adapters import exchange, identity, portions, processes, ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,12 +26,12 @@ def drawn(
         RequestError: the rows are not the same in all processes.
     """
     found = ranks.by_first(lambda: portions.drawn(recipe, say))
-    with ranks.agreeing():
+    with exchange.agreeing():
         if found is None:
             found = portions.drawn(recipe, lambda line: None)
     if processes.count() > 1:
         prints = {name: identity.fingerprint(rows) for name, rows in found[0].items()}
-        ranks.alike(
+        exchange.alike(
             {f"the {name} rows": print["sha256"] for name, print in prints.items()},
             str(recipe.data),
             "Each machine reads its own copy: bring the same rows to all, or a folder that all of them see.",

@@ -210,7 +210,9 @@ FLOORS = {
     "team": 8,
     "narration": 2,
     "shares": 1,
-    "accord": 3,
+    "exchange": 3,
+    "evaluation": 6,
+    "accord": 4,
     "unison": 8,
     "randomness": 3,
 }

@@ -44,7 +44,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
-    from adapters import launch, processes, ranks
+    from adapters import exchange, launch, processes, ranks
 
     several = launch.unstarted()
     if several > 1:
@@ -53,7 +53,7 @@ def train(
     if dry_run and not ranks.first():
         return
     plans: list[Recipe] = []
-    with contextlib.nullcontext() if dry_run else ranks.agreeing():
+    with contextlib.nullcontext() if dry_run else exchange.agreeing():
         try:
             named = {"model": model, "data": data, "task": task, "strategy": strategy, "output": output}
             changes = {key: value for key, value in named.items() if value is not None}
