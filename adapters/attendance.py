@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from adapters import presence
+from adapters import presence, processes
 from adapters.errors import RankError, message
 
 T = TypeVar("T")
@@ -17,6 +18,8 @@ _SELF: list[presence.Presence] = []  # the last is this process in the work that
 
 
 def _joined() -> bool:
+    if processes.count() == 1:
+        return False
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -55,18 +58,17 @@ def attending() -> Iterator[None]:
         own.leave(left)
 
 
-def at(place: str, step: int | None = None) -> None:
+def at(place: str) -> None:
     """Tell the others where this process is; nothing outside `attending`.
 
     Args:
         place: in words, "step 3".
-        step: the training step, where it begins one.
 
     Raises:
         RankError: another process has failed.
     """
     if _SELF and _SELF[-1].inside:
-        _SELF[-1].at(place, step)
+        _SELF[-1].at(place)
 
 
 def met(act: Callable[[], T]) -> T:
@@ -88,6 +90,40 @@ def met(act: Callable[[], T]) -> T:
         if not presence.is_loss(fault):
             raise
         raise own.explained(fault) from fault
+
+
+def until(here: Callable[[], bool], number: int) -> None:
+    """Wait for one process, however long it takes, while it lives.
+
+    Args:
+        here: whether it is there.
+        number: the process.
+
+    Raises:
+        RankError: it has failed, or has given no sign of life for as long as an exchange may take.
+    """
+    if not _SELF:
+        _begin()
+    own = _SELF[-1]
+    try:
+        while not here():
+            own.expect(number, _patience())
+            time.sleep(0.02)
+    except RuntimeError as fault:
+        if not presence.is_loss(fault):
+            raise
+        raise own.explained(fault) from fault
+
+
+def _patience() -> float:
+    """Seconds that an exchange may take."""
+    import torch
+    import torch.distributed as dist
+
+    group: Any = dist.group.WORLD
+    device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    seconds: float = group._get_backend(device).options._timeout.total_seconds()
+    return seconds
 
 
 def entered(act: Callable[[], object]) -> None:

@@ -46,8 +46,6 @@ class Sign:
     """The last that a process wrote of itself."""
 
     beat: int
-    calls: int  # how many collectives of ours it has come to
-    step: int
     place: str
     at: float  # seconds of its clock
     doing: str = ""  # where its main thread was at its last beat
@@ -94,7 +92,7 @@ class Presence:
         self._writer, self._reader = store.clone(), store.clone()
         self._keys = [f"holdfast/{word}/{number}" for number in range(count)]
         self._alarm = f"holdfast/{word}/alarm"
-        self._calls = self._step = self._beat = 0
+        self._beat = 0
         self._place = "its beginning"
         self._fault: tuple[str, str] | None = None
         self._vain = self._ended = self._gone = False
@@ -102,6 +100,7 @@ class Presence:
         self._heard: dict[int, tuple[str, str]] = {}
         self._since: float | None = None  # when a fault was heard
         self._known: list[Sign] = []  # of all at the beginning; of the store's own process, the last
+        self._seen: dict[int, tuple[Sign, float]] = {}  # by process: the last sign, and when it was new
         self._inside = 0
         self._writing, self._asking = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
@@ -124,17 +123,16 @@ class Presence:
 
     # ------------------------------------------------------------------ what this process says
 
-    def at(self, place: str, step: int | None = None) -> None:
+    def at(self, place: str) -> None:
         """Tell where this process is.
 
         Args:
             place: in words, "step 3".
-            step: the training step, where it begins one.
 
         Raises:
             RankError: another process has failed meanwhile.
         """
-        self._place, self._step = place, self._step if step is None else step
+        self._place = place
         self._write()
         self.check()
 
@@ -144,7 +142,6 @@ class Presence:
         Raises:
             RankError: another process has failed meanwhile.
         """
-        self._calls += 1
         self._write()
         self.check()
 
@@ -170,6 +167,26 @@ class Presence:
             self._write(alarm=True)
             if self.host == self.rank:
                 self._linger()
+
+    def expect(self, number: int, patience: float) -> None:
+        """Stop waiting for a process that has failed or lives no more; else do nothing.
+
+        Args:
+            number: the process.
+            patience: seconds that it may be silent.
+
+        Raises:
+            RankError: naming it.
+        """
+        self.check()
+        sign, now = self._seen.get(number), time.monotonic()
+        if sign is None or now - sign[1] > BEAT:
+            read = self._read()[number]
+            if sign is None or read.beat != sign[0].beat:
+                self._seen[number] = read, now
+            elif now - sign[1] > max(patience, LOOK):
+                self._vain = True
+                raise self._silent({number: read}, f"no sign of life for {now - sign[1]:.0f} s")
 
     def check(self) -> None:
         """Stop where another process has failed.
@@ -285,7 +302,7 @@ class Presence:
             if self._gone:
                 return
             self._beat += 1
-            place = (self._beat, self._calls, self._step, self._place, time.time(), doing)
+            place = (self._beat, self._place, time.time(), doing)
             sign = Sign(*place, self._fault, self._vain, bool(self._heard), self._ended)
             try:
                 self._writer.set(self._keys[self.rank], json.dumps(vars(sign)))

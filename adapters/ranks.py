@@ -6,13 +6,13 @@ could run as code. Every function here is called by all processes or by none, an
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import attendance, errors
+from adapters import attendance, errors, processes
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-RANK = "RANK"  # set by accelerate and torchrun
+_WAITED: list[None] = []  # for the first process so often; the same number in all
+PATIENCE = 1800  # seconds; transformers' ddp_timeout
 
 
 def rank() -> int:
     """The number of this process, from 0; 0 without a launcher."""
-    said = os.environ.get(RANK, "0")
-    return int(said) if said.isdigit() else 0
+    return processes.number()
 
 
 def first() -> bool:
@@ -36,27 +36,46 @@ def first() -> bool:
 
 def joined() -> bool:
     """Whether this process has entered the group of the run's processes."""
+    if count() == 1:
+        return False
     import torch.distributed as dist
 
-    return count() > 1 and dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def join(seconds: float | None = None) -> None:
     """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one.
 
     Args:
-        seconds: how long a process waits for others in a collective (`ddp_timeout`); None for torch's own.
+        seconds: how long a process waits for the others in any exchange before it gives up; None for `PATIENCE`.
 
     Raises:
-        RankError: not all of them came.
+        RankError: the processes do not find each other.
     """
-    if count() > 1 and not joined():
-        from accelerate import PartialState
-        from torch import cuda
+    if count() == 1 or joined():
+        return
+    from accelerate import PartialState
+    from torch import cuda
 
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
-        limit = {} if seconds is None else {"timeout": datetime.timedelta(seconds=seconds)}
-        attendance.entered(lambda: PartialState(cpu=cpu, **limit))
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # transformers asks again, and would take each process for a run
+    remedy = "Start all of them by one command: accelerate launch, torchrun; or unset WORLD_SIZE for a run of one."
+    found = ""
+    try:
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE))
+    except (ValueError, RuntimeError) as fault:  # torch.distributed's own errors are RuntimeErrors
+        found = " ".join(str(fault).split())[:300]
+    if found or not joined():
+        raise RankError(
+            message(
+                "the processes of this run do not find each other",
+                where=f"rank {rank()}",
+                expected=f"{count()} processes",
+                found=found or "no group of processes",
+                remedy=remedy,
+            )
+        )
 
 
 def wait() -> None:
@@ -99,6 +118,8 @@ def told(value: Any) -> Any:
 def by_first(act: Callable[[], T]) -> T | None:
     """Let the first process do what only one may do, while the others wait; what stops it there stops all.
 
+    The others wait as long as it takes, beyond the time that the group gives any exchange: a download may be long.
+
     Returns:
         What `act` gave in the first process, None in the others.
 
@@ -115,7 +136,10 @@ def by_first(act: Callable[[], T]) -> T | None:
             found = act()
         except BaseException as raised:
             fault = raised
+    _until_first_is_here()
     said = told([type(fault).__name__, str(fault)] if fault is not None else None)
+    if isinstance(fault, AdaptersError):
+        fault.agreed = True
     if fault is not None:
         raise fault
     if said is not None:
@@ -123,111 +147,17 @@ def by_first(act: Callable[[], T]) -> T | None:
     return found
 
 
-def together(fault: Exception | None) -> None:
-    """Let what stopped one process stop all; each says how it fared, None for well.
+def _until_first_is_here() -> None:
+    """Wait for the first process without an exchange, which would be given up after a while though it lives."""
+    from torch.distributed.distributed_c10d import _get_default_store
 
-    Raises:
-        Exception: in a process that failed its own fault; in the others the first one's, by its class and words where
-            it is an error of this library, and with the process that it was.
-        RankError: in the others, where it was none.
-    """
-    said = gathered([type(fault).__name__, str(fault)] if fault is not None else None)
-    if fault is not None:
-        raise fault
-    for number, one in enumerate(said):
-        if one is not None:
-            raise _same(*one, number)
-
-
-def in_all(act: Callable[[], T]) -> T:
-    """Let every process do the same; what stops one of them stops all.
-
-    Raises:
-        Exception: as `together` has it.
-    """
-    found: T | None = None
-    fault: Exception | None = None
-    try:
-        found = act()
-    except Exception as raised:
-        if not joined():
-            raise
-        fault = raised
-    together(fault)
-    return found  # type: ignore[return-value]
-
-
-def alike(facts: Mapping[str, Any], where: str, remedy: str = "") -> None:
-    """Whether every process says the same.
-
-    Args:
-        facts: plain data by name.
-        where: for the message.
-        remedy: likewise.
-
-    Raises:
-        RequestError: naming what differs, and the processes that differ from the first.
-    """
-    said = gathered(dict(facts))
-    names = sorted({name for one in said for name in one})
-    faults = []
-    for name in names:
-        others = [number for number, one in enumerate(said) if one.get(name) != said[0].get(name)]
-        if others:
-            numbers = ", ".join(map(str, others))
-            found = f"{_short(said[others[0]].get(name))} in process {numbers}"
-            faults.append(
-                message(
-                    f"the processes of one run differ: {name}",
-                    where=where,
-                    expected=f"{_short(said[0].get(name))}, as in process 0",
-                    found=found,
-                    remedy=remedy,
-                )
-            )
-    if faults:
-        raise errors.RequestError(*faults)
-
-
-def told_tensors(tensors: Sequence[Tensor]) -> None:
-    """Give tensors, of the same shapes in all processes, the values that they have in the first."""
-    if not joined():
+    store = _get_default_store()
+    _WAITED.append(None)
+    key = f"adapters/first/{len(_WAITED)}"
+    if first():
+        store.set(key, "here")
         return
-    import torch
-    import torch.distributed as dist
-
-    with torch.no_grad():
-        for tensor in tensors:
-            sent = tensor.detach().to(_device()).contiguous()
-            dist.broadcast(sent, src=0)
-            tensor.copy_(sent)
-
-
-def arrays(found: Any) -> list[Any]:
-    """Arrays with the rows first, as each process has them, by its number; of all but the rows the same rank.
-
-    Where they are not equally wide, the narrower ones are filled up with -100.
-    """
-    import numpy as np
-
-    if not joined():
-        return [found]
-    import torch
-    import torch.distributed as dist
-
-    shapes = gathered([list(found.shape), found.dtype.str])
-    widest = [max(shape[axis] for shape, _ in shapes) for axis in range(found.ndim)]
-    padded = np.full(widest, -100 if found.dtype.kind in "if" else 0, dtype=found.dtype)
-    padded[tuple(slice(0, length) for length in found.shape)] = found
-    sent = torch.frombuffer(bytearray(np.ascontiguousarray(padded).tobytes()) or bytearray(1), dtype=torch.uint8)
-    sent = sent.to(_device())
-    parts = [torch.empty_like(sent) for _ in shapes]
-    dist.all_gather(parts, sent)
-    whole = []
-    for (shape, kind), part in zip(shapes, parts, strict=True):
-        values = np.frombuffer(part.cpu().numpy().tobytes()[: padded.nbytes], dtype=np.dtype(kind)).reshape(widest)
-        whole.append(values[: shape[0]])
-    return whole
+    attendance.until(lambda: bool(store.check([key])), 0)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -236,17 +166,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def _same(name: str, text: str, number: int = 0) -> AdaptersError:
-    """Another process's fault, as this one raises it."""
+def divided(tensor: Tensor) -> bool:
+    """Whether each process holds a part of this tensor."""
+    return getattr(tensor, "full_tensor", None) is not None
+
+
+def _same(name: str, text: str) -> AdaptersError:
+    """The first process's fault, as this one raises it."""
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        return kind(f"process {number}: {text}" if number else text)
-    return RankError(message("a process of the run failed", where=f"rank {number}", found=f"{name}: {text}"))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}..." if len(text) > 60 else text
+        fault: AdaptersError = kind(text)
+    else:
+        fault = RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+    fault.agreed = True
+    return fault
 
 
 def _device() -> Any:

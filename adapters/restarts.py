@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from adapters import checkpoints, ranks
 from adapters.errors import FolderError
@@ -60,6 +61,22 @@ def wanted(asked: str | bool | None, run: Path) -> str | bool | None:
         there = ranks.told(ranks.by_first(lambda: any(map(_is_checkpoint, run.glob("checkpoint-*")))))
         return True if there else None
     return asked
+
+
+def place(asked: str | bool | None, run: Path, *others: Any) -> Path | None:
+    """The checkpoint that a run goes on from, the same in all processes, whole and this run's own; None to begin.
+
+    Args:
+        asked, run: as for `wanted`.
+        others: what `runs.agreed` takes beside them.
+
+    Raises:
+        AdaptersError: as `runs.agreed`.
+    """
+    from adapters import runs  # imports torch
+
+    found = wanted(asked, run)
+    return runs.agreed(found, run, *others) if found else None
 
 
 def _is_checkpoint(folder: Path) -> bool:

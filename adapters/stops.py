@@ -11,7 +11,7 @@ from typing import Any, NoReturn, final
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from adapters import interrupts
+from adapters import attendance, interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class Stops(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on there is something to save."""
         self._stepping = True
+        attendance.at(f"step {state.global_step + 1}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save where a signal came; an epoch's last step is saved after what the end of the epoch brings.
@@ -97,12 +98,20 @@ class Stops(TrainerCallback):
         last = bool(control.should_training_stop) or float(state.epoch or 0).is_integer()
         self._due = wanted and last
         control.should_save = wanted and not last
+        self._tell(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save what the last step left to do."""
         if self._due or self.number:
             control.should_save = True
         self._due = False
+        self._tell(state, control)
+
+    def _tell(self, state: Any, control: Any) -> None:
+        """Let the other processes know what comes after a step."""
+        if control.should_evaluate or control.should_save:
+            due = "evaluation" if control.should_evaluate else "save"
+            attendance.at(f"the {due} after step {state.global_step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything is on the disk: stop."""

@@ -45,7 +45,7 @@ def stepping(kind: str, culprit: int, step: int) -> list[Any]:
     try:
         with attendance.attending():
             for number in range(1, STEPS + 1):
-                attendance.at(f"step {number}", number)
+                attendance.at(f"step {number}")
                 if (ranks.rank(), number) == (culprit, step):
                     _come_to_grief(kind)
                 time.sleep(0.1)
