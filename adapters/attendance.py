@@ -49,7 +49,7 @@ def attending() -> Iterator[None]:
         left = fault
         if not presence.is_loss(fault):
             raise
-        left = own.explained(fault)
+        left = RankError(own.explained(fault))
         raise left from fault
     except BaseException as fault:
         left = fault
@@ -89,7 +89,7 @@ def met(act: Callable[[], T]) -> T:
     except RuntimeError as fault:
         if not presence.is_loss(fault):
             raise
-        raise own.explained(fault) from fault
+        raise RankError(own.explained(fault)) from fault
 
 
 def until(here: Callable[[], bool], number: int) -> None:
@@ -112,7 +112,7 @@ def until(here: Callable[[], bool], number: int) -> None:
     except RuntimeError as fault:
         if not presence.is_loss(fault):
             raise
-        raise own.explained(fault) from fault
+        raise RankError(own.explained(fault)) from fault
 
 
 def _patience() -> float:

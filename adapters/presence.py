@@ -186,7 +186,7 @@ class Presence:
                 self._seen[number] = read, now
             elif now - sign[1] > max(patience, LOOK):
                 self._vain = True
-                raise self._silent({number: read}, f"no sign of life for {now - sign[1]:.0f} s")
+                raise RankError(self._silent({number: read}, f"no sign of life for {now - sign[1]:.0f} s"))
 
     def check(self) -> None:
         """Stop where another process has failed.
@@ -195,12 +195,12 @@ class Presence:
             RankError: with its words.
         """
         if self._heard and self._inside and self._fault is None:
-            raise self._of_heard()
+            raise RankError(self._of_heard())
 
     # ------------------------------------------------------------------ what the others said
 
-    def explained(self, fault: BaseException) -> RankError:
-        """A collective that failed, as the error that says for whom this process waited.
+    def explained(self, fault: BaseException) -> str:
+        """A collective that failed: for whom this process waited, in words.
 
         Args:
             fault: what torch raised.
@@ -224,40 +224,36 @@ class Presence:
         late = {n: sign for n, sign in others.items() if n in looked.late}
         if late:
             what = f"{_named(late)} of {self.count} did not come to where the others waited"
-            return RankError(message(what, where=self._place, found=f"{_places(late)}; {raw}", remedy=REMEDY))
-        return RankError(
-            message(
-                "the processes of the run lost each other",
-                where=self._place,
-                found=f"all alive: {_places(others)}; {raw}",
-                remedy="Look at the network between them. " + REMEDY,
-            )
+            return message(what, where=self._place, found=f"{_places(late)}; {raw}", remedy=REMEDY)
+        return message(
+            "the processes of the run lost each other",
+            where=self._place,
+            found=f"all alive: {_places(others)}; {raw}",
+            remedy="Look at the network between them. " + REMEDY,
         )
 
-    def _silent(self, lost: Mapping[int, Sign], raw: str) -> RankError:
+    def _silent(self, lost: Mapping[int, Sign], raw: str) -> str:
         what = f"{_named(lost)} of {self.count} does not answer"
-        return RankError(message(what, where=self._place, found=f"{_places(lost)}; {raw}", remedy=REMEDY))
+        return message(what, where=self._place, found=f"{_places(lost)}; {raw}", remedy=REMEDY)
 
-    def _of_store(self, raw: str) -> RankError:
+    def _of_store(self, raw: str) -> str:
         """The store is gone, and with it the process that it was in."""
         if self.host is None:
-            return RankError(message("the launcher's store does not answer", where=self._place, found=raw))
+            return message("the launcher's store does not answer", where=self._place, found=raw)
         return self._silent({self.host: self._known[self.host]}, raw)
 
-    def _failed(self, faults: dict[int, tuple[str, str]]) -> RankError:
+    def _failed(self, faults: dict[int, tuple[str, str]]) -> str:
         """Another's own fault, in its words; one that quotes a third is passed on as it is."""
         number, (kind, text) = min(faults.items(), key=lambda item: (item[1][0] == RankError.__name__, item[0]))
         if kind == RankError.__name__:
-            return RankError(text)
-        return RankError(
-            message(
-                f"{_named(faults)} of {self.count} failed, and the run with it",
-                where=self._place,
-                found=f"{kind}: {text}" if len(faults) == 1 else f"rank {number}: {kind}: {text}",
-            )
+            return text
+        return message(
+            f"{_named(faults)} of {self.count} failed, and the run with it",
+            where=self._place,
+            found=f"{kind}: {text}" if len(faults) == 1 else f"rank {number}: {kind}: {text}",
         )
 
-    def _of_heard(self) -> RankError:
+    def _of_heard(self) -> str:
         own = {n: words for n, words in self._heard.items() if words[0] != RankError.__name__}
         return self._failed(own or self._heard)
 

@@ -115,7 +115,13 @@ def test_the_others_name_it(kind: str, culprit: int, said: str, many: Callable[.
 
 # ---------------------------------------------------------------------- runs
 
-SETTINGS = {"max_steps": 6, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+SETTINGS: dict[str, Any] = {
+    "max_steps": 6,
+    "num_train_epochs": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 3,
+}
 SETTINGS |= {"per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3}
 
 
@@ -202,8 +208,8 @@ def ends(
         folders = [str(place / name) for name in [*names, f"undisturbed {count}"]]
         first, second, *_ = many("test_rank_faults:resumed", count, folders)
         assert [one["state"] for one in first.gave] == [one["state"] for one in second.gave]
-        gone |= dict(zip([*names, count], first.gave, strict=True))
-    return lambda name: (left[name], there[name], gone[name], gone[STRIKES[name][0]])
+        gone |= dict(zip([*names, f"undisturbed {count}"], first.gave, strict=True))
+    return lambda name: (left[name], there[name], gone[name], gone[f"undisturbed {STRIKES[name][0]}"])
 
 
 @pytest.mark.parametrize("name", STRIKES)
