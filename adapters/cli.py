@@ -6,12 +6,13 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
 
-from adapters import console, interrupts, progress
+from adapters import console, interrupts, processes, progress, ranks
 from adapters.commands.combine import combine
 from adapters.commands.diff import diff
 from adapters.commands.doctor import doctor
@@ -30,14 +31,26 @@ from adapters.commands.sweep import sweep
 from adapters.commands.train import train
 from adapters.commands.validate import validate
 from adapters.console import Progress, spoken
-from adapters.errors import AdaptersError
+from adapters.errors import AdaptersError, RequestError, message
 
 
 def unwound(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with Ctrl-C as the exit that it is: typer would drop what it says was kept."""
+    """The command, with Ctrl-C as the exit that it is: typer would drop what it says was kept.
+
+    Of several processes that a launcher has started one does what is no training; a sweep is refused.
+    """
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
+        if command is not train and (several := processes.count()) > 1:
+            if not ranks.first():
+                raise SystemExit(2 if command is sweep else 0)
+            if command is sweep:
+                raise RequestError(
+                    message("a sweep is run by one process", where="launcher", found=f"{several} processes")
+                )
+            console.say(f"{several} processes were started; one of them does this")
+            processes.alone()
         try:
             command(**options)
         except KeyboardInterrupt as fault:
@@ -84,6 +97,8 @@ NOISE = {
     # packed blocks have positions instead of a mask, and were tried: see `documents.confined`
     "transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`",
 }
+# Python's warnings that are none to a user: of accelerate, about its own use of torch.
+PASSING = ("`broadcast_buffers` is deprecated",)
 # What typer raises for a command line that it cannot read; it has no public name of its own.
 USAGE: Any = typer.BadParameter.__mro__[1]
 
@@ -123,20 +138,32 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         logging.getLogger(logger).addFilter(lambda record, said=said: said not in record.getMessage())  # type: ignore[misc]
     debug, quiet = "--debug" in given, "--quiet" in given
     arguments = [argument for argument in given if argument not in ("--debug", "--quiet")]
-    if quiet:
+    for text in PASSING:
+        warnings.filterwarnings("ignore", message=text)
+    if processes.count() > 1:
+        warnings.showwarning = console.warned
+    if not ranks.first():
+        console.hold()
+    elif quiet:
         console.hush()
     else:
         progress.show()
     try:
         code = program(args=arguments, prog_name=name, standalone_mode=False, obj=obj)
+        _pass_on(together=True)
     except AdaptersError as fault:
         progress.end()
+        _pass_on(together=fault.agreed)
         if debug:
             raise
-        print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
+        if ranks.first():
+            print(f"adapters: {spoken(str(fault))}", file=sys.stderr)
+        elif not fault.agreed:
+            print(f"adapters: rank {ranks.rank()}: {spoken(str(fault))}", file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
     except USAGE as fault:
-        print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
+        if ranks.first():
+            print(f"adapters: {' '.join(fault.format_message().split())} See {name} --help.", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code > 128 and ended.code != 130:
@@ -150,10 +177,23 @@ def ran(program: typer.Typer, given: Sequence[str], name: str, obj: object = Non
         raise SystemExit(code)
 
 
+def _pass_on(*, together: bool) -> None:
+    """What this process has kept back: told to the first, or where they are no longer together, printed here."""
+    kept = console.held()
+    if together and ranks.joined():
+        said = ranks.gathered(kept)
+        if ranks.first():
+            console.pass_on(said)
+    elif kept:
+        console.pass_on([[]] * ranks.rank() + [kept])
+
+
 def _interrupted(fault: BaseException) -> None:
     """One line that says what is left."""
     interrupts.last()
     progress.end()
+    if not ranks.first():
+        return
     lines = interrupts.notes(fault)
     fresh = [line for line in lines if not console.said(line)]
     if fresh or not lines:

@@ -6,8 +6,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any, final
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TextIO, final
 
 import typer
 
@@ -51,16 +52,19 @@ def spoken(text: str) -> str:
 
 _SAID: set[str] = set()
 _HUSHED: list[bool] = []
+_HELD: list[list[str]] = []  # of a process that does not speak for its run: warnings, and nothing where it does
 
 
 def say(line: str) -> None:
     """A line of progress; what was said already, when it was found, is not news when it is summed up."""
-    if not _HUSHED:
+    if not _HUSHED and not _HELD:
         _print(line)
 
 
 def _print(line: str) -> None:
-    if line not in _SAID:
+    if _HELD:
+        _HELD[0].append(line)
+    elif line not in _SAID:
         _SAID.add(line)
         print(line, file=sys.stderr, flush=True)
 
@@ -78,6 +82,45 @@ def said(line: str) -> bool:
 def hush() -> None:
     """From here on what goes well is not told; warnings and errors are."""
     _HUSHED.append(True)
+
+
+def hold() -> None:
+    """From here on this process prints nothing: another one speaks for the run. Warnings are kept for it."""
+    _HELD.append([])
+    warnings.showwarning = warned
+
+
+def warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning of Python's in one line, as `warnings.showwarning` would: once, whichever process gave it."""
+    _print(f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}")
+
+
+def held() -> list[str]:
+    """The warnings that were kept since the last call."""
+    lines = list(dict.fromkeys(_HELD[0])) if _HELD else []
+    for kept in _HELD:
+        kept.clear()
+    return lines
+
+
+def pass_on(lines: Sequence[Sequence[str]]) -> None:
+    """Print what other processes of the run have warned of, each line once, unless it was said here.
+
+    Args:
+        lines: of each process, by its number.
+    """
+    for rank, kept in enumerate(lines):
+        for line in kept:
+            if line not in _SAID:
+                _SAID.add(line)
+                print(f"rank {rank}: {line}", file=sys.stderr, flush=True)
 
 
 @final

@@ -88,3 +88,16 @@ def unbeaten(
         f"the run never beat its baseline: {metric} {found:.4g} on the {rows} rows, where an answer that never looks "
         f"at the input has {bound:.4g}"
     )
+
+
+def beats(results: Mapping[str, Mapping[str, float]], metric: str, *, greater: bool) -> bool:
+    """Whether a run's test is better than both answers that learnt nothing.
+
+    Args:
+        results: numbers of "test", "majority" and "untrained".
+        metric: by which.
+        greater: is better.
+    """
+    ours = results["test"][metric]
+    others = [results[name][metric] for name in ("majority", "untrained") if metric in results[name]]
+    return all(ours > other if greater else ours < other for other in others)

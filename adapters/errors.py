@@ -13,6 +13,7 @@ class AdaptersError(Exception):
     """The root of every error that this library raises on purpose."""
 
     exit_code = 2
+    agreed = False  # it has stopped all processes of a run, and what the first of them says of it is enough
 
     @property
     def faults(self) -> tuple[str, ...]:

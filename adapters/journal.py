@@ -71,12 +71,13 @@ class Journal:
 
     Args:
         file: where it stands; its folder is made.
+        silent: write nothing: another process of the run writes its journal.
     """
 
-    def __init__(self, file: Path | str) -> None:
+    def __init__(self, file: Path | str, *, silent: bool = False) -> None:
         self.file = Path(file)
         self._begun = False
-        self._broken = False
+        self._broken = silent
         self._began = time.monotonic()
 
     def begin(self, **facts: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from adapters import exchange, processes, ranks
 from adapters.contracts import Adapted, Mixing, Task
 from adapters.data import one
 from adapters.errors import RequestError, message
@@ -57,6 +58,8 @@ def over_batches(
     prepared: Dataset,
     act: Callable[[dict[str, Any]], tuple[Tensor, ...]],
     batch_size: int = BATCH,
+    *,
+    together: bool = False,
 ) -> tuple[np.ndarray[Any, Any], ...]:
     """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100.
 
@@ -67,6 +70,7 @@ def over_batches(
         act: gets a batch in inference mode, its labels with it where the rows have them; its results have the rows
             first.
         batch_size: rows per forward pass.
+        together: all processes of the run call this, and each takes its part of the batches; see `parted`.
     """
     import numpy as np
     import torch
@@ -79,8 +83,12 @@ def over_batches(
     order = np.argsort(prepared["length"], kind="stable")[::-1]
     places: list[int] = []
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
-    with evaluating(model), torch.inference_mode(), Job(what, len(order), "rows") as job:
-        for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    several = processes.count() if together and parted(model, len(starts)) else 1
+    if several > 1:
+        starts = starts[ranks.rank() :: several]
+    with evaluating(model), torch.inference_mode(), Job(what, -(-len(order) // several), "rows") as job:
+        for start in starts:
             picks = [int(index) for index in order[start : start + batch_size]]
             batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
             batch.pop("row", None)
@@ -88,8 +96,17 @@ def over_batches(
             parts.append(tuple(array(part) for part in act(batch)))
             places += picks
             job.advance(len(picks))
+    if several > 1:
+        mine = [joined([part[position] for part in parts]) for position in range(len(parts[0]))]
+        places = [int(place) for share in exchange.arrays(np.array(places)) for place in share]
+        parts = list(zip(*map(exchange.arrays, mine), strict=True))
     back = np.argsort(places)
     return tuple(joined([part[position] for part in parts])[back] for position in range(len(parts[0])))
+
+
+def parted(model: PreTrainedModel, batches: int) -> bool:
+    """Whether the processes of a run divide so many batches: each has the whole model, and there is one for each."""
+    return ranks.joined() and batches >= processes.count() and not any(map(ranks.divided, model.parameters()))
 
 
 def whole(task: Task, rows: Any) -> Any:
@@ -215,8 +232,12 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     return measure(adapted, dataset, batch_size=batch_size).numbers
 
 
-def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measured:
-    """The same with what was measured of each row, so that more can be said of it without a second pass."""
+def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH, together: bool = False) -> Measured:
+    """The same with what was measured of each row, so that more can be said of it without a second pass.
+
+    With `together` all processes of the run call this, and each measures its part of the rows; the batches, and so the
+    numbers, are those of one process.
+    """
     from adapters import readout
 
     if isinstance(adapted, Mixing):
@@ -226,19 +247,22 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> Measu
     prepared = prepared_rows(adapted, dataset, labelled=True)
     task = adapted.record.task or adapted.task
     model, processor = adapted.model, adapted.processor
-    total, items = 0.0, 0
+    sums: list[tuple[float, int]] = []  # loss and items of each batch
 
     output = readout.Readout(model, task, processor, logger.info)
 
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        nonlocal total, items
         labels = batch["labels"]
         with output.passing(batch):
             outputs = output.read(model(**{name: value for name, value in batch.items() if name != "labels"}))
-        total += float(task.loss(outputs, labels, 1))
-        items += task.items(labels)
+        sums.append((float(task.loss(outputs, labels, 1)), task.items(labels)))
         return task.measured(outputs, batch, model, processor)
 
-    found = over_batches("evaluating", adapted, prepared, act, batch_size)
+    found = over_batches("evaluating", adapted, prepared, act, batch_size, together=together)
+    batches = -(-len(prepared) // batch_size)
+    if together and parted(model, batches):
+        shares = ranks.gathered(sums)
+        sums = [shares[batch % len(shares)][batch // len(shares)] for batch in range(batches)]
+    total, items = sum(loss for loss, _ in sums), sum(count for _, count in sums)
     numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
     return Measured(numbers, task, found, prepared)

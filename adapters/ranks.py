@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import errors
+from adapters import attendance, errors, processes
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-RANK = "RANK"  # set by accelerate and torchrun
+_WAITED: list[None] = []  # for the first process so often; the same number in all
+PATIENCE = 1800  # seconds; transformers' ddp_timeout
 
 
 def rank() -> int:
     """The number of this process, from 0; 0 without a launcher."""
-    said = os.environ.get(RANK, "0")
-    return int(said) if said.isdigit() else 0
+    return processes.number()
 
 
 def first() -> bool:
@@ -35,19 +36,46 @@ def first() -> bool:
 
 def joined() -> bool:
     """Whether this process has entered the group of the run's processes."""
+    if count() == 1:
+        return False
     import torch.distributed as dist
 
-    return count() > 1 and dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
-def join() -> None:
-    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one."""
-    if count() > 1 and not joined():
-        from accelerate import PartialState
-        from torch import cuda
+def join(seconds: float | None = None) -> None:
+    """Enter the group that the launcher prepared: NCCL where there are GPUs, else gloo; nothing in a run of one.
 
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
-        PartialState(cpu=cpu)
+    Args:
+        seconds: how long a process waits for the others in any exchange before it gives up; None for `PATIENCE`.
+
+    Raises:
+        RankError: the processes do not find each other.
+    """
+    if count() == 1 or joined():
+        return
+    from accelerate import PartialState
+    from torch import cuda
+
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # transformers asks again, and would take each process for a run
+    remedy = "Start all of them by one command: accelerate launch, torchrun; or unset WORLD_SIZE for a run of one."
+    found = ""
+    try:
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE))
+    except (ValueError, RuntimeError) as fault:  # torch.distributed's own errors are RuntimeErrors
+        found = " ".join(str(fault).split())[:300]
+    if found or not joined():
+        raise RankError(
+            message(
+                "the processes of this run do not find each other",
+                where=f"rank {rank()}",
+                expected=f"{count()} processes",
+                found=found or "no group of processes",
+                remedy=remedy,
+            )
+        )
 
 
 def wait() -> None:
@@ -60,9 +88,14 @@ def gathered(value: Any) -> list[Any]:
 
     Args:
         value: plain data, the same kind in all; tuples come back as lists.
+
+    Raises:
+        RankError: another process failed, is gone, or did not come here in time.
     """
-    if not joined():
-        return [value]
+    return attendance.met(lambda: _gathered(value)) if joined() else [value]
+
+
+def _gathered(value: Any) -> list[Any]:
     import torch
     import torch.distributed as dist
 
@@ -85,6 +118,8 @@ def told(value: Any) -> Any:
 def by_first(act: Callable[[], T]) -> T | None:
     """Let the first process do what only one may do, while the others wait; what stops it there stops all.
 
+    The others wait as long as it takes, beyond the time that the group gives any exchange: a download may be long.
+
     Returns:
         What `act` gave in the first process, None in the others.
 
@@ -101,12 +136,28 @@ def by_first(act: Callable[[], T]) -> T | None:
             found = act()
         except BaseException as raised:
             fault = raised
+    _until_first_is_here()
     said = told([type(fault).__name__, str(fault)] if fault is not None else None)
+    if isinstance(fault, AdaptersError):
+        fault.agreed = True
     if fault is not None:
         raise fault
     if said is not None:
         raise _same(*said)
     return found
+
+
+def _until_first_is_here() -> None:
+    """Wait for the first process without an exchange, which would be given up after a while though it lives."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    _WAITED.append(None)
+    key = f"adapters/first/{len(_WAITED)}"
+    if first():
+        store.set(key, "here")
+        return
+    attendance.until(lambda: bool(store.check([key])), 0)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -115,12 +166,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def divided(tensor: Tensor) -> bool:
+    """Whether each process holds a part of this tensor."""
+    return getattr(tensor, "full_tensor", None) is not None
+
+
 def _same(name: str, text: str) -> AdaptersError:
     """The first process's fault, as this one raises it."""
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        return kind(text)
-    return RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+        fault: AdaptersError = kind(text)
+    else:
+        fault = RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+    fault.agreed = True
+    return fault
 
 
 def _device() -> Any:

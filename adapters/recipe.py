@@ -6,6 +6,7 @@ Reading and checking a recipe imports no torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,28 +229,52 @@ def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 def _run(
     recipe: Recipe, say: Callable[[str], None], resume: bool | None, override: Sequence[str], onward: str
 ) -> dict[str, Any]:
-    """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails."""
-    from adapters import disk, interrupts, locks, processes, shards, storage
+    """The run, in a folder of its own beside the output; without a checkpoint in it, it goes when the run fails.
 
-    faults = processes.faults(recipe.train)
-    if faults:
-        raise RequestError(" ".join(faults))
+    Of several processes all do the same work, each on its rows of a step; the first alone speaks and writes.
+    """
+    from adapters import attendance, disk, exchange, interrupts, locks, processes, ranks, shards, storage
+
+    ranks.join(recipe.train.get("ddp_timeout"))
+    if not ranks.first():
+        say = _unsaid
+    with exchange.agreeing():
+        faults = processes.sharding(recipe.train)
+        if faults:
+            raise RequestError(" ".join(faults))
+    if processes.count() > 1:
+        from adapters import team
+
+        remedy = "Start every process with the same recipe and options."
+        exchange.alike(json.loads(recipe.model_dump_json()), "the recipe", remedy)
+        with exchange.agreeing():
+            say(team.shares(recipe.train, processes.count()))
     output = Path(recipe.output).expanduser()
-    storage.refuse_foreign(output)
-    if recipe.merge is not None:
-        from adapters.merge import refuse_output
-
-        refuse_output(Path(recipe.merge).expanduser())
     work = output.with_name(f".{output.name}.run")
-    written = disk.outcome(output)
-    left = interrupts.leaving(lambda: _left(work, onward) or written())
-    with left, locks.held(output.with_name(f".{output.name}.lock"), str(output)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attendance.attending())
+
+        def claim() -> None:
+            storage.refuse_foreign(output)
+            if recipe.merge is not None:
+                from adapters.merge import refuse_output
+
+                refuse_output(Path(recipe.merge).expanduser())
+            written = disk.outcome(output)
+            stack.enter_context(interrupts.leaving(lambda: _left(work, onward) or written()))
+            stack.enter_context(locks.held(output.with_name(f".{output.name}.lock"), str(output)))
+
+        ranks.by_first(claim)
         try:
             return _steps(recipe, say, resume, override, onward, output, work)
         except BaseException:
-            if not any(work.glob("checkpoint-*")):
+            if ranks.first() and not any(work.glob("checkpoint-*")):
                 shards.remove(work)
             raise
+
+
+def _unsaid(line: str) -> None:
+    """A process that does not speak for its run."""
 
 
 def _left(work: Path, onward: str) -> str:
@@ -272,43 +297,54 @@ def _steps(
     import shlex
     import sys
 
-    from adapters import deferred, hardware, journal, manifest, portions, progress, shards, storage
+    from adapters import deferred, hardware, journal, launch, manifest, processes, progress, ranks, restarts, shards
+    from adapters import storage, team  # isort: skip
     from adapters.adapt import adapt
-    from adapters.predict import evaluate, measure
+    from adapters.exchange import agreeing
+    from adapters.predict import measure
 
     started = time.monotonic()
-    interrupted = any(work.glob("checkpoint-*"))
-    if interrupted and resume is None:
-        raise RequestError(
-            message(
-                "an interrupted run left checkpoints",
-                where=str(work),
-                remedy="Go on with --resume (resume=True), or forget them with --no-resume (resume=False).",
+
+    def begun() -> bool:
+        interrupted = any(work.glob("checkpoint-*"))
+        if interrupted and resume is None and not again:
+            raise RequestError(
+                message(
+                    "an interrupted run left checkpoints",
+                    where=str(work),
+                    remedy="Go on with --resume (resume=True), or forget them with --no-resume (resume=False).",
+                )
             )
-        )
-    if interrupted and not resume:
-        shards.remove(work)
-    splits, task, options, remarks = portions.drawn(recipe, say)
+        goes_on = bool(resume or again)
+        if interrupted and not goes_on:
+            shards.remove(work)
+        return interrupted and goes_on
+
+    again = restarts.restarted()  # by its launcher: what is there is what this very launch has saved
+    interrupted: bool = ranks.told(ranks.by_first(begun))
+    splits, task, options, remarks = team.drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     with progress.Job("importing torch"):
         deferred.import_peft()
-        from adapters import census, machine, report
+        from adapters import census, course, machine, narration, report
         from adapters.arguments import check_fields
         from adapters.trainer import Trainer
 
-    hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
-    check_fields(recipe.train)
+    with agreeing():
+        hardware.refuse_absent(recipe.model_dump(exclude_unset=True), labels=getattr(task, "labels", None))
+        check_fields(recipe.train)
     for remark in remarks:
         say(remark)
     say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
-    events = journal.Journal(work / journal.FILE)
+    events = journal.Journal(work / journal.FILE, silent=not ranks.first())
     if interrupted:
         events.resume()
     else:
-        events.begin(task=recipe.task, strategy=recipe.strategy, model=recipe.model, command=shlex.join(sys.argv))
+        named = {"task": recipe.task, "strategy": recipe.strategy, "model": recipe.model}
+        events.begin(**named, command=shlex.join(launch.again(sys.argv)), processes=processes.count())
     events.write("phase", name="reading the data", took=round(time.monotonic() - started, 3), **journal.memory())
-    with events.phase("loading the model"):
+    with events.phase("loading the model"), agreeing():
         adapted = adapt(
             recipe.model,
             recipe.strategy,
@@ -324,28 +360,29 @@ def _steps(
     record = adapted.record
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
-    checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown(), **recipe.train}
-    with events.phase("preparing the rows"):
+    checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown()}
+    checkpoints |= team.divided(recipe.train, processes.count())
+    with events.phase("preparing the rows"), agreeing():
         trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
         prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
     trainer.journal = events
     events.write("machine", **machine.machine())
     events.write("data", **census.census(splits, trainer.train_dataset, recipe.options.get("problem", "")))
-    _narrate(trainer, say)
+    narration.narrate(trainer, say)
     results: dict[str, Any] = {}
     if prepared is not None:
         with events.phase("measuring the baselines"):
             results["majority"] = adapted.task.baseline(trainer.train_dataset, prepared, adapted.processor)
-            results["untrained"] = evaluate(adapted, prepared)
+            results["untrained"] = measure(adapted, prepared, together=True).numbers
     begin = time.monotonic()
     trainer.stops.onward = onward
     with events.phase("training"):
-        trainer.train(resume_from_checkpoint=True if interrupted and resume else None, override=override)
+        trainer.train(resume_from_checkpoint=True if interrupted else None, override=override)
     seconds = time.monotonic() - begin
     shown: dict[str, Any] = {}
     if prepared is not None:
         with events.phase("testing"):
-            measured = measure(adapted, prepared)
+            measured = measure(adapted, prepared, together=True)
         results["test"] = measured.numbers
         record.metrics |= results
         for part, numbers in results.items():
@@ -357,42 +394,47 @@ def _steps(
             say(remark)
         events.write("note", text=remark)
     with events.phase("saving"):
-        storage.save(adapted, output)
+        ranks.by_first(lambda: storage.save(adapted, output))
     events.write("end")
-    with _reporting(say, "the report"):
-        if events.file.is_file():
-            shards.copy(events.file, output / journal.FILE)
-        report.write(output, shown)
-    shards.remove(work)
-    merged: dict[str, Any] = {}
-    if recipe.merge is not None:
-        from adapters.merge import merge_on_disk
 
-        say(f"merging into {recipe.merge} ...")
-        outcome = merge_on_disk(output, recipe.merge)
-        merged = {"merged": outcome.output, "merged_agreement": outcome.agreement}
-    metric, greater = adapted.task.best_metric
-    document = manifest.read_manifest(output)
-    return {
-        "output": str(output),
-        "report": str(output / report.FILE) if (output / report.FILE).is_file() else None,
-        "task": adapted.task.name,
-        "strategy": adapted.strategy.name,
-        "metric": metric,
-        "rows": {name: len(rows) for name, rows in splits.items()},
-        **results,
-        "notes": list(record.notes),
-        "beat_baseline": _beats(results, metric, greater) if prepared is not None else None,
-        "validation": record.metrics.get("validation"),
-        "trained_parameters": adapted.trained_count,
-        "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
-        "backbone_bytes": sum(
-            shards.nbytes(dtype, shape) for shape, dtype, *_ in document["backbone"]["fingerprint"]["tensors"].values()
-        ),
-        "train_seconds": round(seconds, 2),
-        "seconds": round(time.monotonic() - started, 2),
-        **merged,
-    }
+    def finish() -> dict[str, Any]:
+        with _reporting(say, "the report"):
+            if events.file.is_file():
+                shards.copy(events.file, output / journal.FILE)
+            report.write(output, shown)
+        shards.remove(work)
+        merged: dict[str, Any] = {}
+        if recipe.merge is not None:
+            from adapters.merge import merge_on_disk
+
+            say(f"merging into {recipe.merge} ...")
+            outcome = merge_on_disk(output, recipe.merge)
+            merged = {"merged": outcome.output, "merged_agreement": outcome.agreement}
+        metric, greater = adapted.task.best_metric
+        document = manifest.read_manifest(output)
+        prints = document["backbone"]["fingerprint"]["tensors"].values()
+        return {
+            "output": str(output),
+            "report": str(output / report.FILE) if (output / report.FILE).is_file() else None,
+            "task": adapted.task.name,
+            "strategy": adapted.strategy.name,
+            "metric": metric,
+            "rows": {name: len(rows) for name, rows in splits.items()},
+            **results,
+            "notes": list(record.notes),
+            "beat_baseline": course.beats(results, metric, greater=greater) if prepared is not None else None,
+            "validation": record.metrics.get("validation"),
+            "trained_parameters": adapted.trained_count,
+            "adapter_bytes": document["files"][manifest.WEIGHTS]["size"],
+            "backbone_bytes": sum(shards.nbytes(dtype, shape) for shape, dtype, *_ in prints),
+            "train_seconds": round(seconds, 2),
+            "seconds": round(time.monotonic() - started, 2),
+            **merged,
+        }
+
+    found = ranks.by_first(finish)
+    outcome: dict[str, Any] = found if processes.count() == 1 and found is not None else ranks.told(found)
+    return outcome
 
 
 @contextlib.contextmanager
@@ -404,32 +446,3 @@ def _reporting(say: Callable[[str], None], what: str) -> Iterator[None]:
         logger.debug("a report failed", exc_info=True)
         found = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
         say(f"{what} could not be shown ({found}); the adapter is not touched by this: adapters report makes it again")
-
-
-def _beats(results: Mapping[str, Mapping[str, float]], metric: str, greater: bool) -> bool:
-    ours = results["test"][metric]
-    others = [results[name][metric] for name in ("majority", "untrained") if metric in results[name]]
-    return all(ours > other if greater else ours < other for other in others)
-
-
-def _narrate(trainer: Any, say: Callable[[str], None]) -> None:
-    """One line an evaluation instead of printed dicts."""
-    from transformers import PrinterCallback, TrainerCallback
-
-    from adapters import throughput
-
-    class Lines(TrainerCallback):
-        """Says loss and metric after each evaluation."""
-
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            name = str(args.metric_for_best_model).removeprefix("eval_")
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            trained = f"train loss {losses[-1]:.4f}, " if losses else ""
-            chosen = metrics.get(f"eval_{name}")
-            shown = f", {name} {chosen:.4f}" if chosen is not None and name != "loss" else ""
-            epoch = f"epoch {state.epoch:g} of {state.num_train_epochs}"
-            read = throughput.said(next((entry for entry in reversed(state.log_history) if "loss" in entry), {}))
-            say(f"{epoch}: {trained}validation loss {metrics['eval_loss']:.4f}{shown}" + (f"; {read}" if read else ""))
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Lines())

@@ -1,6 +1,7 @@
 """What faults do to a run and to what it wrote: ours beside peft under transformers.Trainer.
 
-Five parts. kills: SIGKILL at random moments of a run that saves after every step, then a resume. states: every file of
+Six parts. kills: SIGKILL at random moments of a run that saves after every step, then a resume. ranks: the same of one
+process of two or three. states: every file of
 a checkpoint lost, empty, half-written or old, then a resume. writes: each change of the disk in a save fails in turn.
 flips: single bits of an adapter folder turned over. folders: adapter folders made to do harm. Everything is made here;
 models are tiny, each run is a forked child. "Bit for bit" compares the trained weights and every logged loss, gradient
@@ -29,7 +30,7 @@ from benchmarks import harness
 from benchmarks.faults_outcomes import OUTCOMES
 from benchmarks.harness import CACHE, ROOT, say
 
-PARTS = ("kills", "states", "writes", "flips", "folders")
+PARTS = ("kills", "ranks", "states", "writes", "flips", "folders")
 TITLES = {"ours": "ours", "plain": "peft + transformers"}
 
 
@@ -38,6 +39,7 @@ class Size:
     """How many faults of each part, for ours and for the plain stack; None for every one there is."""
 
     kills: tuple[int, int]
+    ranks: tuple[int, int]
     states: tuple[int | None, int | None]
     writes: tuple[int | None, int | None]
     flips: tuple[int, int]
@@ -45,8 +47,8 @@ class Size:
 
 
 SIZES = {
-    "full": Size((200, 60), (None, None), (None, None), (10_000, 10_000), (None, None)),
-    "quick": Size((4, 2), (8, 3), (10, 4), (250, 100), (20, 10)),
+    "full": Size((200, 60), (40, 20), (None, None), (None, None), (10_000, 10_000), (None, None)),
+    "quick": Size((4, 2), (2, 1), (8, 3), (10, 4), (250, 100), (20, 10)),
 }
 
 
@@ -93,11 +95,12 @@ def possible(parts: Sequence[str]) -> list[str]:
 
 def carry_out(parts: Sequence[str], sides: Sequence[str], size: Size, file: Path, place: Path) -> None:
     """Do what the results file does not hold yet; each result is on disk before the next fault."""
-    from benchmarks import faults_folders, faults_runs, faults_writes
+    from benchmarks import faults_folders, faults_ranks, faults_runs, faults_writes
     from benchmarks.faults_sides import SIDES, train
 
     makers: dict[str, Callable[..., Iterator[Any]]] = {
         "kills": faults_runs.kills,
+        "ranks": faults_ranks.ranks,
         "states": faults_runs.states,
         "writes": faults_writes.writes,
         "flips": faults_folders.flips,

@@ -158,6 +158,7 @@ def unmoved(monkeypatch: pytest.MonkeyPatch) -> Any:
 def second(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ranks, "joined", lambda: True)
     monkeypatch.setattr(ranks, "first", lambda: False)
+    monkeypatch.setattr(ranks, "_until_first_is_here", lambda: None)
     monkeypatch.setattr(ranks, "gathered", lambda value: [["KeyError", "odd"], value])
     return ranks.by_first(lambda: None)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,38 +44,83 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
-    from adapters.recipe import Recipe, changed
+    from adapters import exchange, launch, processes, ranks
 
-    named = {"model": model, "data": data, "task": task, "strategy": strategy, "output": output}
-    changes = {key: value for key, value in named.items() if value is not None} | pairs(assign or [], "--set")
-    for wanted, found in pairs(columns or [], "--column").items():
-        changes[f"columns.{wanted}"] = str(found)
-    if recipe is not None and not recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
-        raise RequestError(
-            message("not a recipe", where=recipe, expected="a file in YAML", remedy="A backbone is given as --model.")
-        )
-    if context.obj is not None:  # a script's own recipes
-        if recipe is not None:
-            raise RequestError(message("two recipes", where=recipe, expected="options: the script is the recipe"))
-        plans: list[Recipe] = context.obj(changes, resume)
-    else:
-        plans = [Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")]
+    several = launch.unstarted()
+    if several > 1:
+        say(f"accelerate launch --cpu starts one process: torchrun starts {several} of them now")
+        launch.hand_over(several)
+    if dry_run and not ranks.first():
+        return
+    plans: list[Recipe] = []
+    with contextlib.nullcontext() if dry_run else exchange.agreeing():
+        try:
+            named = {"model": model, "data": data, "task": task, "strategy": strategy, "output": output}
+            changes = {key: value for key, value in named.items() if value is not None}
+            changes |= pairs(assign or [], "--set")
+            for wanted, found in pairs(columns or [], "--column").items():
+                changes[f"columns.{wanted}"] = str(found)
+            plans = _plans(context.obj, recipe, changes, resume)
+        finally:
+            if not dry_run:  # before anybody leaves with a fault that all have
+                ranks.join(plans[0].train.get("ddp_timeout") if plans else None)
     program = ["adapters"] if context.obj is None else ["python", sys.argv[0]]
-    onward = shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume"))])
-    for plan in plans:
+    onward = shlex.join(launch.onward([*program, *sys.argv[1:]]))
+    if dry_run:
+        several = processes.count()
+        processes.alone()
+        for plan in plans:
+            forget()
+            _dry(plan, several, as_json=as_json)
+        return
+    left = ranks.told([plan.output for plan in plans])  # the first sees what is finished
+    for plan in [plan for plan in plans if plan.output in left]:
         forget()
-        if dry_run:
-            needed = plan.plan(say)
-            if as_json:
-                out(needed.to_json())
-            else:
-                print(needed)
+        results = plan.run(say, resume=resume, override=override or [], onward=onward)
+        if not ranks.first():
             continue
-        results = plan.run(say, resume=resume, override=override or [], onward=f"{onward} --resume")
         if as_json:
             out(results)
         else:
             _print(results, plan)
+
+
+def _plans(
+    script: Callable[[Mapping[str, Any], bool | None], list[Recipe]] | None,
+    recipe: str | None,
+    changes: Mapping[str, Any],
+    resume: bool | None,
+) -> list[Recipe]:
+    """The recipes that run: those of a script, or the one of a file or of options alone."""
+    from adapters.recipe import Recipe, changed
+
+    if recipe is not None and not recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
+        raise RequestError(
+            message("not a recipe", where=recipe, expected="a file in YAML", remedy="A backbone is given as --model.")
+        )
+    if script is not None:  # a script's own recipes
+        if recipe is not None:
+            raise RequestError(message("two recipes", where=recipe, expected="options: the script is the recipe"))
+        return script(changes, resume)
+    return [Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")]
+
+
+def _dry(plan: Recipe, several: int, *, as_json: bool) -> None:
+    """What a run would take, and each of its processes where there are several."""
+    from adapters.recipe import Recipe, changed
+
+    if several > 1:
+        from adapters import team
+
+        say(team.shares(plan.train, several) + "; the plan is of one of them")
+        plan = Recipe.make(
+            changed(plan.model_dump(exclude_unset=True), {"train": team.divided(plan.train, several)}), ""
+        )
+    needed = plan.plan(say)
+    if as_json:
+        out(needed.to_json())
+    else:
+        print(needed)
 
 
 def _print(results: Mapping[str, Any], plan: Recipe) -> None:
