@@ -1,7 +1,8 @@
 """How the frozen rest of a model is stored: as it is, or its matmuls packed to 4 bits by bitsandbytes.
 
-Packing happens in place on a model loaded in full precision, one linear map after the other, so that heads, new
-modules and whatever trains stay out of it by construction (QLoRA: Dettmers et al., 2023).
+Packing happens in place, one linear map after the other, on a model in full precision or one whose weights arrive from
+the checkpoint as they are packed (`arrival`). Heads, new modules and whatever trains stay out of it by construction
+(QLoRA: Dettmers et al., 2023).
 """
 
 from __future__ import annotations
@@ -191,13 +192,16 @@ def refuse_unlike(model: PreTrainedModel, maps: Iterable[LinearMap], kind: str |
         )
 
 
-def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
+def pack(
+    model: nn.Module, maps: Iterable[LinearMap], storage: Storage, bring: Callable[[str], None] | None = None
+) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
     Args:
         model: the live model, in full precision.
         maps: the linear maps to pack; what trains must not be among them.
         storage: the kind of packing.
+        bring: called with a weight's name before it is packed, where weights arrive one at a time.
 
     Returns:
         The paths that are packed now, those found packed already included.
@@ -210,6 +214,8 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
     done = []
     with Job("packing", len(maps), "layers") as job:
         for described in maps:
+            if bring is not None:
+                bring(f"{described.path}.weight")
             module = model.get_submodule(described.path)
             if not is_packed(module):
                 model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))

@@ -7,7 +7,7 @@ pages of mapped files count although the system may take them back at any time, 
 compared with W + s B A in float64.
 
     python -m benchmarks.huge --place DIR                  # 31 GB; --gigabytes N for another size
-    python -m benchmarks.huge --place DIR --sparse         # the checkpoint's tensors mostly holes: little room on the disk
+    python -m benchmarks.huge --place DIR --sparse         # mostly holes, which take no room on the disk
     python -m benchmarks.huge --place DIR --only adapt,merge
 """
 
@@ -48,7 +48,9 @@ def shape(gigabytes: float) -> dict[str, Any]:
     """Settings of a Llama in bf16 of about this size, as wide as the large ones; narrower below 8 GB."""
     narrow = 1 if gigabytes >= 8 else 8
     hidden, intermediate, vocabulary = HIDDEN // narrow, INTERMEDIATE // narrow, VOCABULARY // narrow
-    block = hidden * hidden * (2 + 2 * GROUPS // HEADS) + hidden * hidden // HEADS * GROUPS * 2 + 3 * hidden * intermediate
+    block = (
+        hidden * hidden * (2 + 2 * GROUPS // HEADS) + hidden * hidden // HEADS * GROUPS * 2 + 3 * hidden * intermediate
+    )
     blocks = max(2, round((gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / block))
     return {
         "hidden_size": hidden,
@@ -260,7 +262,9 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=31.0, help="of the checkpoint, in bf16 (31)")
     parser.add_argument("--sparse", action="store_true", help="one row of 64 has values; the others are holes")
     parser.add_argument("--only", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
-    parser.add_argument("--keep", action="store_true", help="leave what was made, and take it where it is there already")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave what was made, and take it where it is there already"
+    )
     asked = parser.parse_args()
     root: Path = asked.place / "huge"
     base, adapter = root / "base", root / "adapter"
@@ -270,7 +274,8 @@ def main() -> int:
             total = make(base, asked.gigabytes, sparse=asked.sparse)
             say(f"made {total / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
         total = json.loads((base / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
-        print(f"| step ({total / 1e9:.1f} GB of tensors) | seconds | GB/s | resident, MB | anonymous, MB |\n| --- | --- | --- | --- | --- |")
+        print(f"| step ({total / 1e9:.1f} GB of tensors) | seconds | GB/s | resident, MB | anonymous, MB |")
+        print("| --- | --- | --- | --- | --- |", flush=True)
         for name in asked.only.split(","):
             out = root / ("merge" if name == "checked" else name)
             request = {"step": name, "base": str(base), "adapter": str(adapter), "out": str(out)}
