@@ -145,14 +145,14 @@ def step(request: dict[str, Any], _: Path) -> dict[str, Any]:
 
     transformers.LlamaForCausalLM  # noqa: B018  # loaded when it is named
     base, adapter, out = request["base"], request["adapter"], request["out"]
-    before = _status("VmHWM")
+    before = status("VmHWM")
     began = time.perf_counter()
     with Anonymous() as anonymous:
         found = _act(request["step"], base, adapter, out)
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
-        "resident": _status("VmHWM") - before,
+        "resident": status("VmHWM") - before,
         "anonymous": anonymous.most - anonymous.first,
         "threads": torch.get_num_threads(),
         **found,
@@ -189,7 +189,7 @@ class Anonymous:
     """The most anonymous memory of this process within a `with`, above what it had; the kernel keeps no mark of it."""
 
     def __enter__(self) -> Anonymous:
-        self.first = self.most = _status("RssAnon")
+        self.first = self.most = status("RssAnon")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -201,10 +201,10 @@ class Anonymous:
 
     def _look(self) -> None:
         while not self._over.wait(0.005):
-            self.most = max(self.most, _status("RssAnon"))
+            self.most = max(self.most, status("RssAnon"))
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A field of this process's status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) << 10
