@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -348,9 +349,9 @@ def test_packed_bytes_that_read_back_otherwise_are_refused(tmp_path: Path, monke
     _, folder = saved("bert", tmp_path)
     inner, seen = requantize.packed, [0]
 
-    def unsteady(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
+    def unsteady(name: str, rows: Iterable[Tensor], shape: tuple[int, int], form: str) -> Iterator[tuple[str, Tensor]]:
         seen[0] += 1
-        return inner(name, weight + 0.1 * (seen[0] > 20), form)
+        return inner(name, [part + 0.1 * (seen[0] > 20) for part in rows], shape, form)
 
     monkeypatch.setattr(requantize, "packed", unsteady)
     with pytest.raises(adapters.NumbersError, match="reads back otherwise"):

@@ -1,0 +1,201 @@
+"""Models that are large beside memory: what arrives one weight at a time, what processes share, what stays on the disk.
+
+The checkpoints are small; what is counted is bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import bitsandbytes
+import pytest
+import tiny
+import torch
+import transformers
+from many import Ended, host
+from torch import Tensor
+
+import adapters
+from adapters import arrival, quantize, requantize, shards
+from adapters.shards import Slot
+
+BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+class Peak:
+    """The most anonymous memory of this process within a `with`, above what it had at the beginning."""
+
+    def __enter__(self) -> Peak:
+        self.first = self.most = anonymous()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.001):
+            self.most = max(self.most, anonymous())
+
+    @property
+    def bytes(self) -> int:
+        return self.most - self.first
+
+
+def anonymous() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Ended]]]:
+    with host(tmp_path_factory.mktemp("many")) as run:
+        yield run
+
+
+def written(folder: Path, kind: str, auto: str = "AutoModel", **changes: Any) -> Path:
+    """A checkpoint in several shards, with its tokenizer."""
+    tiny.backbone(kind, auto=auto, **changes).save_pretrained(folder, max_shard_size="40KB")
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 102 million weights in bfloat16, one file of 203 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    config = tiny.config("llama", **BIG, num_hidden_layers=8, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        names = [(n, tuple(p.shape)) for n, p in transformers.LlamaForCausalLM(config).named_parameters()]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2816, 1024, generator=generator).mul(0.02).bfloat16()
+    entries = {name: ("bfloat16", size, shards.nbytes("bfloat16", size)) for name, size in names}
+    with (folder / shards.WEIGHTS).open("wb") as file:
+        file.write(shards.header_bytes(entries, {"format": "pt"}))
+        for name, (_, size, _) in entries.items():
+            values = torch.ones(size, dtype=torch.bfloat16) if len(size) == 1 else noise.flatten()
+            count = entries[name][2] // 2
+            file.write(shards.tensor_bytes(values.roll(len(name) * 31)[:count]))
+    config.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------- weights that arrive
+
+
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on backbones are read whole before they are packed."""
+
+    def never(_load: Any) -> None:
+        return None
+
+    monkeypatch.setattr(arrival, "device_of", never)
+
+
+def tensors(model: Any) -> dict[str, tuple[Any, ...]]:
+    """All that a model holds: bytes, dtype, what takes gradients, and how packed weights were packed."""
+    found = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        state = getattr(tensor, "quant_state", None)
+        packing = {n: bytes(shards.tensor_bytes(t)) for n, t in state.as_dict(packed=True).items()} if state else {}
+        found[name] = (tensor.dtype, tensor.requires_grad, bytes(shards.tensor_bytes(tensor)), packing)
+    return found
+
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "a classifier over a bare encoder": ("bert", "AutoModel", {}),
+    "in half of the bits": ("llama", "AutoModel", {"load": {"dtype": "bfloat16"}}),
+    "weights kept the other way, embeddings tied": ("gpt2", "AutoModelForCausalLM", {"task": "causal-lm"}),
+    "what the class keeps in float32": ("t5", "AutoModelForSeq2SeqLM", {"task": "seq2seq"}),
+    "names that loading changes": ("bert", "AutoModelForMaskedLM", {"gamma": True}),
+    "a head that reads elsewhere": ("bert", "AutoModel", {"pooling": "mean", "layer": 2}),
+    "blocks that train": ("bert", "AutoModel", {"strategy": "freeze", "layers": 1}),
+    "experts that loading puts together": ("mixtral", "AutoModel", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_arrives_is_what_a_whole_load_packs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, auto, options = CASES[case]
+    folder = written(tmp_path / "base", kind, auto)
+    options = {"strategy": "lora", "quantization": "nf4", **options}
+    if options.pop("gamma", False):
+        for file in folder.glob("*.safetensors"):
+            raw = {n: shards.read_tensor(slot) for n, slot in shards.read_header(file)[0].items()}
+            renamed = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): t for n, t in raw.items()}
+            file.unlink()
+            shards.save_tensors(file, renamed, {"format": "pt"})
+        index = folder / shards.INDEX
+        index.write_text(index.read_text().replace("LayerNorm.weight", "LayerNorm.gamma"))
+    if "task" not in options:
+        options["labels"] = ["a", "b", "c"]
+    one = adapters.adapt(folder, seed=3, **options)
+    whole(monkeypatch)
+    other = adapters.adapt(folder, seed=3, **options)
+    assert tensors(one.model) == tensors(other.model)
+    assert one.fingerprint == other.fingerprint
+    assert (one.trained, one.record.new, one.record.first) == (other.trained, other.record.new, other.record.first)
+    assert one.model.config.to_dict() == other.model.config.to_dict()
+    ties = [model.all_tied_weights_keys for model in (one.model, other.model)]
+    assert ties[0] == ties[1]
+    for target, source in ties[0].items():
+        assert one.model.get_parameter(target) is one.model.get_parameter(source)
+    inputs = {"input_ids": torch.arange(5, 13)[None], "attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    if one.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(one.model(**inputs).logits, other.model(**inputs).logits)
+
+
+def test_memory_holds_one_weight_unpacked(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cast to float32 as it is read: 406 MB, of which a whole load holds all of them."""
+    options: Any = {"task": "causal-lm", "quantization": "nf4", "load": {"dtype": "float32"}}
+    with Peak() as arriving:
+        adapted = adapters.adapt(large, "lora", **options)
+    held = sum(quantize.nbytes(parameter) for parameter in adapted.model.parameters())
+    largest = 4 * 2816 * 1024
+    assert arriving.bytes < held + 6 * largest, (arriving.bytes, held, largest)
+    del adapted
+    whole(monkeypatch)
+    with Peak() as before:
+        adapters.adapt(large, "lora", **options)
+    assert before.bytes > 3 * arriving.bytes, (before.bytes, arriving.bytes)
+
+
+# ---------------------------------------------------------------------- written in pieces
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
+def test_a_weight_packed_in_pieces_is_one_packed_whole(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 192, generator=generator).bfloat16()
+    shards.save_tensors(tmp_path / "one.safetensors", {"x.weight": weight}, {})
+    slot: Slot = shards.read_header(tmp_path / "one.safetensors")[0]["x.weight"]
+    monkeypatch.setattr(requantize, "PIECE", 5 * 192 * 2)  # rows of a piece: 5, of the last one 1
+    found: dict[str, list[Tensor]] = {}
+    rows = requantize._rows(slot, transposed=False)
+    for name, part in requantize.packed("x.weight", rows, (96, 192), form):
+        found.setdefault(name, []).append(part)
+    functional = cast(Any, bitsandbytes.functional)
+    if form == "int8":
+        data, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        wanted = {"x.weight": data, "x.SCB": scales, "x.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    else:
+        data, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=form)
+        wanted = {"x.weight": data} | {f"x.weight.{n}": t for n, t in state.as_dict(packed=True).items()}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        got = torch.cat(found[name]) if len(found[name]) > 1 else found[name][0]
+        assert got.dtype == tensor.dtype, name
+        assert torch.equal(got, tensor), name
+    assert len(found["x.weight"]) == 20
