@@ -8,6 +8,7 @@ the checkpoint as they are packed (`arrival`). Heads, new modules and whatever t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from adapters import watermark
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
 from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
+TRIMMED = 16 << 20  # weights that arrive before the allocator gives back what they took
 NESTED = 256  # scales that share a scale in turn
 
 
@@ -212,10 +215,15 @@ def pack(
     maps = list(maps)
     refuse_nothing(maps, storage)
     done = []
+    passed = 0
     with Job("packing", len(maps), "layers") as job:
         for described in maps:
             if bring is not None:
                 bring(f"{described.path}.weight")
+                passed += math.prod(described.shape)
+                if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
+                    watermark.trim()
+                    passed = 0
             module = model.get_submodule(described.path)
             if not is_packed(module):
                 model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))

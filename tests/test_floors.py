@@ -97,6 +97,7 @@ FLOORS = {
     "fingerprint": 3,
     "quantize": 3,
     "arrival": 4,
+    "once": 2,
     "classes": 3,
     "tokens": 3,
     "pixels": 3,

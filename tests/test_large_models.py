@@ -5,7 +5,6 @@ The checkpoints are small; what is counted is bytes.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
