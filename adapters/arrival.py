@@ -9,7 +9,7 @@ blocks arrive later, one at a time, each to be packed or kept. So memory never h
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -222,3 +222,18 @@ class _Files:
         except SafetensorError as fault:
             raise FolderError(message("a tensor cannot be read", where=f"{slot.file}: {key}", found=fault)) from fault
         return value.to(device, old.dtype)
+
+
+def keep_shared(model: nn.Module, trained: Collection[str]) -> None:
+    """Let DDP leave alone what does not train: it would write the first process's values over every other's.
+
+    The frozen weights of a checkpoint are the same everywhere, as pages of the file that the processes of a machine
+    share; what is written to becomes a copy of one's own, as large as the model, after all of it has gone over the wire.
+
+    Args:
+        model: before DDP wraps it.
+        trained: the names of the parameters that train.
+    """
+    kept = [name for name, parameter in model.named_parameters() if name not in trained and not parameter.requires_grad]
+    kept += [name for name, _ in model.named_buffers()]
+    vars(model)["_ddp_params_and_buffers_to_ignore"] = kept  # DDP's own name for it

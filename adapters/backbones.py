@@ -64,7 +64,7 @@ def opened(
     if isinstance(model, Lent):
         return *model.begin(), None
     if quantization is None or live_model(model):
-        return *open_model(model, task, load, processor), None
+        return *_here(open_model(model, task, load, processor)), None
     device, before = arrival.device_of(load), torch.get_rng_state()
     why = f"load={load}, or the run divides it"
     if device is not None:
@@ -77,7 +77,30 @@ def opened(
         else:
             return net, new, own, later
     logger.info("%s is read whole before it is packed: %s", model, why)
-    return *open_model(model, task, load, processor), None
+    return *_here(open_model(model, task, load, processor)), None
+
+
+def _here(found: tuple[PreTrainedModel, set[str], Any]) -> tuple[PreTrainedModel, set[str], Any]:
+    """What was opened, if all of it is in memory.
+
+    Raises:
+        RequestError: weights that accelerate keeps elsewhere, and brings for the length of a pass.
+    """
+    net = found[0]
+    away = [name for name, parameter in net.named_parameters() if parameter.is_meta]
+    if away:
+        raise RequestError(
+            message(
+                "parts of the model are offloaded: they are there while a pass goes through them, and no longer",
+                where=f"{net.name_or_path or type(net).__name__}, device_map",
+                expected="every weight on a device: what is put beside a weight, merged into it or compared needs it",
+                found=f"{len(away)} parameters elsewhere, {away[0]} first",
+                remedy="Leave device_map out: on the CPU weights are pages of the checkpoint, which the system takes "
+                "back when memory runs short. On a GPU take quantization='nf4' with device_map='cuda', which never "
+                "holds more than one weight unpacked, or divide the model over several processes.",
+            )
+        )
+    return found
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:

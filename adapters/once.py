@@ -1,4 +1,4 @@
-"""What one process of a run computes for all those of its machine: the first that comes does it, the others wait for it.
+"""What one process of a run computes for all those of its machine: the first does it, the others wait for it.
 
 They need not all ask, nor in any order, and one that dies keeps nobody waiting: its lock goes with it.
 """

@@ -198,3 +198,77 @@ def test_a_weight_packed_in_pieces_is_one_packed_whole(
         assert got.dtype == tensor.dtype, name
         assert torch.equal(got, tensor), name
     assert len(found["x.weight"]) == 20
+
+
+# ---------------------------------------------------------------------- processes of one machine
+
+
+def pages(file: Path) -> dict[str, int]:
+    """Bytes of this process's pages of a file: resident, its share of them by how many map them, written to."""
+    found = {"Rss": 0, "Pss": 0, "Anonymous": 0}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            inside = bool(rest) and rest[-1] == str(file)
+        elif inside and first[:-1] in found:
+            found[first[:-1]] += int(rest[0]) << 10
+    return found
+
+
+def sharing(folder: str, cache: str) -> dict[str, Any]:
+    """In each process: adapt, answer, take one step as DDP does it; what of the weights' file is its own."""
+    import os
+
+    import torch.distributed as dist
+
+    from adapters import fingerprint, ranks
+
+    os.environ["XDG_CACHE_HOME"] = cache
+    hashed: list[str] = []
+    inner = fingerprint.print_of_slot
+
+    def counting(slot: Slot, *, full: bool = True) -> Any:
+        hashed.append(slot.file.name)
+        return inner(slot, full=full)
+
+    fingerprint.print_of_slot = counting
+    ranks.join()
+    adapted = adapters.adapt(folder, "lora", task="causal-lm")
+    model = adapted.model
+    arrival.keep_shared(model, adapted.trained)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    ids = torch.arange(5, 13)[None] + ranks.rank()
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    gradients = [float(dict(model.named_parameters())[name].grad.float().norm()) for name in adapted.trained]
+    dist.barrier()
+    found = pages(Path(folder) / shards.WEIGHTS)
+    dist.barrier()
+    return {**found, "hashed": len(hashed), "digest": adapted.fingerprint.digest, "gradients": gradients}
+
+
+def test_processes_of_a_machine_read_a_model_once(
+    large: Path, tmp_path: Path, many: Callable[..., list[Ended]]
+) -> None:
+    """Frozen weights are pages of the file that both map, before and after DDP; one of them takes the fingerprint."""
+    one, other = (ended.gave for ended in many("test_large_models:sharing", 2, large, tmp_path, limit=300))
+    size = (large / shards.WEIGHTS).stat().st_size
+    for found in (one, other):
+        assert found["Anonymous"] == 0  # nothing was written to: no page became a process's own
+        assert found["Rss"] > 0.9 * size
+        assert found["Pss"] < 0.6 * found["Rss"]
+    assert sorted((one["hashed"], other["hashed"])) == [0, len(shards.read_directory(large))]
+    assert one["digest"] == other["digest"]
+    assert one["gradients"] == other["gradients"]
+
+
+# ---------------------------------------------------------------------- what is not in memory
+
+
+def test_offloaded_weights_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    folder = written(tmp_path / "base", "llama")
+    places = {f"model.{part}": "cpu" for part in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")}
+    load = {"device_map": {**places, "score": "cpu", "model.layers.2": "disk"}, "offload_folder": str(tmp_path / "off")}
+    for quantization in (None, "nf4"):
+        with pytest.raises(adapters.RequestError, match="offloaded.*Leave device_map out"):
+            adapters.adapt(folder, "lora", labels=["a", "b"], load=load, quantization=quantization)
