@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, heads, reading, rounding
+from adapters import deferred, heads, processes, reading, rounding
 from adapters.backbones import live_model, local_folder, opened, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -382,10 +382,14 @@ def assemble(
 
 
 def set_gradients(adapted: Adapted) -> None:
-    """What trains takes gradients, nothing else does."""
+    """What trains takes gradients, nothing else does; nor is anything else sent to the other processes of a run."""
+    from adapters.arrival import keep_shared
+
     trained = set(adapted.trained)
     for name, parameter in adapted.model.named_parameters():
         parameter.requires_grad_(name in trained)
+    if processes.count() > 1:
+        keep_shared(adapted.model, trained)
 
 
 def live_names(model: PreTrainedModel, own: Collection[str]) -> set[str]:

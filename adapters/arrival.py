@@ -228,7 +228,7 @@ def keep_shared(model: nn.Module, trained: Collection[str]) -> None:
     """Let DDP leave alone what does not train: it would write the first process's values over every other's.
 
     The frozen weights of a checkpoint are the same everywhere, as pages of the file that the processes of a machine
-    share; what is written to becomes a copy of one's own, as large as the model, after all of it has gone over the wire.
+    share; written to, they become a copy of one's own, as large as the model, after all of it has gone over the wire.
 
     Args:
         model: before DDP wraps it.
