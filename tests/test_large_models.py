@@ -19,7 +19,7 @@ from many import Ended, host
 from torch import Tensor
 
 import adapters
-from adapters import arrival, quantize, requantize, shards
+from adapters import arrival, exactness, fidelity, quantize, requantize, shards
 from adapters.shards import Slot
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -271,3 +271,35 @@ def test_offloaded_weights_are_refused_before_anything_is_done(tmp_path: Path) -
     for quantization in (None, "nf4"):
         with pytest.raises(adapters.RequestError, match=r"offloaded.*Leave device_map out"):
             adapters.adapt(folder, "lora", labels=["a", "b"], load=load, quantization=quantization)
+
+
+# ---------------------------------------------------------------------- compared though larger than memory
+
+
+def test_a_model_larger_than_memory_is_compared_as_pages_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every weight is opened as it lies in its file the check is short and still sees a wrong merge."""
+    folder = written(tmp_path / "base", "llama", dtype="bfloat16")
+    for name, load, compared in (("as it lies", {}, True), ("cast", {"dtype": "float32"}, False)):
+        adapted = adapters.adapt(folder, "lora", labels=["a", "b", "c"], load=load)
+        with torch.no_grad():
+            for each in adapted.trained:
+                adapted.model.get_parameter(each).normal_(std=0.1)
+        adapters.save(adapted, tmp_path / name)
+        size = sum(slot.nbytes for slot in shards.read_directory(folder).values())
+        monkeypatch.setattr(exactness, "free_memory", lambda size=size: size // 2)
+        monkeypatch.setattr(sys.modules["adapters.merge"], "free_memory", lambda size=size: size // 2)
+        report = adapters.merge_on_disk(tmp_path / name, tmp_path / f"{name} merged")
+        assert report.logits_checked == compared, report.skipped
+        assert ("larger than the free memory" in report.remark) == compared
+        if not compared:
+            assert "the logits check needs" in report.skipped
+    asked = (str(tmp_path / "as it lies"), str(tmp_path / "as it lies merged"), str(folder), None)
+    same = fidelity.compare(*asked, few=True)
+    slot = shards.read_directory(tmp_path / "as it lies merged")["model.layers.1.mlp.up_proj.weight"]
+    with slot.file.open("rb+") as stream:
+        stream.seek(slot.start)
+        stream.write(b"\x40\x40" * (slot.nbytes // 2))
+    wrong = fidelity.compare(*asked, few=True)
+    assert same["max_difference"] < exactness.BOUNDS["bfloat16"] * same["spread"] < wrong["max_difference"]

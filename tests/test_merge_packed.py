@@ -49,8 +49,10 @@ def saved(kind: str, place: Path, strategy: str = "lora", scale: float = 0.05, *
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of logits without a process of its own, which `test_merge.py` and `test_cli.py` have."""
 
-    def measured(adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str) -> dict[str, Any]:
-        return fidelity.compare(str(adapter), str(merged), str(base), rows)
+    def measured(
+        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool
+    ) -> dict[str, Any]:
+        return fidelity.compare(str(adapter), str(merged), str(base), rows, few=few)
 
     monkeypatch.setattr(exactness, "measured", measured)
 
