@@ -5,6 +5,7 @@ The checkpoints are small; what is counted is bytes.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
