@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, heads, reading, rounding
-from adapters.backbones import identify, live_model, local_folder, open_model, packed_kind, plan_padding
+from adapters import deferred, heads, processes, reading, rounding
+from adapters.backbones import live_model, local_folder, opened, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
 from adapters.lent import Lent
 from adapters.options import ALIASES, divide_options, field_names, make
+from adapters.recognition import identify, packed_kind
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full
@@ -302,11 +303,10 @@ def assemble(
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
-            opened = model.begin() if isinstance(model, Lent) else open_model(model, task, load, processor)
+            net, new, processor, later = opened(model, task, quantization, load, processor)
         except RequestError:
             refuse_classless(model, task, load)
             raise
-        net, new, processor = opened
         _refuse_adapted(net)
         refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
@@ -346,7 +346,9 @@ def assemble(
             }
             accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
-        pack(net, maps, storage)
+        pack(net, maps, storage, later.bring if later is not None else None)
+        if later is not None:
+            later.bring_all()
         vocabulary = extend(net, processor, spelt) if spelt else None
         trained = (strategy.apply(net) | live_names(net, head)) - never_saved(net)
         if accept is None:
@@ -380,10 +382,14 @@ def assemble(
 
 
 def set_gradients(adapted: Adapted) -> None:
-    """What trains takes gradients, nothing else does."""
+    """What trains takes gradients, nothing else does; nor is anything else sent to the other processes of a run."""
+    from adapters.arrival import keep_shared
+
     trained = set(adapted.trained)
     for name, parameter in adapted.model.named_parameters():
         parameter.requires_grad_(name in trained)
+    if processes.count() > 1:
+        keep_shared(adapted.model, trained)
 
 
 def live_names(model: PreTrainedModel, own: Collection[str]) -> set[str]:

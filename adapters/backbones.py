@@ -1,8 +1,9 @@
-"""A backbone opened, identified, and given a padding token: everything before a strategy touches it."""
+"""A backbone opened, and given a padding token: everything before a strategy touches it."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any, final
 
 from adapters import bars, places, progress, shards
 from adapters.contracts import Task
-from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
+from adapters.errors import FolderError, MissingPackageError, RequestError, message, nearest
 from adapters.lent import Lent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from adapters.fingerprint import Fingerprint
+    from adapters.arrival import Later
 
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,6 +45,62 @@ OPENED_WITH: Mapping[str, Mapping[str, str]] = {"AutoImageProcessor": {"backend"
 def live_model(model: object) -> bool:
     """Whether `adapt` was given a model, not a name or what was opened by one."""
     return not isinstance(model, str | Path | Lent)
+
+
+def opened(
+    model: Any, task: Task, quantization: str | None, load: dict[str, Any], processor: Any
+) -> tuple[PreTrainedModel, set[str], Any, Later | None]:
+    """What `open_model` gives, or a lent backbone; and the weights that are to arrive before they are packed.
+
+    Args:
+        model: a live model, a folder, an id, or a backbone that is lent.
+        task, load, processor: as for `open_model`.
+        quantization: how the frozen rest is going to be packed; None where it is not.
+    """
+    import torch
+
+    from adapters import arrival
+
+    if isinstance(model, Lent):
+        return *model.begin(), None
+    if quantization is None or live_model(model):
+        return *_here(open_model(model, task, load, processor)), None
+    device, before = arrival.device_of(load), torch.get_rng_state()
+    why = f"load={load}, or the run divides it"
+    if device is not None:
+        net, new, own = open_model(model, task, {**load, "device_map": {"": "meta"}}, processor)
+        try:
+            later = arrival.filled(net, local_folder(net.name_or_path or "", load), device, before)
+        except arrival.UnlikeError as fault:
+            why = str(fault)
+            torch.set_rng_state(before)
+        else:
+            return net, new, own, later
+    logger.info("%s is read whole before it is packed: %s", model, why)
+    return *_here(open_model(model, task, load, processor)), None
+
+
+def _here(found: tuple[PreTrainedModel, set[str], Any]) -> tuple[PreTrainedModel, set[str], Any]:
+    """What was opened, if all of it is in memory.
+
+    Raises:
+        RequestError: weights that accelerate keeps elsewhere, and brings for the length of a pass.
+    """
+    net = found[0]
+    away = [name for name, parameter in net.named_parameters() if parameter.is_meta]
+    if away:
+        raise RequestError(
+            message(
+                "parts of the model are offloaded: they are there while a pass goes through them, and no longer",
+                where=f"{net.name_or_path or type(net).__name__}, device_map",
+                expected="every weight on a device: what is put beside a weight, merged into it or compared needs it",
+                found=f"{len(away)} parameters elsewhere, {away[0]} first",
+                remedy="Leave device_map out: on the CPU weights are pages of the checkpoint, which the system takes "
+                "back when memory runs short. On a GPU take quantization='nf4' with device_map='cuda', which never "
+                "holds more than one weight unpacked, or divide the model over several processes.",
+            )
+        )
+    return found
 
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
@@ -286,97 +344,6 @@ def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:
         if isinstance(found, str):
             return Path(found).parent
     return None
-
-
-def identify(
-    model: PreTrainedModel,
-    head: frozenset[str],
-    folder: Path | None,
-    *,
-    trust: bool,
-    full: bool = True,
-    claimed: Fingerprint | None = None,
-) -> Fingerprint:
-    """The backbone's fingerprint: from its checkpoint where there is one, else from memory.
-
-    Args:
-        model: the live model.
-        head: what is left out.
-        folder: where its checkpoint may lie.
-        trust: the model has just been loaded from there; a live model is compared with it first.
-        full: hash every byte.
-        claimed: the caller's word, taken where packed weights cannot be identified; None refuses them.
-
-    Raises:
-        BackboneError: packed weights whose full-precision checkpoint is not at hand or is another one.
-    """
-    from adapters import fingerprint as prints
-    from adapters.quantize import packed_modules
-
-    packed = {f"{path}.weight".replace(".base_layer.", ".") for path in packed_modules(model)}
-    on_disk = None
-    if folder is not None:
-        with contextlib.suppress(FolderError):  # older checkpoints hold no safetensors: identified from memory
-            on_disk = prints.of_folder(model, head | packed if not trust else head, folder, full=full)
-    if packed and not trust:
-        try:
-            return _of_packed(model, head, packed, folder, on_disk, full=full)
-        except BackboneError:
-            if claimed is None:
-                raise
-            return claimed
-    if on_disk is not None and trust:
-        return on_disk
-    in_memory = prints.of_model(model, head, full=full)
-    if on_disk is not None and not prints.differences(on_disk, in_memory):
-        return on_disk  # the finer of the two, where the live model was loaded in fewer bits
-    return in_memory
-
-
-def _of_packed(
-    model: PreTrainedModel,
-    head: frozenset[str],
-    packed: set[str],
-    folder: Path | None,
-    on_disk: Fingerprint | None,
-    *,
-    full: bool,
-) -> Fingerprint:
-    """The fingerprint of a live model in 4 bits: its checkpoint's, once packing that gives the same bytes."""
-    from adapters import fingerprint as prints
-    from adapters.quantize import repacked_differs
-
-    if folder is None or on_disk is None:
-        raise BackboneError(
-            message(
-                "a model in 4 bits can only be identified beside its full-precision checkpoint",
-                where=type(model).__name__,
-                expected="a name_or_path that opens",
-                found=repr(model.name_or_path),
-                remedy="Adapt the id or folder with quantization='nf4', or say adapters.load(..., verify='off').",
-            )
-        )
-    slots = prints.disk_slots(model, folder)
-    wrong = repacked_differs(model, lambda name: prints.read_backbone_tensor(slots, name))
-    if wrong:
-        raise BackboneError(
-            message(
-                "the packed weights are not those of the model's own checkpoint",
-                where=f"{model.name_or_path}: {', '.join(wrong[:3])}",
-                found=f"{len(wrong)} of {len(packed)} differ",
-            )
-        )
-    if prints.differences(on_disk, prints.of_model(model, head, skip=packed, full=full)):
-        raise BackboneError(message("the live 4-bit model differs from its checkpoint", where=str(model.name_or_path)))
-    return prints.of_folder(model, head, folder, full=full)
-
-
-def packed_kind(model: PreTrainedModel) -> str:
-    from adapters.quantize import packed_modules
-
-    module = next(iter(packed_modules(model).values()))
-    state: Any = module.get_parameter("weight")
-    return str(state.quant_state.quant_type)
 
 
 @final

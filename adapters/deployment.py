@@ -54,6 +54,7 @@ class MergeReport:
         form: "plain" for a folder that transformers opens; "standalone" for a backbone with its head beside it, which
             `adapters.load` opens, because the head reads where the model class does not; `reason` says which.
         left_out: tensors of the backbone that are not in it, because they lie above the block that the head reads.
+        remark: what is to be known of the check; empty for nothing.
         logits_checked: False where the model does not fit into memory; then `skipped` says why.
     """
 
@@ -81,6 +82,7 @@ class MergeReport:
     bound: float | None = None
     accepted: bool = False
     beside: dict[str, float] | None = None
+    remark: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

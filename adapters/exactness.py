@@ -18,6 +18,7 @@ BOUNDS = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 # The same where weights are rounded to few bits, or take the place of such: another model, which should answer alike.
 LOSSY = {"int8": 2e-1, "nf4": 5e-1, "fp4": 5e-1}
 ROWS = 8  # rows of the check
+AT_WORK = 16  # share of a mapped model that a pass needs memory for, at most: its widest layers
 
 
 @final
@@ -108,25 +109,40 @@ def refuse_rows(rows: list[Any] | None) -> None:
         ) from fault
 
 
-def too_large(nbytes: int) -> str:
-    """Why two models of this size cannot be compared here; empty where they can."""
-    free, need = free_memory(), 3 * nbytes
+def too_large(nbytes: int, mapped: int = 0) -> str:
+    """Why two models of this size cannot be compared here; empty where they can.
+
+    Args:
+        nbytes: of a model.
+        mapped: of these, what is opened as pages of its file, in the dtype that it lies there in. The system brings
+            them and takes them back, so they need no room; some is left for what is at work.
+    """
+    free, need = free_memory(), 3 * (nbytes - mapped) + mapped // AT_WORK
     return f"the logits check needs about {need:,} bytes of memory, {free:,} are free" if need > free else ""
 
 
 def measured(
-    adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, dtype: str | None = None
+    adapter: Path,
+    merged: Path,
+    base: Path,
+    rows: list[Any] | None,
+    output: str,
+    dtype: str | None = None,
+    *,
+    few: bool = False,
 ) -> dict[str, Any]:
     """What `fidelity.compare` says of two folders, from a process of its own; the adapted model's dtype with it.
 
     Args:
-        adapter, merged, base, rows, dtype: its arguments.
+        adapter, merged, base, rows, dtype, few: its arguments.
         output: for messages.
 
     Raises:
         AdaptersError: that process broke.
     """
-    request = {"adapter": str(adapter), "merged": str(merged), "base": str(base), "rows": rows, "dtype": dtype}
+    request = {"adapter": str(adapter), "merged": str(merged), "base": str(base), "rows": rows, "dtype": dtype} | {
+        "few": few
+    }
     return aside.answered("fidelity", request, "the logits check", output)
 
 

@@ -79,7 +79,7 @@ def export(target: str, folder: Path, out: Path, options: ExportOptions) -> Expo
             what = updates.updates(found, originals, maps, options.rank)
         else:
             for name in originals.steps:
-                originals.old(name)  # compared with the adapter's fingerprint as it is read
+                originals.compare(name)
     if what is not None:
         more = _late(found, what, maps, target)
         refuse(more, target)
@@ -113,6 +113,7 @@ def export(target: str, folder: Path, out: Path, options: ExportOptions) -> Expo
         return replace(report, files=sizes(stage))
 
 
+ROWS = 1024  # of an update that are computed at once: all of them are as large as a weight
 EXPORTERS: dict[str, Exporter] = {target: partial(export, target) for target in lint.FACTORS}
 
 
@@ -213,7 +214,10 @@ def _verified(
     worst = 0.0
     finest = torch.finfo(getattr(torch, dtype)).eps
     for path, pair in factors.items():
-        apart = float((got.deltas[path] - pair.up @ pair.down).abs().max())
+        apart = max(
+            float((got.deltas.rows(path, start, start + ROWS) - pair.up[start : start + ROWS] @ pair.down).abs().max())
+            for start in range(0, len(pair.up), ROWS)
+        )
         size = float(pair.up.norm(dim=1).max() * pair.down.norm(dim=0).max())  # no entry is larger (Cauchy, Schwarz)
         if not apart <= 4 * finest * size + 1e-30:
             raise NumbersError(

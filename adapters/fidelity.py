@@ -24,11 +24,14 @@ from adapters.pixels import noise
 
 ROWS = 8  # rows of the check
 FEW = 4  # rows on which a saved adapter is compared
+FEW_ROWS, FEW_TOKENS = 2, 6  # of inputs at random, where each pass reads the model from the disk
 BATCH = 32  # rows per forward pass
 LENGTH = 24  # tokens of a synthetic row, where the model takes so many
 
 
-def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype: str | None = None) -> dict[str, Any]:
+def compare(
+    adapter: str, merged: str, base: str, rows: list[Any] | None, dtype: str | None = None, *, few: bool = False
+) -> dict[str, Any]:
     """Max and mean difference of the outputs, agreement of the best answers, spread of the outputs, dtype at work.
 
     Args:
@@ -38,6 +41,7 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype:
         rows: raw rows of the task, or bare values of its first column; None makes inputs at random (pictures of noise
             for an image processor).
         dtype: in which both compute; None for each one's own.
+        few: the models are larger than memory and are read from the disk for each pass: inputs at random are short.
     """
     import torch
     import transformers
@@ -46,6 +50,8 @@ def compare(adapter: str, merged: str, base: str, rows: list[Any] | None, dtype:
 
     adapted = load(adapter, base, verify="fast")
     batches = inputs(adapted, rows)
+    if few and not rows and "input_ids" in batches[0]:
+        batches = [{n: v[:FEW_ROWS, :FEW_TOKENS] for n, v in batch.items()} for batch in batches]
     own = str(adapted.model.dtype).removeprefix("torch.")
     if dtype is not None:
         adapted.model.to(getattr(torch, dtype))

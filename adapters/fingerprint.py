@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from adapters import once
 from adapters.anatomy import backbone_state, main_names, plain_name, saved_names
 from adapters.progress import Job, count
 from adapters.shards import Slot, read_bytes, read_directory, read_tensor, tensor_bytes
@@ -199,8 +200,13 @@ def of_folder(model: PreTrainedModel, head: Collection[str], folder: Path, *, fu
     left_out = set(head)
     slots = disk_slots(model, folder)
     wanted = {name: slot for name, (slot, memory_name) in slots.items() if memory_name not in left_out}
+
+    def taken() -> dict[str, Any]:
+        return {name: print_of_slot(slot, full=full).to_json() for name, slot in wanted.items()}
+
     with Job("fingerprinting", sum(slot.nbytes for slot in wanted.values()), "bytes"):
-        prints = {name: print_of_slot(slot, full=full) for name, slot in wanted.items()}
+        found = once.on_machine(sorted(wanted), {slot.file for slot in wanted.values()}, taken) if full else taken()
+    prints = {name: TensorPrint.from_json(entry) for name, entry in found.items()}
     state = backbone_state(model, head)
     covered = {memory_name for _, memory_name in slots.values()}
     rest = {name: tensor for name, tensor in state.items() if name not in covered}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import shards
 from adapters.errors import RequestError, message
 from adapters.lowrank import Factors
-from adapters.served import gguf_package
+from adapters.served import Products, gguf_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,18 +83,18 @@ def rotated(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
-def paths(found: Mapping[str, Tensor], architecture: str, config: Any, known: Collection[str]) -> dict[str, Tensor]:
-    """Deltas by llama.cpp's names as deltas by module path, rows back in transformers' order.
+def paths(found: Products, architecture: str, config: Any, known: Collection[str]) -> Products:
+    """Updates by llama.cpp's names as updates by module path, rows back in transformers' order.
 
     Written from the other side than `rotated`: row by row, where the two stand.
     """
     back = {name: path for path, name in names(architecture, config.num_hidden_layers, known).items()}
     result = {}
-    for name, delta in found.items():
+    for name, (down, up, scale) in found.factors.items():
         path = back[name]
         number = heads(architecture, path, config)
-        result[path] = delta[_places(len(delta), number)] if number else delta
-    return result
+        result[path] = down, up[_places(len(up), number)] if number else up, scale
+    return Products(result)
 
 
 def _places(rows: int, heads: int) -> list[int]:

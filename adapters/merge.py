@@ -8,7 +8,7 @@ strategy's own merge needs it) nor a model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from adapters.deployment import MergeReport as MergeReport
 from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.exactness import Rounding
 from adapters.manifest import fetch, is_standalone, read_manifest, refuse_changed
+from adapters.memory import free_memory
 from adapters.quantize import KINDS
 from adapters.rewrite import single_threaded
 from adapters.vocabulary import all_edits
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from adapters.stream import Step
+
 
 ONTO = ("training", "original")
+LARGER = "the model is larger than the free memory: logits were compared on rows of a few tokens, read from the disk"
 
 
 # ---------------------------------------------------------------------- in memory
@@ -213,11 +217,13 @@ def written(
             refuse_changed(adapter, document)
         if not check_logits:
             return report
-        skipped = exactness.too_large(max(document["backbone"]["bytes"], sum(step.nbytes for step in steps)))
+        size = max(document["backbone"]["bytes"], sum(step.nbytes for step in steps))
+        skipped = exactness.too_large(size, _mapped(document, steps, quantization))
         if skipped:
             exactness.refuse_blind(rounding, skipped, accept=accept)
             return replace(report, skipped=skipped)
-        seen = exactness.measured(adapter, stage, source, rows, str(target))
+        few = size > free_memory()
+        seen = exactness.measured(adapter, stage, source, rows, str(target), few=few)
         bound = exactness.refuse_far(seen, rounding, str(target), accept=accept)
         beside = _beside(job, stage, rows, str(target)) if moved is not None else None
         return replace(
@@ -226,8 +232,17 @@ def written(
             bound=rounding.bound(seen.pop("dtype"))[0],
             accepted=seen["max_difference"] > bound,
             beside=beside,
+            remark=LARGER if few else "",
             **seen,
         )
+
+
+def _mapped(document: Mapping[str, Any], steps: Sequence[Step], quantization: str | None) -> int:
+    """Bytes of the merged model that both models of the logits check are opened with as pages of their files."""
+    backbone = document["backbone"]
+    if quantization is not None or backbone["quantization"] is not None:
+        return 0
+    return sum(s.nbytes for s in steps if s.source is not None and s.source.dtype == s.dtype == backbone["dtype"])
 
 
 def _refuse_onto(onto: str) -> None:

@@ -152,7 +152,7 @@ def tried(model: PreTrainedModel, reading: Reading) -> Iterator[frozenset[str]]:
     Yields:
         The parameters that the computation loses by it, by their own names.
     """
-    found = planned(model, reading) if reading.elsewhere else None
+    found = planned(_whole(model), reading) if reading.elsewhere else None
     before = placed(model)
     strip(model)
     if found is not None:
@@ -162,6 +162,13 @@ def tried(model: PreTrainedModel, reading: Reading) -> Iterator[frozenset[str]]:
     except BaseException:
         place(model, before.pooling, before.layer)
         raise
+
+
+def _whole(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or where weights are still to arrive a copy with zeros in the memory of one in their place."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    return copied(model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape) if t.is_meta else t)
 
 
 def put(model: PreTrainedModel, found: Placement) -> None:

@@ -1,12 +1,14 @@
 """How the frozen rest of a model is stored: as it is, or its matmuls packed to 4 bits by bitsandbytes.
 
-Packing happens in place on a model loaded in full precision, one linear map after the other, so that heads, new
-modules and whatever trains stay out of it by construction (QLoRA: Dettmers et al., 2023).
+Packing happens in place, one linear map after the other, on a model in full precision or one whose weights arrive from
+the checkpoint as they are packed (`arrival`). Heads, new modules and whatever trains stay out of it by construction
+(QLoRA: Dettmers et al., 2023).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from adapters import watermark
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
 from adapters.edits import Edit
 from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
+TRIMMED = 16 << 20  # weights that arrive before the allocator gives back what they took
 NESTED = 256  # scales that share a scale in turn
 
 
@@ -191,13 +195,16 @@ def refuse_unlike(model: PreTrainedModel, maps: Iterable[LinearMap], kind: str |
         )
 
 
-def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[str]:
+def pack(
+    model: nn.Module, maps: Iterable[LinearMap], storage: Storage, bring: Callable[[str], None] | None = None
+) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
     Args:
         model: the live model, in full precision.
         maps: the linear maps to pack; what trains must not be among them.
         storage: the kind of packing.
+        bring: called with a weight's name before it is packed, where weights arrive one at a time.
 
     Returns:
         The paths that are packed now, those found packed already included.
@@ -208,8 +215,15 @@ def pack(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> list[
     maps = list(maps)
     refuse_nothing(maps, storage)
     done = []
+    passed = 0
     with Job("packing", len(maps), "layers") as job:
         for described in maps:
+            if bring is not None:
+                bring(f"{described.path}.weight")
+                passed += math.prod(described.shape)
+                if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
+                    watermark.trim()
+                    passed = 0
             module = model.get_submodule(described.path)
             if not is_packed(module):
                 model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))

@@ -8,24 +8,27 @@ turn. 8 bits are LLM.int8()'s (Dettmers et al., 2022): a scale for each output.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import shards
+from adapters import progress, shards
 from adapters.anatomy import LinearMap, backbone_state, saved_names
 from adapters.backbones import MAX_CONFIG
 from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.progress import Job
-from adapters.quantize import BLOCK, KINDS, bitsandbytes, packable
+from adapters.quantize import BLOCK, KINDS, NESTED, bitsandbytes, packable
 from adapters.shards import INDEX, Slot
+from adapters.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+PIECE = 32 << 20  # bytes of a weight that are packed at once
 Entry = tuple[str, tuple[int, ...], int]  # what a header says of a tensor: dtype, shape, bytes
 FORMS = (*KINDS, "int8")
 # bitsandbytes' CPU kernel takes 4-bit weights only in such shapes, and dies of others: they stay as they are.
@@ -145,18 +148,11 @@ def pack_folder(folder: Path, out: Path, packing: Packing, dtype: str) -> Outcom
         by_file.setdefault(slot.file.name, {})[name] = slot
     weight_map: dict[str, str] = {}
     total = 0
-    with Job("packing", len(slots), "tensors") as job:
+    with Job("packing", 2 * sum(slot.nbytes for slot in slots.values()), "bytes"):
         for file, here in by_file.items():
-            entries: dict[str, Entry] = {}
-            digests: dict[str, str] = {}
-            for name, slot in here.items():
-                for part, found, content in _parts(name, slot, packing):
-                    entries[part] = found
-                    digests[part] = _digest(content)
-            _write(out / file, entries, here, packing, job)
-            _read_back(out / file, digests)
-            weight_map |= dict.fromkeys(entries, file)
-            total += sum(nbytes for _, _, nbytes in entries.values())
+            written = _write(out / file, here, packing)
+            weight_map |= dict.fromkeys(written, file)
+            total += sum(written.values())
     if (folder / INDEX).exists():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         shards.write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
@@ -188,26 +184,18 @@ def _settings(packing: Packing, dtype: str) -> dict[str, Any]:
     return settings
 
 
-def _parts(name: str, slot: Slot, packing: Packing) -> Iterator[tuple[str, Entry, Any]]:
-    """A tensor of the checkpoint as it is written: name, what the header says of it, its bytes in pieces."""
-    if name not in packing.weights:
-        yield name, (slot.dtype, slot.shape, slot.nbytes), shards.read_bytes(slot)
-        return
-    weight = shards.read_tensor(slot)
-    if packing.weights[name]:
-        weight = weight.T.contiguous()
-    for part, tensor in packed(name, weight, packing.form).items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        yield part, (dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size()), [shards.tensor_bytes(tensor)]
-
-
-def packed(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that stand for a packed weight in a checkpoint.
+def packed(name: str, rows: Iterable[Tensor], shape: tuple[int, int], form: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that stand for a packed weight in a checkpoint, each by its name or in parts that follow each other.
 
     Args:
         name: of the weight on disk.
-        weight: shape (out, in), in the dtype in which it is to come back.
+        rows: the weight, some rows after the others, in the dtype in which it is to come back. For 4 bits as many
+            values each time as a number of blocks has.
+        shape: of all of it, (out, in).
         form: "nf4", "fp4" or "int8".
+
+    Yields:
+        Name and values.
 
     Raises:
         NumbersError: a weight that float16 cannot hold, which 8 bits are made of.
@@ -215,57 +203,150 @@ def packed(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
     import torch
 
     functional = bitsandbytes().functional
-    if form in KINDS:
-        data, state = functional.quantize_4bit(
-            weight, blocksize=BLOCK, compress_statistics=True, quant_type=form, quant_storage=torch.uint8
-        )
-        return {name: data} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
-    data, scales, _ = functional.int8_vectorwise_quant(weight.half())
-    if not bool(torch.isfinite(scales).all()):
-        raise NumbersError(message("a weight too large for 8 bits", where=name, expected="values that float16 holds"))
+    if form not in KINDS:
+        stem, scales = name.removesuffix("weight"), []
+        for part in rows:
+            data, scale, _ = functional.int8_vectorwise_quant(part.half())
+            if not bool(torch.isfinite(scale).all()):
+                raise NumbersError(
+                    message("a weight too large for 8 bits", where=name, expected="values that float16 holds")
+                )
+            scales.append(scale)
+            yield name, data
+        yield f"{stem}SCB", torch.cat(scales)
+        yield f"{stem}weight_format", torch.tensor(0, dtype=torch.uint8)
+        return
+    scales = []
+    state: Any = None
+    for part in rows:
+        data, state = functional.quantize_4bit(part, blocksize=BLOCK, quant_type=form, quant_storage=torch.uint8)
+        scales.append(state.absmax)
+        yield name, data
+    # What quantize_4bit does with the scales of a weight that it has whole.
+    scale = torch.cat(scales)
+    offset = scale.mean()
+    nested, inner = functional.quantize_blockwise(scale - offset, blocksize=NESTED)
+    made = functional.QuantState(
+        absmax=nested,
+        shape=torch.Size(shape),
+        dtype=state.dtype,
+        blocksize=BLOCK,
+        code=state.code,
+        quant_type=form,
+        offset=offset,
+        state2=inner,
+    )
+    for what, tensor in made.as_dict(packed=True).items():
+        yield f"{name}.{what}", tensor
+
+
+def _rows(slot: Slot, *, transposed: bool) -> Iterator[Tensor]:
+    """A weight of shape (out, in), some rows after the others; whole where the checkpoint keeps it the other way."""
+    if transposed:
+        yield shards.read_tensor(slot).T.contiguous()
+        return
+    stored = Stored(slot)
+    at_once = max(1, PIECE // max(1, slot.nbytes // max(1, slot.shape[0])))
+    for start in range(0, slot.shape[0], at_once):
+        yield stored.part(start, start + at_once)
+
+
+def _entries(name: str, slot: Slot, packing: Packing) -> dict[str, Entry]:
+    """What the header says of the tensors that stand for one of the checkpoint.
+
+    What bitsandbytes says of a packing in words is as long as it is, and has no entry here.
+    """
+    if name not in packing.weights:
+        return {name: (slot.dtype, slot.shape, slot.nbytes)}
+    size = _size(slot, transposed=packing.weights[name])
+    count = math.prod(size)
     stem = name.removesuffix("weight")
-    return {name: data, f"{stem}SCB": scales, f"{stem}weight_format": torch.tensor(0, dtype=torch.uint8)}
+    if packing.form not in KINDS:
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            name: ("int8", size),
+            f"{stem}SCB": ("float32", size[:1]),
+            f"{stem}weight_format": ("uint8", ()),
+        }
+    else:
+        blocks = -(-count // BLOCK)
+        found = {
+            name: ("uint8", (-(-count // 2), 1)),
+            f"{name}.absmax": ("uint8", (blocks,)),
+            f"{name}.quant_map": ("float32", (16,)),
+            f"{name}.nested_absmax": ("float32", (-(-blocks // NESTED),)),
+            f"{name}.nested_quant_map": ("float32", (256,)),
+        }
+    return {part: (dtype, shape, shards.nbytes(dtype, shape)) for part, (dtype, shape) in found.items()}
 
 
-def _digest(pieces: Any) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _write(file: Path, entries: Mapping[str, Entry], here: Mapping[str, Slot], packing: Packing, job: Job) -> None:
-    """One file: header, then every tensor, made a second time; what was made first is what it must read back as.
+def _planned(here: Mapping[str, Slot], packing: Packing) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What becomes of a file's tensors: what its header says of them, and the hash of each.
 
     Wide values come first, so that each lies at a multiple of its width, as readers that map the file want it.
     """
+    import xxhash
+
+    entries: dict[str, Entry] = {}
+    digests: dict[str, Any] = {}
+    for name, slot in here.items():
+        found = _entries(name, slot, packing)
+        for part, content in _made(name, slot, packing):
+            if part not in found:
+                found[part] = ("uint8", (len(content),), len(content))
+            digests.setdefault(part, xxhash.xxh3_128()).update(content)
+        entries |= found
+        progress.count(slot.nbytes)
     order = sorted(entries, key=lambda name: -shards.WIDTHS[entries[name][0]])
+    empty = xxhash.xxh3_128()
+    return {name: entries[name] for name in order}, {name: digests.get(name, empty).hexdigest() for name in order}
+
+
+def _write(file: Path, here: Mapping[str, Slot], packing: Packing) -> dict[str, int]:
+    """One file: header, then every tensor, made a second time; what was made first is what it must read back as."""
+    import xxhash
+
+    entries, digests = _planned(here, packing)
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        header = shards.header_bytes({name: entries[name] for name in order}, {"format": "pt"})
+        header = shards.header_bytes(entries, {"format": "pt"})
         shards.write_at(handle, memoryview(header), 0)
         os.ftruncate(handle, len(header) + sum(nbytes for _, _, nbytes in entries.values()))
         slots = shards.read_header(file)[0]
+        position = {name: slot.start for name, slot in slots.items()}
         for name, slot in here.items():
-            for part, found, content in _parts(name, slot, packing):
-                if entries[part] != found:
+            for part, content in _made(name, slot, packing):
+                if part not in slots or position[part] + len(content) > slots[part].start + slots[part].nbytes:
                     raise _otherwise(file, part)
-                position = slots[part].start
-                for piece in content:
-                    shards.write_at(handle, piece, position)
-                    position += len(piece)
-            job.advance()
+                shards.write_at(handle, content, position[part])
+                position[part] += len(content)
+            progress.count(slot.nbytes)
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _read_back(file: Path, digests: Mapping[str, str]) -> None:
     for name, slot in shards.read_header(file)[0].items():
-        if _digest(shards.read_bytes(slot)) != digests[name]:
+        again = xxhash.xxh3_128()
+        for chunk in shards.read_bytes(slot):
+            again.update(chunk)
+        if again.hexdigest() != digests[name]:
             raise _otherwise(file, name)
+    return {name: nbytes for name, (_, _, nbytes) in entries.items()}
+
+
+def _made(name: str, slot: Slot, packing: Packing) -> Iterator[tuple[str, memoryview]]:
+    """What is written for a tensor of the checkpoint: names, and bytes in pieces that follow each other."""
+    if name not in packing.weights:
+        for chunk in shards.read_bytes(slot):
+            yield name, chunk
+        return
+    transposed = packing.weights[name]
+    rows = _rows(slot, transposed=transposed)
+    for part, tensor in packed(name, rows, _size(slot, transposed=transposed), packing.form):
+        yield part, shards.tensor_bytes(tensor)
+
+
+def _size(slot: Slot, *, transposed: bool) -> tuple[int, int]:
+    """Outputs and inputs of a weight."""
+    return (slot.shape[1], slot.shape[0]) if transposed else (slot.shape[0], slot.shape[1])
 
 
 def _otherwise(file: Path, name: str) -> NumbersError:

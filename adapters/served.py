@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -26,6 +26,35 @@ NORMS = re.compile(r"_layernorm|\.norm")
 
 
 @final
+class Products(Mapping[str, "Tensor"]):
+    """Updates of shape (out, in), float32, each computed when it is looked at: together they are as large as the model.
+
+    Args:
+        factors: name -> down, up and scale of scale x up @ down.
+    """
+
+    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+        self.factors = factors
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one."""
+        down, up, scale = self.factors[name]
+        return up[start:stop] @ down * scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        """All of one."""
+        return self.rows(name, 0, len(self.factors[name][1]))
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.factors)
+
+
+@final
 @dataclass(frozen=True)
 class Served:
     """What a reader has of an adapter.
@@ -36,7 +65,7 @@ class Served:
         ignored: tensors that it leaves out without a word.
     """
 
-    deltas: Mapping[str, Tensor]
+    deltas: Products
     whole: Mapping[str, Tensor]
     ignored: tuple[str, ...]
 
@@ -68,7 +97,7 @@ def vllm(folder: Path, *, max_rank: int = 16, heads: bool = False) -> Served:
     whole = {name: tensor for name, tensor in rest.items() if name.split(".")[-2] in known}
     if set(rest) - set(whole):
         raise _refused("vLLM", folder, f"{sorted(set(rest) - set(whole))[0]} is no factor")
-    return Served({path: up @ down * scale for path, (down, up) in pairs.items()}, whole, ())
+    return Served(Products({path: (*pair, scale) for path, pair in pairs.items()}), whole, ())
 
 
 def tgi(folder: Path, names: Collection[str]) -> Served:
@@ -83,14 +112,14 @@ def tgi(folder: Path, names: Collection[str]) -> Served:
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    deltas, used = {}, set[str]()
+    deltas, used = dict[str, tuple["Tensor", "Tensor", float]](), set[str]()
     for of_a_kind in kinds.values():
         sides = {name: [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"] for name in of_a_kind}
         if all(key in tensors for pair in sides.values() for key in pair):
             for name, (first, second) in sides.items():
-                deltas[name] = tensors[second].float() @ tensors[first].float() * scale
+                deltas[name] = tensors[first].float(), tensors[second].float(), scale
                 used |= {first, second}
-    return Served(deltas, {}, tuple(sorted(set(tensors) - used)))
+    return Served(Products(deltas), {}, tuple(sorted(set(tensors) - used)))
 
 
 def converted(folder: Path) -> Served:
@@ -105,7 +134,8 @@ def converted(folder: Path) -> Served:
     if odd:
         raise _refused("llama.cpp's converter", folder, f"{odd[0]} is no factor")
     alpha = config.lora_alpha
-    return Served({path: up @ down * (alpha / up.shape[1]) for path, (down, up) in pairs.items()}, {}, tuple(rest))
+    deltas = {path: (down, up, alpha / up.shape[1]) for path, (down, up) in pairs.items()}
+    return Served(Products(deltas), {}, tuple(rest))
 
 
 def gguf(file: Path) -> Served:
@@ -132,8 +162,8 @@ def gguf(file: Path) -> Served:
     broken = [name for name, pair in sides.items() if set(pair) != {"a", "b"}]
     if broken:
         raise _refused("llama.cpp", file, f"{broken[0]} has one factor")
-    deltas = {name: pair["b"] @ pair["a"] * (alpha / pair["b"].shape[1] or 1.0) for name, pair in sides.items()}
-    return Served(deltas, {}, ())
+    deltas = {name: (pair["a"], pair["b"], alpha / pair["b"].shape[1] or 1.0) for name, pair in sides.items()}
+    return Served(Products(deltas), {}, ())
 
 
 def gguf_package() -> Any:

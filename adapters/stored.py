@@ -38,6 +38,12 @@ class Stored:
         """All of it, float32."""
         return shards.read_tensor(self.slot).float()
 
+    def part(self, start: int, stop: int) -> Tensor:
+        """Some entries along the first axis, in their own dtype."""
+        found = self[start:stop]
+        assert isinstance(found, Stored)
+        return shards.read_tensor(found.slot)
+
     def __getitem__(self, rows: slice | list[int]) -> Stored | Tensor:
         """Some entries along the first axis: of a slice where they lie, of single ones their values."""
         import torch

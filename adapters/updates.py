@@ -74,7 +74,7 @@ def updates(changes: Changes, base: Originals, maps: Mapping[str, LinearMap], ra
         if name in changes.head:
             whole[name] = edit(None)
         elif isinstance(edit, AddLowRank):
-            base.old(name)  # not needed, but compared with the adapter's fingerprint as it is read
+            base.compare(name)  # not needed, but it must be the adapter's own
             pair = of_edit(edit)
             fit = reduced(pair, rank=rank) if rank is not None and pair.rank > rank else None
             factors[path] = pair if fit is None else fit.factors

@@ -48,7 +48,7 @@ def watched() -> Iterator[Watermark]:
     torch: Any = sys.modules.get("torch")
     gpu = torch is not None and torch.cuda.is_available()
     gc.collect()
-    _trim()
+    trim()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -79,7 +79,7 @@ def _highest() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give back to the system what the C library's allocator holds free; where it cannot, nothing happens."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def saved(kind: str, place: Path, strategy: str = "lora", scale: float = 0.05, *
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of logits without a process of its own, which `test_merge.py` and `test_cli.py` have."""
 
-    def measured(adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str) -> dict[str, Any]:
-        return fidelity.compare(str(adapter), str(merged), str(base), rows)
+    def measured(
+        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool
+    ) -> dict[str, Any]:
+        return fidelity.compare(str(adapter), str(merged), str(base), rows, few=few)
 
     monkeypatch.setattr(exactness, "measured", measured)
 
@@ -348,9 +351,9 @@ def test_packed_bytes_that_read_back_otherwise_are_refused(tmp_path: Path, monke
     _, folder = saved("bert", tmp_path)
     inner, seen = requantize.packed, [0]
 
-    def unsteady(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
+    def unsteady(name: str, rows: Iterable[Tensor], shape: tuple[int, int], form: str) -> Iterator[tuple[str, Tensor]]:
         seen[0] += 1
-        return inner(name, weight + 0.1 * (seen[0] > 20), form)
+        return inner(name, [part + 0.1 * (seen[0] > 20) for part in rows], shape, form)
 
     monkeypatch.setattr(requantize, "packed", unsteady)
     with pytest.raises(adapters.NumbersError, match="reads back otherwise"):

@@ -52,6 +52,8 @@ def merge(
     if report.logits_checked and report.agreement is not None:
         print(f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}")
         print(f"bound     {_of_spread(report)}")
+        if report.remark:
+            print(f"remark    {report.remark}")
         if report.beside is not None:
             print(
                 f"beside    onto the training base they would agree on {100 * report.beside['agreement']:.0f} %, "
