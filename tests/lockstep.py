@@ -30,6 +30,7 @@ class Case:
         rows: to train on.
         dtype: of the backbone.
         added: tokens that it gets.
+        headless: the backbone is a folder without a head, which loading makes anew.
     """
 
     task: str = "text-classification"
@@ -40,6 +41,7 @@ class Case:
     rows: int = ROWS
     dtype: str = "float64"
     added: tuple[str, ...] = ()
+    headless: bool = False
 
 
 def uneven(task: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -72,8 +74,13 @@ def trainer(
     """The trainer of a case, whose step is divided into micro-batches of so many rows."""
     options = {"lora_dropout": 0.0} if case.strategy in ("lora", "dora", "qlora") else {}
     options |= {**cells.TASK_OPTIONS.get(case.task, {}), **cells.OPTIONS.get(case.strategy, {}), **case.options}
+    base: Any = model(case, noisy=noisy)
+    if case.headless:
+        place = Path(folder).with_name(f"{Path(folder).name}-base{ranks.rank()}")
+        base.bert.save_pretrained(place)
+        base = str(place)
     adapted = adapters.adapt(
-        model(case, noisy=noisy),
+        base,
         case.strategy,
         task=case.task,
         processor=tiny.processor(case.kind),

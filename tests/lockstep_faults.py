@@ -72,7 +72,7 @@ def parted(folder: str) -> dict[str, Any]:
 
     trainer.add_callback(At(2, 1, move))
     trained = ending(trainer.train)
-    key = next(key for key, value, _ in trainer.adapted.places() if value is tensor)
+    key = next(key for key, value, _ in trainer.adapted.places() if value.data_ptr() == tensor.data_ptr())
 
     trainer = made(folder, "thawed")
     frozen = trainer.adapted.model.bert.embeddings.word_embeddings.weight
