@@ -53,12 +53,12 @@ THREE = [*range(0, len(CASES), 3), 13]  # of the cases, in three processes
 
 
 def numbers(gave: dict[str, Any]) -> list[float]:
-    """What a run logged, but for what each process counts for itself."""
+    """What a run logged, but for what hangs on how the rows of a step are divided."""
     return [
         value
         for entry in gave["log"]
         for name, value in entry.items()
-        if isinstance(value, float) and name not in ("padding", "grad_norm")
+        if isinstance(value, float) and name not in ("padding", "grad_norm", "epoch")
     ]
 
 
