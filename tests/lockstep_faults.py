@@ -199,10 +199,35 @@ def dropped(folder: str) -> dict[str, Any]:
     return {"masks": said, "same": same and log == logged}
 
 
+def answered(folder: str) -> dict[str, Any]:
+    """What a caller's own metrics get, and what `predict` gives: every row once, in the order of the rows."""
+    seen: list[Any] = []
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append([found.predictions.round(5).tolist(), found.label_ids.tolist()])
+        return {"rows": float(len(found.label_ids))}
+
+    trainer = lockstep.trainer(Path(folder) / "answered", Case(), 6, compute_metrics=metrics)
+    rows = trainer.prepared(lockstep.uneven("text-classification", 7, seed=1))
+    numbers = trainer.evaluate()
+    found = trainer.predict(rows)
+    trainer = lockstep.trainer(Path(folder) / "answered", Case(), 6)
+    measured = trainer.evaluate()
+    timed = ("_runtime", "_per_second", "_time")
+    return {
+        "seen": seen,
+        "predicted": found.predictions.round(5).tolist(),
+        "labels": found.label_ids.tolist(),
+        "rows": numbers["eval_rows"],
+        "loss": numbers["eval_loss"],
+        "measured": {name: value for name, value in measured.items() if not name.endswith(timed)},
+    }
+
+
 def all_of(folder: str) -> dict[str, Any]:
     """Every fault in turn; the group of processes outlives them all."""
     ranks.join()
-    acts = (spoilt, parted, others, full_disk, unreadable, short_of_memory, dropped)
+    acts = (spoilt, parted, others, full_disk, unreadable, short_of_memory, dropped, answered)
     found = {act.__name__: act(folder) for act in acts}
     for number in (signal.SIGINT, signal.SIGTERM):
         found[f"told_to_stop{int(number)}"] = told_to_stop(folder, int(number))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lockstep
+import lockstep_faults
 import pytest
 import torch
 from lockstep import Case
@@ -219,6 +220,16 @@ def test_each_process_drops_its_own_and_goes_on_with_it(ended: list[dict[str, An
     for gave in (found["dropped"] for found in ended):
         assert gave["masks"][0] != gave["masks"][1]
         assert gave["same"]
+
+
+def test_every_row_is_measured_once(ended: list[dict[str, Any]], tmp_path: Path) -> None:
+    one = lockstep_faults.answered(str(tmp_path))
+    assert len(one["labels"]) == 7
+    for gave in (found["answered"] for found in ended):
+        for name in ("seen", "predicted", "labels", "rows"):
+            assert gave[name] == one[name], name
+        assert gave["measured"] == pytest.approx(one["measured"], rel=1e-6)
+        assert gave["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
 def test_one_process_writes(ended: list[dict[str, Any]]) -> None:
