@@ -93,7 +93,7 @@ class Trainer(ObjectiveTrainer):
         )
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
-        self._gauge = gauge.Gauge(self._throughput, self._now)
+        self._gauge = gauge.Gauge(self._throughput, lambda: self._course.lately())
         self._bars = self.pop_callback(ProgressCallback) is not None
         if self._bars:
             self.add_callback(self._gauge)
@@ -193,10 +193,6 @@ class Trainer(ObjectiveTrainer):
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
             found = float(self.compute_loss(model, self._prepare_inputs(self._part))) if self._part is not None else 0.0
         return float(sum(ranks.gathered(found)))
-
-    def _now(self) -> float | None:
-        """The loss of the last steps, for the bar."""
-        return self._course.lately()
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
