@@ -46,7 +46,7 @@ def task_of(model: Any) -> str:
                 found=type(model).__name__,
             )
         )
-    name = type(model).__name__
+    name = class_name(model)
     for task in TASKS.values():
         if name in _class_names(_classes_of(task).values()):
             return str(task.name)
