@@ -207,6 +207,10 @@ FLOORS = {
     "processes": 1,
     "ranks": 2,
     "sharded": 5,
+    "shares": 1,
+    "accord": 3,
+    "unison": 8,
+    "randomness": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
