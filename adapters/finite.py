@@ -60,6 +60,11 @@ def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     )
 
 
+def all_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every entry is a number, in every process."""
+    return all(bool(ranks.whole(torch.isfinite(tensor).all())) for tensor in tensors.values())
+
+
 def _overflowing(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The tensors whose sum of squares is not finite, found in one pass over all of them."""
     if not tensors:

@@ -23,6 +23,10 @@ from adapters.quantize import packed_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+WITHOUT = (
+    "the model is divided over the processes: a head starts as it is drawn, the frozen part is computed in every epoch, "
+    "all logits of a batch are held at once, and frozen products are taken in the weights' own dtype"
+)
 USE = "ACCELERATE_USE_FSDP"  # accelerate sets it itself where a run asks for FSDP, and leaves it set
 
 
@@ -278,14 +282,8 @@ def gathered(adapted: Adapted) -> Iterator[None]:
     if not is_divided(adapted):
         yield
         return
-    record, first = adapted.record, ranks.first()
-    whole = {}
-    for key, tensor, _ in adapted.places():
-        found = ranks.whole(tensor)
-        if first:
-            whole[key] = found.cpu()
-        del found
-    record.gathered = whole if first else None
+    record, whole = adapted.record, together(adapted.state())
+    record.gathered = whole if ranks.first() else None
     try:
         yield
     finally:
@@ -308,6 +306,17 @@ def moments(optimizer: Any) -> dict[str, Any] | None:
             entry[name] = value
         found[index] = entry
     return {**state, "state": found} if ranks.first() else None
+
+
+def together(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Tensors put together on the CPU, one at a time, by all processes; the first one gets them."""
+    whole = {}
+    for name, tensor in (tensors or {}).items():
+        found = ranks.whole(tensor)
+        if ranks.first():
+            whole[name] = found.cpu()
+        del found
+    return whole if tensors is not None else None
 
 
 def load_moments(optimizer: Any, state: Mapping[str, Any]) -> None:
