@@ -107,9 +107,25 @@ def command(settings: Mapping[str, Any]) -> str:
 
 
 def sharding(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with settings that would divide the model, a message each.
+    """What keeps settings that divide the model from being honoured in these processes, a message each.
 
     They are refused rather than left out: a model that needs them does not fit without them.
+
+    Args:
+        settings: training settings by transformers' names.
+    """
+    found = wrong(settings)
+    if fsdp(settings) is not None and count() == 1:
+        remedy = f"Start it as {LAUNCH}, N > 1, or leave fsdp out."
+        expected = "one process a GPU, N > 1 in all"
+        found.append(
+            message(SHARDING["fsdp"], where="train: fsdp", expected=expected, found="1 process", remedy=remedy)
+        )
+    return found
+
+
+def wrong(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with settings that divide the model, in however many processes; a message each.
 
     Args:
         settings: training settings by transformers' names.
@@ -127,24 +143,11 @@ def sharding(settings: Mapping[str, Any]) -> list[str]:
         for name in sorted(asked)
     ]
     config = fsdp(settings)
-    if config is None:
-        return found
-    if count() == 1:
-        remedy = f"Start it as {LAUNCH}, N > 1, or leave fsdp out."
-        processes = "one process a GPU, N > 1 in all"
-        found.append(
-            message(SHARDING["fsdp"], where="train: fsdp", expected=processes, found="1 process", remedy=remedy)
-        )
-    return found + configured(settings, config)
+    return found if config is None else found + _configured(settings, config)
 
 
-def configured(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with FSDP's own settings and with those beside them, whatever the number of processes.
-
-    Args:
-        settings: training settings by transformers' names.
-        config: as `fsdp` gives it.
-    """
+def _configured(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with FSDP's own settings, and with those beside them."""
     found = []
     for key, value in config.items():
         if key in FREE:
