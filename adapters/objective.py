@@ -128,7 +128,7 @@ class ObjectiveTrainer(transformers.Trainer):
         self._own = own
         # Each process holds the whole model, alone or beside others: then a pass through it is its own affair.
         self._undivided = not self.is_fsdp_enabled
-        self.is_fsdp_enabled = False  # accelerate divides the model; saving and loading by transformers' rules is not ours
+        self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
         if not self._undivided:
             sharded.refuse(adapted, self.accelerator.mixed_precision)
             self._say(sharded.WITHOUT)
@@ -167,8 +167,8 @@ class ObjectiveTrainer(transformers.Trainer):
         """transformers' preparation; the parameters of a model that is divided are others afterwards."""
         if self._undivided:
             return super()._prepare_for_training(*args, **kwargs)
-        sharded.ready(self.adapted)
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with sharded.ready(self.adapted):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         self._training = sharded.settle(self.adapted)
         return prepared
 

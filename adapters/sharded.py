@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 WITHOUT = (
-    "the model is divided over the processes: a head starts as it is drawn, the frozen part is computed in every epoch, "
-    "all logits of a batch are held at once, and frozen products are taken in the weights' own dtype"
+    "the model is divided over the processes: a head starts as it is drawn, the frozen part is computed in every "
+    "epoch, all logits of a batch are held at once, and frozen products are taken in the weights' own dtype"
 )
 USE = "ACCELERATE_USE_FSDP"  # accelerate sets it itself where a run asks for FSDP, and leaves it set
 
@@ -194,8 +194,9 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def ready(adapted: Adapted) -> None:
-    """Make the live model's parameters ones that can be divided: contiguous, and packed ones plain bytes.
+@contextlib.contextmanager
+def ready(adapted: Adapted) -> Iterator[None]:
+    """Within it accelerate divides the live model; before, its parameters are made ones that can be divided.
 
     bitsandbytes' parameters are a class of their own, which accelerate leaves out of the division: every process would
     hold all of them. As plain bytes they are divided like any others, and no cast of mixed precision touches them;
@@ -210,6 +211,25 @@ def ready(adapted: Adapted) -> None:
         plain = nn.Parameter(held.detach().as_subclass(Tensor), requires_grad=False)
         _note(plain, held.quant_state)
         module._parameters["weight"] = plain
+    model = adapted.model
+    hidden = ("get_input_embeddings", "get_output_embeddings") if _embedded_twice(model) else ()
+    for name in hidden:  # accelerate would divide one of several modules that share their tensor
+        vars(model)[name] = lambda: None
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del vars(model)[name]
+
+
+def _embedded_twice(model: PreTrainedModel) -> bool:
+    """Whether several modules look tokens up in one tensor, as in an encoder-decoder."""
+    table = model.get_input_embeddings()
+    held = getattr(table, "weight", None)
+    others = (table, model.get_output_embeddings())
+    return held is not None and any(
+        module._parameters.get("weight") is held for module in model.modules() if module not in others
+    )
 
 
 def settle(adapted: Adapted) -> dict[str, nn.Parameter]:

@@ -26,8 +26,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "bert probe": ("bert", tiny.CLASSIFICATION, "probe", {}),
     "bert ia3": ("bert", tiny.CLASSIFICATION, "ia3", {}),
     "bert dora": ("bert", tiny.CLASSIFICATION, "dora", {}),
-    "gpt2 full": ("gpt2", "AutoModelForCausalLM", "full", {"block_size": 16}),
-    "llama lora": ("llama", "AutoModelForCausalLM", "lora", {"block_size": 16}),
+    "gpt2 full": ("gpt2", "AutoModelForCausalLM", "full", {}),
+    "llama lora": ("llama", "AutoModelForCausalLM", "lora", {}),
     "t5 lora": ("t5", tiny.CLASSIFICATION, "lora", {}),
     "vit full": ("vit", "AutoModelForImageClassification", "full", {}),
 }

@@ -37,6 +37,8 @@ def task_of(model: Any) -> str:
     """
     from transformers import PreTrainedModel
 
+    from adapters.anatomy import class_name
+
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
             message(
