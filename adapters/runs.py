@@ -28,7 +28,7 @@ _IDLE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "project", "debug", "skip_memory_metrics"),
     *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_", "include_", "past_index"),
     *("per_device_eval_batch_size", "eval_accumulation_steps", "dataloader_", "resume_from_checkpoint"),
-    *("restore_callback_states_from_checkpoint", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "fsdp", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
 )
 # What no override changes: the tensors, their optimizer's state, and the position in the data would not fit.
 _FIXED = ("backbone", "strategy", "task", "quantization", "optim", "optimizers", "rows", "rows_per_step")

@@ -300,7 +300,7 @@ class Trainer(ObjectiveTrainer):
         return result
 
     def _reopen(self, run: Path) -> None:
-        """The saved adapter answers as the trained model does, by the word of one process, or of all with a part of it."""
+        """The saved adapter answers as the trained model does, by the word of one process or of all."""
         asked = (self.adapted, self.train_dataset, self.data_collator, run)
         if self._undivided:
             ranks.by_first(lambda: fidelity.reopened(*asked))
