@@ -7,13 +7,13 @@ and only then are the gradients averaged, through accelerate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from adapters import ranks
+from adapters import exchange, ranks, throughput
 from adapters.processes import count
 
 BUCKET = 64 << 20  # bytes of gradients that are sent at once
@@ -34,11 +34,7 @@ class Accord:
         self._parameters = list(parameters.values())
         self._divided = divided
         self._loss = 0.0
-        self.fault: Exception | None = None  # what this process failed with in the step at hand
-
-    def add(self, loss: float) -> None:
-        """The loss of one micro-batch, as this process has it."""
-        self._loss += loss
+        self._fault: Exception | None = None  # what this process failed with in the step at hand
 
     def reached(self, signal: int) -> tuple[float, int]:
         """The end of a step: its loss over all processes, and the signal that any of them was sent; 0 for none.
@@ -55,28 +51,75 @@ class Accord:
         tally = torch.zeros(1 + 2 * processes + len(self._parameters), dtype=torch.float64)
         tally[0], self._loss = self._loss, 0.0
         tally[1 + rank] = signal
-        tally[1 + processes + rank] = float(self.fault is not None)
+        tally[1 + processes + rank] = float(self._fault is not None)
         for place, parameter in enumerate(self._parameters, 1 + 2 * processes):
             tally[place] = float(parameter.grad is not None)
         summed: list[float] = self._summed(tally).tolist()
         if any(summed[1 + processes : 1 + 2 * processes]):
-            fault, self.fault = self.fault, None
-            ranks.together(fault)
+            fault, self._fault = self._fault, None
+            exchange.stop_all(fault)
         if not self._divided:
             self._average([used > 0 for used in summed[1 + 2 * processes :]])
         return summed[0] / processes, int(max(summed[1 : 1 + processes]))
 
-    def items(self, found: int, batches: int, fault: Exception | None) -> int:
-        """The loss items of a step over all processes, when its batches have been read.
+    def batches(
+        self,
+        read: Iterable[Any],
+        items: Callable[[Any], int],
+        blank: Callable[[int], bool],
+        speed: throughput.Throughput,
+    ) -> tuple[list[Any], list[bool], int | None]:
+        """The micro-batches of a step that are this process' own.
+
+        Args:
+            read: the batches, as they come.
+            items: how many loss items labels have.
+            blank: whether the batch of that number counts for nothing.
+            speed: of the run, to which the tokens of all processes are added.
+
+        Returns:
+            The batches, which of them are blank, and the loss items of all processes; None where there are no labels.
 
         Raises:
-            AdaptersError: a process could not read them, or had another number of batches.
+            AdaptersError: a process could not read them, or had another number of them.
         """
-        summed = self._summed(torch.tensor([found, batches, fault is not None], dtype=torch.float64)).tolist()
-        if summed[2] or summed[1] != batches * count():
-            ranks.together(fault)
-            ranks.alike({"batches": batches}, "the step at hand")
-        return int(summed[0])
+        found: list[Any] = []
+        fault: Exception | None = None
+        try:
+            found.extend(read)
+        except Exception as raised:
+            fault = raised
+        blanks = [blank(number) for number in range(len(found))]
+        real = [batch for batch, empty in zip(found, blanks, strict=True) if not empty]
+        mine = sum(items(batch["labels"]) for batch in real if "labels" in batch)
+        own = throughput.taken(real)
+        tally = [mine, len(found), fault is not None, own.tokens, own.places]
+        summed = self._summed(torch.tensor(tally, dtype=torch.float64)).tolist()
+        if summed[2] or summed[1] != len(found) * count():
+            exchange.stop_all(fault)
+            exchange.alike({"batches": len(found)}, "the step at hand")
+        throughput.taken(found)
+        speed.add(throughput.Tally(int(summed[3]), int(summed[4])))
+        return found, blanks, max(1, int(summed[0])) if found and "labels" in found[0] else None
+
+    def taken(self, passed: Callable[[], float], check: Callable[[], None], *, blank: bool, last: bool) -> None:
+        """One micro-batch of this process. What it fails with it keeps until all have come to the end of the step.
+
+        Args:
+            passed: takes the micro-batch through the model and back; gives its share in the loss of the step.
+            check: looks at the gradients of the whole step.
+            blank: there is no row of this process in it.
+            last: it is the last one of the step.
+        """
+        if self._fault is not None:
+            return
+        try:
+            if not blank or self._divided:  # a model that is divided needs all of them for any pass
+                self._loss += passed()
+            if last:
+                check()
+        except Exception as fault:
+            self._fault = fault
 
     def _summed(self, tally: Tensor) -> Tensor:
         device = self._accelerator.device

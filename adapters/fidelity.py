@@ -213,7 +213,7 @@ def _reopened_in_place(adapted: Adapted, batch: dict[str, Any], numbers: list[in
     """The same of a divided model, in all processes, which see the folder."""
     import torch
 
-    from adapters import ranks, sharded, shards, storage
+    from adapters import exchange, ranks, sharded, shards, storage
     from adapters.manifest import read_manifest, read_tensors
 
     folder = place / ".staging-reopened"
@@ -229,7 +229,7 @@ def _reopened_in_place(adapted: Adapted, batch: dict[str, Any], numbers: list[in
     with sharded.gathered(adapted):
         ranks.by_first(written)
     try:
-        saved = ranks.in_all(lambda: read_tensors(folder, read_manifest(folder)))
+        saved = exchange.in_all(lambda: read_tensors(folder, read_manifest(folder)))
         with torch.no_grad():
             for tensor in adapted.state().values():
                 ranks.part(tensor).fill_(math.nan)
@@ -240,7 +240,7 @@ def _reopened_in_place(adapted: Adapted, batch: dict[str, Any], numbers: list[in
     finally:
         storage.put(adapted, kept, "the run's own weights")
         ranks.by_first(lambda: shards.remove(folder))
-    ranks.in_all(lambda: _compared(wanted, found, numbers, other))
+    exchange.in_all(lambda: _compared(wanted, found, numbers, other))
 
 
 def _compared(wanted: Sequence[Any], found: Sequence[Any], numbers: Sequence[int], other: Sequence[str]) -> None:

@@ -38,6 +38,8 @@ from adapters.accord import Accord
 from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
+from adapters.evaluation import Evaluation
+from adapters.evaluation import kept as kept_apart
 from adapters.formats import arrange
 from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
@@ -47,10 +49,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
 
 
 class ObjectiveTrainer(transformers.Trainer):
@@ -140,18 +138,13 @@ class ObjectiveTrainer(transformers.Trainer):
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
-        self._accord = None
-        if self.args.world_size > 1:
-            self._accord = Accord(self.accelerator, self._training, divided=not self._undivided)
-        self._shares: shares.Shares | None = None  # this process' rows of the steps, and of the evaluation at hand
-        self._measured: shares.Shares | None = None
-        self._batches = 0  # of the evaluation at hand, so far
+        many = self.args.world_size > 1
+        self._accord = Accord(self.accelerator, self._training, divided=not self._undivided) if many else None
+        self._shares: shares.Shares | None = None  # this process' rows of the steps
         self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
         self._blank = False
         self._prefix: prefix.Prefix | None = None
-        self._evaluated: Any = None
-        self._read_in: Longest | None = None
-        self._summed = torch.zeros(2, dtype=torch.float64)
+        self._evaluation: Evaluation | None = None  # the one at hand
         self._batch_rows: list[int] | None = None
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
@@ -224,30 +217,17 @@ class ObjectiveTrainer(transformers.Trainer):
         drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
         self.data_collator = functools.partial(throughput.counted, drawing)
         try:
-            loader = super().get_train_dataloader()
+            return super().get_train_dataloader()
         finally:
             self.data_collator = plain
-        self._shares = self._divided(loader, self.args.train_batch_size)
-        return loader
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Batches of the rows that this process evaluates."""
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        self._divided(loader, self.args.eval_batch_size)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loader; where there are several processes, of the rows that are this one's."""
+        loader, world = super()._get_dataloader(*args, **kwargs), self.args.world_size
+        found = shares.divided(loader, kwargs["batch_size"], world, self.args.process_index) if world > 1 else None
+        if kwargs.get("is_training"):
+            self._shares = found
         return loader
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Batches of the rows that this process answers."""
-        loader = super().get_test_dataloader(*args, **kwargs)
-        self._divided(loader, self.args.eval_batch_size)
-        return loader
-
-    def _divided(self, loader: Any, size: int) -> shares.Shares | None:
-        """Divide the rows of a loader over the processes; a stream, and batches that know the processes, stay."""
-        order = getattr(getattr(loader.batch_sampler, "batch_sampler", None), "sampler", None)
-        if self.args.world_size == 1 or order is None or isinstance(loader.dataset, IterableDataset):
-            return None
-        return shares.divided(loader, order, size, self.args.world_size, self.args.process_index)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, in an order that seed and epoch alone decide."""
@@ -266,75 +246,55 @@ class ObjectiveTrainer(transformers.Trainer):
 
         What it gives is in the order of the rows, whatever order they were read in.
         """
-        self._evaluated, self._batches = dataloader.dataset, 0
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        batches = getattr(dataloader, "batch_sampler", None)
-        inner = getattr(batches, "batch_sampler", None)
-        self._measured = inner if isinstance(inner, shares.Shares) else None
-        sampler = self._measured.order if self._measured is not None else getattr(batches, "sampler", None)
-        self._read_in = sampler if isinstance(sampler, Longest) else None
-        if self._measured is not None:
-            self.gather_function = _as_it_is  # what each has found is put together at the end
+        evaluation = self._evaluation = Evaluation(dataloader)
+        if evaluation.shares is not None:
+            self.gather_function = kept_apart  # what each process has found is put together at the end
         try:
             result = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
-            self._evaluated = None  # rows that come now are those of a step
-        result = result._replace(predictions=self._whole(result.predictions), label_ids=self._whole(result.label_ids))
-        if self._read_in is not None:
-            put_back = self._read_in.put_back
-            result = result._replace(predictions=put_back(result.predictions), label_ids=put_back(result.label_ids))
-        summed = [sum(part) for part in zip(*ranks.gathered(self._summed.tolist()), strict=True)]
-        total, items = summed
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result._replace(metrics=ranks.told(result.metrics))  # what is decided by them is decided alike
-
-    def _whole(self, found: Any) -> Any:
-        """What all processes have found of the rows of an evaluation, in the order of reading."""
-        if isinstance(found, tuple | list):
-            return type(found)(self._whole(part) for part in found)
-        if self._measured is None or found is None:
-            return found
-        return self._measured.joined(ranks.arrays(found))
+            self._evaluation = None  # rows that come now are those of a step
+        found = [evaluation.put_back(part) for part in (result.predictions, result.label_ids)]
+        loss = evaluation.loss()
+        if loss is not None and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
+        metrics = ranks.told(result.metrics)  # what is decided by them is decided alike
+        return result._replace(predictions=found[0], label_ids=found[1], metrics=metrics)
 
     def _in_order(self, own: Any, found: Any, **kwargs: Any) -> Any:
         """The caller's own metrics, of predictions in the order of the rows."""
-        if not self.args.batch_eval_metrics:
-            for part in ("predictions", "label_ids", "inputs"):
-                setattr(found, part, self._whole(getattr(found, part)))
-        if self._read_in is not None and not self.args.batch_eval_metrics:
+        if self._evaluation is not None and not self.args.batch_eval_metrics:
             for part in ("predictions", "label_ids", "inputs", "losses"):
-                setattr(found, part, self._read_in.put_back(getattr(found, part)))
+                setattr(found, part, self._evaluation.put_back(getattr(found, part)))
         return own(found, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
-        blank = self._measured is not None and self._measured.blank(self._batches)
-        self._batches += 1
+        evaluation = cast("Evaluation", self._evaluation)
+        counts = evaluation.batch()
         if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
-            items = self.task.items(inputs["labels"]) if "labels" in inputs and not blank else 0
+            items = self.task.items(inputs["labels"]) if "labels" in inputs and counts else 0
             with self._readout.whole():
                 step: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            if self._measured is not None and step[0] is not None:
-                self._summed += torch.tensor([float(step[0]) * items, items], dtype=torch.float64)
+            if evaluation.shares is not None and step[0] is not None:
+                evaluation.add(float(step[0]), items)
             return cast("tuple[Any, Any, Any]", step)
         numbers = torch.as_tensor(inputs["row"], device=self.args.device)
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
             found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
-        items = 0 if blank else self.task.items(batch["labels"])
-        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
+        evaluation.add(float(loss), self.task.items(batch["labels"]) if counts else 0)
         return loss.detach(), tuple(part.contiguous() for part in found), numbers
 
     def _metrics(self, found: Any) -> dict[str, float]:
         parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
-        parts, numbers = self._whole(parts), self._whole(found.label_ids)
-        place = {number: position for position, number in enumerate(self._evaluated["row"])}
+        evaluation = cast("Evaluation", self._evaluation)
+        parts, numbers = evaluation.whole(parts), evaluation.whole(found.label_ids)
+        place = {number: position for position, number in enumerate(evaluation.rows["row"])}
         back = sorted(range(len(numbers)), key=lambda index: place[int(numbers[index])])
-        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
+        return self.task.metrics([part[back] for part in parts], evaluation.rows, self.adapted.processor)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups divided by the strategy's rates."""
@@ -363,25 +323,17 @@ class ObjectiveTrainer(transformers.Trainer):
         self._throughput.begin()
         if self._accord is None:
             batches, items = super().get_batch_samples(*args, **kwargs)
+            self._throughput.take(batches)
         else:
-            batches, items = self._samples(self._accord, *args, **kwargs)
-        self._throughput.take(batches)
+            before, own = self.epochs.batches, self._shares
+            batches, self._blanks, items = self._accord.batches(
+                itertools.islice(args[0], args[1]),
+                self.task.items,
+                lambda number: own is not None and own.blank(before + number),
+                self._throughput,
+            )
         self.epochs.batches += len(batches)
         return batches, items
-
-    def _samples(self, accord: Accord, rows: Any, wanted: int, device: Any) -> tuple[list[Any], int | None]:
-        """The batches of a step that are this process' own, and the loss items of all; a fault in reading stops all."""
-        batches: list[Any] = []
-        fault: Exception | None = None
-        try:
-            batches += itertools.islice(rows, wanted)
-        except Exception as raised:
-            fault = raised
-        first = self.epochs.batches
-        self._blanks = [self._shares is not None and self._shares.blank(first + n) for n in range(len(batches))]
-        labelled = [b for b, blank in zip(batches, self._blanks, strict=True) if not blank and "labels" in b]
-        items = accord.items(sum(self.task.items(batch["labels"]) for batch in labelled), len(batches), fault)
-        return batches, max(1, items) if batches and "labels" in batches[0] else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
@@ -483,18 +435,23 @@ class ObjectiveTrainer(transformers.Trainer):
         fingerprint = self.adapted.fingerprint.digest
         return {"fingerprint": fingerprint, "gigabytes": self._own.get("prefix_cache_gb"), "say": self._say}
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the run passes its validation rows."""
+        return str(getattr(self.args.eval_strategy, "value", "no")) != "no"
+
     def _evaluations(self, passes: float) -> float:
         """How often the validation rows are passed, about."""
         if str(getattr(self.args.eval_strategy, "value", "no")) == "epoch":
             return passes
-        return 0.0 if str(getattr(self.args.eval_strategy, "value", "no")) == "no" else max(1.0, passes)
+        return max(1.0, passes) if self._evaluates else 0.0
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._batch_rows = rows = inputs.get("row")
         prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
         self._batch_keys = None
         if self._prefix is not None and rows is not None:
-            known = self._prefix.known(self.train_dataset if self._evaluated is None else self._evaluated)
+            known = self._prefix.known(self.train_dataset if self._evaluation is None else self._evaluation.rows)
             if known is not None:  # so that no step waits for its inputs to come back from the device
                 tensor = prepared[self.adapted.model.main_input_name]
                 self._batch_keys = tensor, tensor._version, [known[int(row)] for row in rows]

@@ -167,23 +167,6 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
     return "; ".join(lines)
 
 
-def check_seen(folder: Path) -> None:
-    """Whether this process sees the checkpoint that another has chosen.
-
-    Raises:
-        FolderError: it does not.
-    """
-    if not folder.is_dir():
-        raise FolderError(
-            message(
-                "not every process sees the checkpoint",
-                where=str(folder),
-                found=f"nothing in process {ranks.rank()}",
-                remedy="Give an output folder that all machines of the run share.",
-            )
-        )
-
-
 def needed(accelerator: Any) -> list[str]:
     """The files without which training cannot go on as if nothing had been."""
     scaler = [SCALER] if getattr(accelerator, "scaler", None) is not None else []
@@ -249,6 +232,30 @@ def checkpoint(
                 where=str(folder),
                 expected=", ".join(lacking),
                 remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
+            )
+        )
+    return folder
+
+
+def agreed(*asked: Any) -> Path:
+    """The checkpoint that all processes go on from: the first one chooses and verifies it.
+
+    Args:
+        asked: what `checkpoint` takes.
+
+    Raises:
+        AdaptersError: as `checkpoint` has it.
+        FolderError: not every process sees it.
+    """
+    folder = Path(ranks.told(str(ranks.by_first(lambda: checkpoint(*asked)))))
+    blind = [number for number, seen in enumerate(ranks.gathered(folder.is_dir())) if not seen]
+    if blind:
+        raise FolderError(
+            message(
+                "not every process sees the checkpoint",
+                where=str(folder),
+                found=f"nothing in process {', '.join(map(str, blind))}",
+                remedy="Give an output folder that all machines of the run share.",
             )
         )
     return folder

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 
 @final
@@ -66,14 +66,18 @@ class Shares(Sampler[list[int]]):
         return whole
 
 
-def divided(loader: Any, order: Any, size: int, processes: int, rank: int) -> Shares:
-    """Let a loader that accelerate has prepared give the batches of `Shares`, in place of its own division.
+def divided(loader: Any, size: int, processes: int, rank: int) -> Shares | None:
+    """Let a loader that accelerate has prepared give the batches of `Shares`; a stream, and batches that know of the
+    processes, stay as they are.
 
     accelerate gives whole batches in turn and makes up the last ones of rows that were there already.
     transformers passes its own rank-aware sampler through in the same way.
     """
-    shares = Shares(order, size, processes, rank)
     wrapped = loader.batch_sampler
+    order = getattr(getattr(wrapped, "batch_sampler", None), "sampler", None)
+    if order is None or isinstance(loader.dataset, IterableDataset):
+        return None
+    shares = Shares(order, size, processes, rank)
     wrapped.batch_sampler, wrapped.batch_size, wrapped.drop_last = shares, None, False
     wrapped.num_processes, wrapped.process_index = 1, 0
     return shares

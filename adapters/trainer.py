@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -25,11 +25,12 @@ from adapters import (
     checkpoints,
     checks,
     course,
+    exchange,
+    facts,
     fidelity,
     finite,
     gauge,
     headstart,
-    locks,
     manifest,
     memory,
     progress,
@@ -126,8 +127,8 @@ class Trainer(ObjectiveTrainer):
             return self._step_of_many(self._accord, model, inputs, num_items_in_batch)
         loss = self._passed(model, inputs, num_items_in_batch)
         self._count(float(loss))
-        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            finite.check_gradients(self._training, self._where())
+        if self.accelerator.sync_gradients:
+            self._check_gradients()
         return loss
 
     def _count(self, loss: float) -> None:
@@ -151,29 +152,28 @@ class Trainer(ObjectiveTrainer):
         return loss
 
     def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
-        """One micro-batch of this process; with the last one of a step all of them agree on it.
-
-        What one of them fails with it keeps until then, so that nobody waits for it in vain. The loss of the step comes
-        with its last micro-batch, and is that of all processes.
-        """
+        """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
         self._blank = bool(self._blanks) and self._blanks.pop(0)
         last = self.accelerator.sync_gradients
-        try:
-            if accord.fault is None and not (self._blank and self._undivided):
-                with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
-                    accord.add(float(self._passed(model, inputs, items)))
-            if last and accord.fault is None and self._undivided and getattr(self.accelerator, "scaler", None) is None:
-                finite.check_gradients(self._training, self._where())
-        except Exception as fault:
-            accord.fault = fault
+        with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+            accord.taken(
+                lambda: float(self._passed(model, inputs, items)),
+                self._check_gradients if self._undivided else lambda: None,  # parts are looked at together, below
+                blank=self._blank,
+                last=last,
+            )
+        self._blank = False
         if not last:
             return torch.zeros((), device=self.args.device)
-        self._blank = False
         loss, self.stops.number = accord.reached(self.stops.came)
         if not self._undivided:
-            finite.check_gradients(self._training, self._where())
+            self._check_gradients()
         self._count(loss)
         return torch.tensor(loss, device=self.args.device)
+
+    def _check_gradients(self) -> None:
+        if getattr(self.accelerator, "scaler", None) is None:  # a loss scale is still being found where there is one
+            finite.check_gradients(self._training, self._where())
 
     def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
         """Loss and gradients of what is passed through the model at once."""
@@ -240,11 +240,14 @@ class Trainer(ObjectiveTrainer):
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress.showing(wanted=self._bars))
             stack.callback(self._gauge.close)
-            ranks.by_first(lambda: self._take_folder(run, stack))
+            ranks.by_first(lambda: stack.enter_context(checkpoints.owned(run)))
             self.epochs.start(0, 0)
             self._throughput.start()
             unison.check_start(self.adapted, self._terms())
-            folder = self._checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
+            folder = None
+            if resume_from_checkpoint:
+                asked = (resume_from_checkpoint, run, self._terms(), self._override, self.adapted.fingerprint)
+                folder = runs.agreed(*asked, runs.needed(self.accelerator))
             start = self._head_start() if folder is None else None
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
@@ -264,15 +267,17 @@ class Trainer(ObjectiveTrainer):
                 result = self._nothing_left(folder)
             elif start is not None and start.probe:
                 result = self._solve(start)
-                contract.solved()
+                exchange.in_all(contract.solved)
             else:
-                if start is not None and self.eval_dataset is not None:
-                    stack.enter_context(self._measured_first())
+                if start is not None and self.eval_dataset is not None and self._evaluates:
+                    first = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
+                    stack.callback(self.remove_callback, first)
+                    self.add_callback(first)
                 self._prefix = self._kept_prefix()
                 randomness.spread(self.args.seed)
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
-                    ranks.in_all(lambda: contract.finish(whole=folder is None and not self.stops.number))
+                    exchange.in_all(lambda: contract.finish(whole=folder is None and not self.stops.number))
                 except NumbersError:
                     self._put_back(contract.good)
                     raise
@@ -283,18 +288,14 @@ class Trainer(ObjectiveTrainer):
                 if self.optimizer is not None:
                     self._save_checkpoint(self.model, None)
                 self.stops.stop(self.state.global_step)
-        self._restore_best()
-        record = self.adapted.record
+        if self._best is not None:
+            storage.put(self.adapted, self._best, "best weights")
+        record, self._best = self.adapted.record, None
         self._compare_baseline()
         self._reopen(run)
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
-        record.metrics["train"] = {
-            "loss": float(result.training_loss),
-            "epochs": float(self.state.epoch or 0),
-            "steps": int(self.state.global_step),
-            "seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
-            **self._throughput.totals(),
-        }
+        seconds = float(result.metrics.get("train_runtime", 0.0))
+        facts.trained(record, self.state, float(result.training_loss), seconds, self._throughput.totals())
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
@@ -307,32 +308,6 @@ class Trainer(ObjectiveTrainer):
         else:
             fidelity.reopened(*asked)
 
-    def _take_folder(self, run: Path, stack: contextlib.ExitStack) -> None:
-        """The output folder is this run's alone, and as whole as what died in it has left it."""
-        stack.enter_context(locks.held(run / ".lock", str(run)))
-        checkpoints.recover(run)
-
-    def _checkpoint(self, wanted: str | bool, run: Path) -> Path:
-        """The checkpoint to go on from: the first process chooses and verifies it, all must see it."""
-        asked = (wanted, run, self._terms(), self._override, self.adapted.fingerprint)
-        needed = runs.needed(self.accelerator)
-        folder = Path(ranks.told(str(ranks.by_first(lambda: runs.checkpoint(*asked, needed)))))
-        ranks.in_all(lambda: runs.check_seen(folder))
-        return folder
-
-    @contextlib.contextmanager
-    def _measured_first(self) -> Iterator[None]:
-        """Within it the weights that a run begins with are evaluated too: a solved start may stay the best."""
-        if str(getattr(self.args.eval_strategy, "value", "no")) == "no":
-            yield
-            return
-        callback = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
-        self.add_callback(callback)
-        try:
-            yield
-        finally:
-            self.remove_callback(callback)
-
     def _solve(self, start: headstart.Start) -> TrainOutput:
         """A run without steps: the output layer takes its solved values, and is evaluated as after an epoch."""
         stateful: list[Any] = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
@@ -340,7 +315,7 @@ class Trainer(ObjectiveTrainer):
         self._total_loss_scalar = start.choice.train_loss
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         start.put()
-        if self.eval_dataset is not None and str(getattr(self.args.eval_strategy, "value", "no")) != "no":
+        if self.eval_dataset is not None and self._evaluates:
             self._determine_best_metric(self.evaluate(), None)
         metrics = {"train_loss": start.choice.train_loss, "train_runtime": round(start.seconds, 4)}
         self.log(dict(metrics))
@@ -358,11 +333,6 @@ class Trainer(ObjectiveTrainer):
             self.state.best_global_step = self.state.global_step
             self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}
         return better
-
-    def _restore_best(self) -> None:
-        if self._best is not None:
-            storage.put(self.adapted, self._best, "best weights")
-        self._best = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
@@ -433,10 +403,10 @@ class Trainer(ObjectiveTrainer):
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
+        said = {"run": self._run, "terms": self._terms(), "progress": place_in}
         step = self.state.best_global_step
         try:
-            with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:
+            with progress.Job("saving a checkpoint"), checkpoints.staged(place, said) as self._stage:
                 self.state.best_global_step = 0  # transformers would wait for the others, who wait for this one
                 super()._save_checkpoint(model, trial)
                 self.state.best_global_step = step

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from adapters import ranks, sharded
+from adapters import exchange, ranks, sharded
 from adapters.checks import digest, some
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, message
@@ -22,7 +22,7 @@ def check_start(adapted: Adapted, terms: Mapping[str, Any]) -> None:
         first = {f"the first values of {name}": sha for name, sha in _digests(adapted).items()}
         facts = {**terms, "backbone": adapted.fingerprint.digest, **first}
         remedy = "Start every process with the same command, rows, settings and seed."
-        ranks.alike(facts, "the start of the run", remedy)
+        exchange.alike(facts, "the start of the run", remedy)
 
 
 def check_weights(adapted: Adapted, where: str) -> None:

@@ -208,7 +208,9 @@ FLOORS = {
     "ranks": 2,
     "sharded": 5,
     "shares": 1,
-    "accord": 3,
+    "exchange": 3,
+    "evaluation": 6,
+    "accord": 4,
     "unison": 8,
     "randomness": 3,
 }
