@@ -237,3 +237,34 @@ def left_out(folder: str) -> list[str]:
         return refusal(lambda: trainer(folder, "bert lora", use_cpu=True, dataloader_pin_memory=False))
     finally:
         torch.cuda.is_available = kept
+
+
+# ---------------------------------------------------------------------- the plain stack
+
+
+def plain(folder: str) -> dict[str, Any]:
+    """peft's factors in a model that torch has divided: their shapes, what this process holds, and files of both."""
+    import peft
+    from safetensors.torch import save_file
+    from torch.distributed.fsdp import fully_shard
+
+    ranks.join()
+    wrapped: Any = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(r=1, target_modules=["query", "value"]))
+    for layer in wrapped.base_model.model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(wrapped)
+    state = peft.get_peft_model_state_dict(wrapped)
+    held = {name: ranks.part(tensor).contiguous() for name, tensor in state.items() if "lora_" in name}
+    place = Path(folder) / f"part{ranks.rank()}.safetensors"
+    save_file(held, place)
+    try:
+        wrapped.save_pretrained(Path(folder) / f"peft{ranks.rank()}")
+        refused = ""
+    except Exception as fault:
+        refused = type(fault).__name__
+    return {
+        "shapes": {name: list(state[name].shape) for name in held},
+        "held": {name: list(tensor.shape) for name, tensor in held.items()},
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held.values()),
+        "peft": refused,
+    }
