@@ -160,7 +160,7 @@ class ObjectiveTrainer(transformers.Trainer):
         """transformers' preparation; the parameters of a model that is divided are others afterwards."""
         if self._undivided:
             return super()._prepare_for_training(*args, **kwargs)
-        with sharded.ready(self.adapted):
+        with sharded.ready(self.adapted, self.args.device):
             prepared = super()._prepare_for_training(*args, **kwargs)
         self._training = sharded.settle(self.adapted)
         return prepared

@@ -195,7 +195,7 @@ def _named(dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
-def ready(adapted: Adapted) -> Iterator[None]:
+def ready(adapted: Adapted, device: torch.device) -> Iterator[None]:
     """Within it accelerate divides the live model; before, its parameters are made ones that can be divided.
 
     bitsandbytes' parameters are a class of their own, which accelerate leaves out of the division: every process would
@@ -207,6 +207,7 @@ def ready(adapted: Adapted) -> Iterator[None]:
             parameter.data = parameter.data.contiguous()
     for module in packed_modules(adapted.model).values():
         held: Any = module.get_parameter("weight")
+        held.quant_state.to(device)  # the scales stay whole, a 32nd of the weights' bytes
         vars(module)["quant_state"] = held.quant_state
         plain = nn.Parameter(held.detach().as_subclass(Tensor), requires_grad=False)
         _note(plain, held.quant_state)

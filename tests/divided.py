@@ -58,10 +58,15 @@ def rows(case: str, n: int, seed: int = 0) -> Any:
 
 
 def trainer(folder: str | Path, case: str, one: Any = None, callbacks: Any = None, **args: Any) -> adapters.Trainer:
-    """The same steps of the same rows in any number of processes; divided in more than one."""
+    """The same steps of the same rows in any number of processes; divided in more than one.
+
+    `parts` is in how many passes each process takes its rows of a step.
+    """
     count = ranks.count()
+    parts = min(args.pop("parts", 1), BATCH // count)
     given: dict[str, Any] = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-2, "num_train_epochs": 1}
-    given |= {"per_device_train_batch_size": BATCH // count, "optim": "sgd", "warmup_steps": 0, "max_grad_norm": 0.5}
+    given |= {"per_device_train_batch_size": BATCH // count // parts, "gradient_accumulation_steps": parts}
+    given |= {"optim": "sgd", "warmup_steps": 0, "max_grad_norm": 0.5}
     given |= {"lr_scheduler_type": "constant", "save_strategy": "no", "warm_head": False, "chunked_loss": False}
     given |= {"fsdp": True} if count > 1 else {}
     held = rows(case, 7, seed=1)
@@ -209,7 +214,13 @@ class Cut(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "num_train_epochs": 2, "save_total_limit": 5}
+ADAM: dict[str, Any] = {
+    "parts": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2,
+    "save_total_limit": 5,
+}
 ADAM |= {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
 
 

@@ -54,7 +54,7 @@ def assert_alike(one: Mapping[str, Any], many: list[Ended], case: str, loss: flo
 @pytest.fixture(scope="module")
 def alone(many: Launch, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every case in one process."""
-    return many("divided:learnt", 1, tmp_path_factory.mktemp("alone"), list(divided.CASES))[0].gave
+    return many("divided:learnt", 1, tmp_path_factory.mktemp("alone"), list(divided.CASES), limit=300)[0].gave
 
 
 def test_a_divided_model_learns_what_a_whole_one_does(many: Launch, alone: Any, tmp_path: Path) -> None:
@@ -89,6 +89,17 @@ def test_mixed_precision_computes_in_bfloat16_and_saves_in_float32(many: Launch,
         assert set(one[case]["dtypes"].values()) == {"torch.float32"}
         assert losses(two[0].gave[case]) != pytest.approx(losses(alone[case]), rel=LOSS)  # it did compute in bfloat16
         assert_alike(one, two, case, HALF, HALF)
+
+
+def test_blocks_that_are_computed_again_and_stay_gathered_are_the_same_run(
+    many: Launch, alone: Any, tmp_path: Path
+) -> None:
+    again = {"activation_checkpointing": True, "parts": 3}
+    found = many("divided:learnt", 2, tmp_path / "again", ["llama qlora"], "float32", again)
+    assert_alike(alone, found, "llama qlora", LOSS, WEIGHT)
+    stays = {"fsdp_config": {"reshard_after_forward": False}}
+    found = many("divided:learnt", 2, tmp_path / "stays", ["bert freeze"], "float32", stays)
+    assert_alike(alone, found, "bert freeze", LOSS, WEIGHT)
 
 
 # ---------------------------------------------------------------------- after the run
