@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import ranks
-from adapters.anatomy import block_lists, own_name
+from adapters.anatomy import block_lists, class_name, own_name
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message
 from adapters.quantize import packed_modules
@@ -202,6 +202,9 @@ def ready(adapted: Adapted, device: torch.device) -> Iterator[None]:
     hold all of them. As plain bytes they are divided like any others, and no cast of mixed precision touches them;
     their layer keeps how they are packed, and puts the class around them again when it runs.
     """
+    if is_divided(adapted):  # by an earlier run
+        yield
+        return
     for parameter in adapted.model.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
@@ -257,7 +260,22 @@ def settle(adapted: Adapted) -> dict[str, nn.Parameter]:
             _note(module._parameters["weight"], state)
     if adapted.model.can_generate():
         register_fsdp_forward_method(adapted.model, "generate")
+    if _let_go not in adapted.model._forward_hooks.values():
+        adapted.model.register_forward_hook(_let_go)
     return {name: p for name, p in adapted.model.named_parameters() if name in set(adapted.trained)}
+
+
+def _let_go(model: nn.Module, _args: Any, _output: Any) -> None:
+    """After a pass that no backward pass follows, let go of what stays gathered for one.
+
+    While a unit is gathered its parameters are copies: what is written to them is lost with them.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _note(parameter: Any, state: Any) -> None:
@@ -287,7 +305,7 @@ def refuse_divided(adapted: Adapted, what: str) -> None:
         raise RequestError(
             message(
                 f"the model is divided over {ranks.count()} processes: none of them can {what}",
-                where=type(adapted.model).__name__,
+                where=class_name(adapted.model),
                 remedy="Save the adapter, and go on with its folder in a process of its own.",
             )
         )
