@@ -148,8 +148,6 @@ def settings(
     asked = processes.fsdp(literal)
     if asked is not None:
         merged |= {"fsdp": True, "fsdp_config": sharded.config(adapted.model, asked)}
-    if processes.count() > 1:  # buffers hold still, and no pass through the model holds an exchange
-        merged["ddp_broadcast_buffers"] = False
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
 

@@ -155,7 +155,9 @@ class Trainer(ObjectiveTrainer):
         """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
         self._blank = bool(self._blanks) and self._blanks.pop(0)
         last = self.accelerator.sync_gradients
-        with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+        if self._undivided and not self.args.torch_compile:
+            model = self.model  # past the wrap, whose first pass holds an exchange
+        with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
             accord.taken(
                 lambda: float(self._passed(model, inputs, items)),
                 self._check_gradients if self._undivided else lambda: None,  # parts are looked at together, below
