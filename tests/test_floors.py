@@ -206,6 +206,9 @@ FLOORS = {
     "__main__": 18,
     "processes": 1,
     "ranks": 2,
+    "remarks": 1,
+    "inflow": 1,
+    "lanes": 5,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
