@@ -13,16 +13,20 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainerCallback
 
-from adapters import ranks, remarks
-from adapters.contracts import Draw
+from adapters import data, formats, processes, ranks, remarks
+from adapters.contracts import Adapted, Draw
 from adapters.errors import DataError, RankError, RequestError, message
 from adapters.inflow import Inflow, content
+from adapters.options import field_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BLOCK: Final = 128  # raw rows that are prepared at once
 BUFFER: Final = 1000  # raw rows of each reader that are mixed, where nothing else is asked for
@@ -93,6 +97,7 @@ class Flow(IterableDataset[Any]):
         self._prepare = prepare
         self.lanes: list[Lane] = []
         self.resumed = self.ended = False
+        self._generator = torch.Generator()
         self._turns: list[int] = []  # by process: the lane that its last batch came from
         self._collate: Callable[[list[Any]], dict[str, Any]] | None = None
         self._counted: list[list[str]] = []  # of each block its rows, and what is to be said of it
@@ -105,11 +110,24 @@ class Flow(IterableDataset[Any]):
 
     # ------------------------------------------------------------------ where we are
 
-    def begin(self, readers: int) -> None:
+    def begin(self) -> None:
         """A new epoch."""
-        self.lanes = [Lane(number, readers) for number in range(readers)]
-        self._turns = []
+        self.lanes, self._turns = [], []
         self.resumed = self.ended = False
+
+    def deal(self, workers: int) -> None:
+        """Give every reader of the run what it reads of the rest of the epoch.
+
+        Args:
+            workers: of each process; 0 reads in the process itself.
+        """
+        world = processes.count()
+        readers = world * max(1, workers)
+        if len(self.lanes) != readers or len(self._turns) != world:
+            self._turns = [-1] * world
+        self.lanes = among(self.lanes, readers) if self.lanes else [Lane(n, readers) for n in range(readers)]
+        mixed = random.Random(f"{self.draw.seed} {self.draw.epoch} {ranks.rank()}").getrandbits(63)
+        self._generator.manual_seed(mixed)  # torch's own is that of the steps
 
     def position(self) -> dict[str, Any]:
         """Where the epoch is, as plain data; after its end the next begins."""
@@ -119,11 +137,12 @@ class Flow(IterableDataset[Any]):
             else {"lanes": [dataclasses.asdict(lane) for lane in self.lanes], "turns": self._turns}
         )
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    def resume(self, position: Mapping[str, Any]) -> bool:
+        """Go on from there; whether that is within an epoch, not between two."""
         self.lanes = [Lane(**lane) for lane in position["lanes"]]
         self._turns = list(position["turns"])
         self.resumed, self.ended = bool(self.lanes), False
+        return self.resumed
 
     def said(self) -> list[str]:
         """What there is to say of all blocks that any process has read."""
@@ -141,11 +160,9 @@ class Flow(IterableDataset[Any]):
             workers: of each process.
         """
         self._collate = collate
-        generator = torch.Generator().manual_seed(self.draw.seed)  # torch's own is that of the steps
-        reader = _Reader(self, ranks.rank(), ranks.count(), max(1, workers))
-        return DataLoader(
-            reader, batch_size=rows, collate_fn=_Collated(collate), num_workers=workers, generator=generator
-        )
+        reader = _Reader(self, ranks.rank(), processes.count(), max(1, workers))
+        how: dict[str, Any] = {"batch_size": rows, "num_workers": workers, "generator": self._generator}
+        return DataLoader(reader, collate_fn=_Collated(collate), **how)
 
     def step(self, batches: Iterator[Any], wanted: int) -> tuple[list[Any], list[bool]]:
         """The batches of an optimizer step: none where no process has any left, else as many as wanted in all of them.
@@ -268,10 +285,6 @@ class _Reader(IterableDataset[Any]):
 
     def __init__(self, flow: Flow, rank: int, world: int, workers: int) -> None:
         self.flow, self.rank, self.world, self.workers = flow, rank, world, workers
-        readers = world * workers
-        if len(flow.lanes) != readers or len(flow._turns) != world:
-            flow._turns = [-1] * world
-        flow.lanes = among(flow.lanes, readers)
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -306,6 +319,57 @@ class _Collated:
         return {**self._collate(rows), PLACE: list(places.values()), REMARKS: notes}
 
 
+def opened(
+    adapted: Adapted, source: Inflow, columns: Mapping[str, str] | None, draw: Draw, *, buffer: int | None, steps: int
+) -> Flow:
+    """A stream of raw rows, which the task prepares on the way, or of model inputs.
+
+    Args:
+        adapted: what is to be trained.
+        source: of the rows.
+        columns: task column -> column of the source.
+        draw: whose seed and epoch the order follows.
+        buffer: raw rows that a reader mixes; None for the usual number, or for none where the rows are model inputs.
+        steps: that the run takes; 0 or less where nobody has said.
+
+    Raises:
+        RequestError: no number of steps, or class weights that are counted over all rows.
+        DataError: rows that the task cannot take.
+    """
+    faults = []
+    if steps <= 0:
+        expected = "the number of steps; a stream that ends before begins anew"
+        remedy = "Say max_steps: rows x epochs / rows of a step."
+        what = "nobody knows how many rows a stream has"
+        faults.append(message(what, where="args: max_steps", expected=expected, remedy=remedy))
+    task: Any = adapted.task
+    if "class_weights" in field_names(type(task)) and task.class_weights == "balanced":
+        remedy = "Give a weight a label, or the rows as a set."
+        what = "balanced class weights are counted over all rows, which nobody knows of a stream"
+        faults.append(message(what, where="class_weights", remedy=remedy))
+    if faults:
+        raise RequestError(*faults)
+    first = source.first(1)
+    prepared = bool(first) and adapted.model.main_input_name in first[0] and "labels" in first[0]
+
+    def prepare(rows: list[Mapping[str, Any]]) -> tuple[Iterable[Mapping[str, Any]], list[str]]:
+        arranged, _ = formats.arrange(_block(rows, source.features), columns, task.columns)
+        made: tuple[Dataset, list[str]] = task.prepare(arranged, adapted.processor, adapted.model, labelled=True)
+        return made
+
+    if buffer is None:
+        buffer = 0 if prepared else BUFFER
+    return Flow(source, None if prepared else prepare, draw, buffer)
+
+
+def _block(rows: list[Mapping[str, Any]], features: Any) -> Dataset:
+    """Some rows as a set, with the features of the stream where they are known (the names of classes)."""
+    from datasets import Dataset
+
+    plain = [dict(row) for row in rows]
+    return data.one(plain) if features is None else Dataset.from_list(plain, features=features)
+
+
 @final
 class Onward(TrainerCallback):
     """Moves a stream from epoch to epoch, and counts the part of an epoch that its steps were.
@@ -325,8 +389,9 @@ class Onward(TrainerCallback):
         """Begin anew, unless the epoch goes on from a checkpoint."""
         self._stepped, self._went_on = False, self._flow.resumed
         if not self._flow.resumed:
-            self._flow.begin(ranks.count() * max(1, self._workers))
+            self._flow.begin()
         self._flow.resumed = False
+        self._flow.deal(self._workers)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """There is a step in this epoch."""

@@ -22,7 +22,9 @@ from adapters import (
     fused,
     headstart,
     identity,
+    inflow,
     kept,
+    lanes,
     pace,
     prefix,
     quantize,
@@ -68,8 +70,14 @@ class ObjectiveTrainer(transformers.Trainer):
         )
         task = adapted.task
         self._data: dict[str, dict[str, Any]] = {}
-        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
-            adapted.record.data = self._data["data"] = identity.fingerprint_of_stream(train_dataset)
+        self._draw = Draw(arguments.seed)
+        if isinstance(train_dataset, IterableDataset):
+            found = inflow.opened(train_dataset)
+            adapted.record.data = self._data["data"] = found.fingerprint()
+            buffer, steps = own.get("shuffle_buffer"), arguments.max_steps
+            train_dataset = lanes.opened(adapted, found, columns, self._draw, buffer=buffer, steps=steps)
+            for remark in train_dataset.remarks:
+                self._say(remark)
         elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
             adapted.record.data = self._data["data"] = identity.fingerprint(rows)
@@ -80,7 +88,6 @@ class ObjectiveTrainer(transformers.Trainer):
         elif eval_dataset is not None:
             eval_dataset = self._validation(eval_dataset)
         self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed)
         self._draws = others.get("data_collator") is None
         others.setdefault(
             "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
@@ -126,6 +133,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
         self._prefix: prefix.Prefix | None = None
+        self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
+        self._blank = False
         self._evaluated: Any = None
         self._read_in: Longest | None = None
         self._summed = torch.zeros(2, dtype=torch.float64)
@@ -133,6 +142,9 @@ class ObjectiveTrainer(transformers.Trainer):
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
+        if isinstance(train_dataset, lanes.Flow):
+            workers = self.args.dataloader_num_workers
+            self.add_callback(lanes.Onward(train_dataset, workers, lambda: self.epochs.batches, self._say))
 
     # ------------------------------------------------------------------ rows
 
@@ -185,6 +197,10 @@ class ObjectiveTrainer(transformers.Trainer):
         plain: Any = self.data_collator
         drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
         self.data_collator = functools.partial(throughput.counted, drawing)
+        if isinstance(self.train_dataset, lanes.Flow):
+            size, workers = self.args.train_batch_size, self.args.dataloader_num_workers
+            made, self.data_collator = self.data_collator, plain
+            return self.train_dataset.loader(size, made, workers)
         try:
             return super().get_train_dataloader()
         finally:
@@ -278,7 +294,12 @@ class ObjectiveTrainer(transformers.Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
         self._throughput.begin()
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        if isinstance(self.train_dataset, lanes.Flow):
+            batches, self._blanks = self.train_dataset.step(args[0], args[1])
+            rows = [batch for batch, blank in zip(batches, self._blanks, strict=True) if not blank]
+            items = self._get_num_items_in_batch(rows, args[2])
+        else:
+            batches, items = super().get_batch_samples(*args, **kwargs)
         self._throughput.take(batches)
         self.epochs.batches += len(batches)
         return batches, items
@@ -323,7 +344,8 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""
-        return self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
+        loss = self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
+        return loss * 0 if self._blank else loss
 
     def _head_start(self) -> headstart.Start | None:
         """The new output layer of this run, solved: instead of all steps, or as their start."""

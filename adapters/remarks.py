@@ -14,8 +14,8 @@ def merged(parts: Iterable[Sequence[str]]) -> list[str]:
     """The remarks on all rows, from those on the parts that they were looked at in.
 
     Args:
-        parts: of each part its remarks, and before them its number of rows as text; a part of which a count says nothing
-            adds its rows to what is counted of them.
+        parts: of each part its remarks, and before them its number of rows as text, which are added to the rows of a
+            count that the part says nothing of.
     """
     counts: dict[tuple[str, str, bool], list[int]] = {}
     order: dict[object, None] = {}
@@ -41,13 +41,7 @@ def merged(parts: Iterable[Sequence[str]]) -> list[str]:
             continue
         assert isinstance(entry, tuple)
         what, rest, share = entry
-        some, total = counts[entry]
-        total += sum(size for number, size in enumerate(rows) if number not in seen[entry])
-        said.append(f"{some} of {total} {what}{f' ({100 * some / total:.1f} %)' if share else ''}{rest}")
+        some, of = counts[entry]
+        of += sum(size for number, size in enumerate(rows) if number not in seen[entry])
+        said.append(f"{some} of {of} {what}{f' ({100 * some / of:.1f} %)' if share else ''}{rest}")
     return said
-
-
-def kind(remark: str) -> str:
-    """A remark without its counts: two that say the same of other rows have the same kind."""
-    found = _COUNTED.fullmatch(remark)
-    return remark if found is None else f"{found[3]}{found[5]}"

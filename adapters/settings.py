@@ -24,8 +24,8 @@ OWN = {
     "10 and a tenth of what is free",
     "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
     "the validation rows say that it helps",
-    "shuffle_buffer": "raw rows of a stream that each reader mixes; 0 leaves them in the stream's order; null for 1000, or "
-    "for 0 where the stream holds model inputs",
+    "shuffle_buffer": "raw rows of a stream that each reader mixes; 0 leaves them in its order; null for 1000, or 0 "
+    "where the stream holds model inputs",
     "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
@@ -29,6 +28,7 @@ from adapters import (
     finite,
     gauge,
     headstart,
+    lanes,
     locks,
     manifest,
     memory,
@@ -115,6 +115,7 @@ class Trainer(ObjectiveTrainer):
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
             torch.OutOfMemoryError: a batch that cannot be divided.
         """
+        self._blank = bool(self._blanks) and self._blanks.pop(0)
         divide = num_items_in_batch is not None and self.args.world_size == 1
         loss: torch.Tensor = self._portions.passed(
             inputs,
@@ -126,6 +127,7 @@ class Trainer(ObjectiveTrainer):
         self._course.add(float(loss))
         if self._witness is not None:
             self._witness.add(float(loss))
+        self._blank = False
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
@@ -318,7 +320,8 @@ class Trainer(ObjectiveTrainer):
         name = str(self.args.metric_for_best_model).removeprefix("eval_")
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
-        baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        train = self.eval_dataset if isinstance(self.train_dataset, lanes.Flow) else self.train_dataset
+        baseline = self.task.baseline(train, self.eval_dataset, self.adapted.processor)
         if self._witness is not None:
             self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
@@ -347,6 +350,7 @@ class Trainer(ObjectiveTrainer):
         place_in = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
+            "lanes": self.train_dataset.position() if isinstance(self.train_dataset, lanes.Flow) else None,
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
@@ -370,7 +374,10 @@ class Trainer(ObjectiveTrainer):
             self._say(
                 "the frozen prefix was computed anew since the checkpoint: the last bits of the losses may differ"
             )
-        self.epochs.start(*self._progress["position"])
+        epoch, batches = self._progress["position"]
+        if isinstance(self.train_dataset, lanes.Flow) and not self.train_dataset.resume(self._progress["lanes"]):
+            epoch, batches = epoch + 1, 0
+        self.epochs.start(epoch, batches)
         self._throughput.start(*self._progress.get("throughput", ()))
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = runs.best_weights(folder)
@@ -378,7 +385,9 @@ class Trainer(ObjectiveTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """transformers' position in the data; a stream may have ended and begun again."""
         position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
-        return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
+        if isinstance(self.train_dataset, lanes.Flow):  # which goes on by itself
+            return self.epochs.first[0], 0
+        return position
 
     def _load_callback_state(self) -> None:
         with runs.own_patience(self.callback_handler):

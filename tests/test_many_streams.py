@@ -54,8 +54,10 @@ def flow(source: Any, *, epoch: int = 0, buffer: int = 10, prepare: Any = plain)
 
 def steps(made: lanes.Flow, workers: int, size: int = 4, most: int | None = None) -> list[list[list[str]]]:
     """What this process takes in each step, of what is left of an epoch."""
+    made.deal(workers)
     loader = made.loader(size, texts, workers)
-    batches, found = iter(loader), []
+    batches = iter(loader)
+    found: list[list[list[str]]] = []
     while most is None or len(found) < most:
         taken, blanks = made.step(batches, 2)
         if not taken:
@@ -67,15 +69,12 @@ def steps(made: lanes.Flow, workers: int, size: int = 4, most: int | None = None
 def reading(files: list[str], workers: int, few: int) -> Any:
     """In each process: an epoch as it is dealt, and one that breaks off after some steps and goes on."""
     ranks.join()
-    readers = ranks.count() * max(1, workers)
     found: dict[str, Any] = {}
     for name, source in (("many", files), ("few", files[3:4])):
         whole = flow(stream(source))
-        whole.begin(readers)
         found[name] = steps(whole, workers)
         assert not steps(whole, workers)  # nothing is left
         part = flow(stream(source))
-        part.begin(readers)
         begun = steps(part, workers, most=few)
         again = flow(stream(source))
         again.resume(json.loads(json.dumps(part.position())))
@@ -169,7 +168,6 @@ def test_no_more_rows_are_alive_however_many_there_are() -> None:
     most = []
     for size in (2_000, 20_000):
         made = flow(Counting(size), buffer=300)
-        made.begin(1)
         Alive.most = 0
         assert len(flat(steps(made, 0, size=64))) == size
         most.append(Alive.most)
@@ -189,7 +187,6 @@ def test_other_rows_are_found_out(change: str, tmp_path: Path) -> None:
     file.write_text("\n".join(long))
     made = flow(stream([str(file)]))
     before = made.source.fingerprint()
-    made.begin(1)
     steps(made, 0, size=64, most=14)  # up to row 1792
     lines = list(long)
     if change == "middle":  # after the rows that the identity looks at, before where the run is
