@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters import disk, shards
+from adapters import disk, locks, shards
 from adapters.errors import FolderError, message
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,18 @@ def _discard(folder: Path) -> None:
         folder.rmdir()
     except OSError:
         logger.warning("kept in %s what this run did not write: %s", folder, ", ".join(sorted(os.listdir(folder))))
+
+
+@contextlib.contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """An output folder that this process alone writes into, as whole as what died in it has left it.
+
+    Raises:
+        FolderError: another process writes there.
+    """
+    with locks.held(run / ".lock", str(run)):
+        recover(run)
+        yield
 
 
 def recover(run: Path) -> None:

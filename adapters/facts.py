@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import shards
-from adapters.contracts import Adapted, Strategy, Vocabulary
+from adapters.contracts import Adapted, Record, Strategy, Vocabulary
 from adapters.manifest import FORMAT, WEIGHTS
 from adapters.schema import load_fault
 
@@ -74,6 +74,25 @@ def described(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
             "sha256": hashlib.sha256(shards.tensor_bytes(tensor)).hexdigest(),
         }
         for name, tensor in state.items()
+    }
+
+
+def trained(record: Record, state: Any, loss: float, seconds: float, read: Mapping[str, float]) -> None:
+    """Take down what a run was.
+
+    Args:
+        record: of the adaptation.
+        state: transformers' own, at the end.
+        loss: the mean over its steps.
+        seconds: that they took.
+        read: tokens, their rate and padding.
+    """
+    record.metrics["train"] = {
+        "loss": loss,
+        "epochs": float(state.epoch or 0),
+        "steps": int(state.global_step),
+        "seconds": round(seconds, 2),
+        **read,
     }
 
 

@@ -7,6 +7,7 @@ Everywhere else it is the start (linear probing, then fine-tuning: Kumar et al.,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adapters import features, heads, interrupts, kept, pooling, progress, reading, relocation, solve
+from adapters import exchange, features, heads, interrupts, kept, pooling, progress, ranks, reading, relocation, solve
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
@@ -218,7 +219,9 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         said.append("the probe is stepped, not solved: its training rows are drawn anew in each epoch")
     if not readings and wanted is False:
         return None, said
-    start, remark = solved(adapted, rows, layer, readings)
+    # Solved once, so that every process begins with the same bits.
+    made = ranks.by_first(lambda: solved(adapted, rows, layer, readings))
+    start, remark = made if made is not None and not ranks.joined() else _told(made, layer)
     said += [remark] if remark else []
     if start is None:
         return None, said
@@ -254,6 +257,36 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         *(_score(choice, best), on, choice.layer.penalty, 100 * gain, start.seconds),
     )
     return start, said
+
+
+def _told(made: tuple[Start | None, str] | None, layer: nn.Linear) -> tuple[Start | None, str]:
+    """What the first process has solved, in all of them.
+
+    Args:
+        made: by the first process; None in the others.
+        layer: of this process.
+    """
+    start, remark = made or (None, "")
+    facts: Any = None
+    if start is not None:
+        facts = dataclasses.asdict(replace(start, layer=None, choice=replace(start.choice, layer=None)))  # type: ignore[arg-type]
+        facts["shapes"] = [list(part.shape) for part in (start.choice.layer.weight, start.choice.layer.bias)]
+        facts["penalty"] = start.choice.layer.penalty
+    facts, remark = ranks.told([facts, remark])
+    if facts is None:
+        return None, remark
+    parts = [torch.zeros(shape, dtype=torch.float64) for shape in facts["shapes"]]
+    if start is not None:
+        parts = [start.choice.layer.weight.double(), start.choice.layer.bias.double()]
+    exchange.told_tensors(parts)
+    kept, choice = facts, facts["choice"]
+    weight, bias = (part.to(layer.weight) for part in parts)
+    found = solve.Choice(
+        **{**choice, "layer": solve.Solved(weight, bias, kept["penalty"])},
+    )
+    found = replace(found, tried=tuple(solve.Tried(**one) for one in choice["tried"]))
+    places = tuple(Reading(**one) for one in kept["readings"])
+    return Start(layer, found, places, kept["probe"], kept["seconds"], kept["strain"]), remark
 
 
 def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> tuple[Start | None, str]:

@@ -26,7 +26,7 @@ from adapters.progress import Job
 from adapters.states import States, cache_folder, room_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,16 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
         logger.info("kept states: their form was not written, the next run computes them again")
     _say_what(prefix, model, cut, request, found)
     return prefix, ""
+
+
+def passes(args: TrainingArguments, rows: Any, held: int, *, evaluates: bool) -> list[float]:
+    """How often a run passes its training rows and each of so many sets of validation rows, about."""
+    found = float(args.num_train_epochs)
+    if args.max_steps > 0 and hasattr(rows, "__len__"):
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found = args.max_steps * step / max(1, len(rows))
+    each_epoch = str(getattr(args.eval_strategy, "value", "no")) == "epoch"
+    return [found, *[found if each_epoch else max(1.0, found) if evaluates else 0.0] * held]
 
 
 def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -13,20 +13,15 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import TrainerCallback
 
-from adapters import data, formats, processes, ranks, remarks
-from adapters.contracts import Adapted, Draw
-from adapters.errors import DataError, RankError, RequestError, message
+from adapters import exchange, processes, ranks, remarks
+from adapters.contracts import Draw
+from adapters.errors import DataError, RequestError, message
 from adapters.inflow import Inflow, content
-from adapters.options import field_names
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BLOCK: Final = 128  # raw rows that are prepared at once
 BUFFER: Final = 1000  # raw rows of each reader that are mixed, where nothing else is asked for
@@ -183,18 +178,13 @@ class Flow(IterableDataset[Any]):
             fault = raised
         places = [place for batch in found for place in batch.pop(PLACE)]
         self._counted += [block for batch in found for block in batch.pop(REMARKS)]
-        text = None if fault is None else f"{type(fault).__name__}: {fault}"
-        said = ranks.gathered([len(found), text, places])
-        if fault is not None:
-            raise fault
-        for number, (_, other, _places) in enumerate(said):
-            if other is not None:
-                raise RankError(message("a process of the run could not read on", where=f"rank {number}", found=other))
-        for number, (_, _, there) in enumerate(said):
+        exchange.stop_all(fault)
+        said = ranks.gathered([len(found), places])
+        for number, (_, there) in enumerate(said):
             for lane, block, taken, digest in there:
                 self.lanes[lane] = self.lanes[lane].at(block, taken, digest)
                 self._turns[number] = lane
-        if not any(count for count, _, _ in said):
+        if not any(count for count, _ in said):
             return [], []
         assert self._collate is not None
         blanks = [number >= len(found) for number in range(wanted)]
@@ -317,103 +307,6 @@ class _Collated:
         places = {row[PLACE][0]: row.pop(PLACE) for row in rows}
         notes = [note for row in rows if (note := row.pop(REMARKS))]
         return {**self._collate(rows), PLACE: list(places.values()), REMARKS: notes}
-
-
-def opened(
-    adapted: Adapted, source: Inflow, columns: Mapping[str, str] | None, draw: Draw, *, buffer: int | None, steps: int
-) -> Flow:
-    """A stream of raw rows, which the task prepares on the way, or of model inputs.
-
-    Args:
-        adapted: what is to be trained.
-        source: of the rows.
-        columns: task column -> column of the source.
-        draw: whose seed and epoch the order follows.
-        buffer: raw rows that a reader mixes; None for the usual number, or for none where the rows are model inputs.
-        steps: that the run takes; 0 or less where nobody has said.
-
-    Raises:
-        RequestError: no number of steps, or class weights that are counted over all rows.
-        DataError: rows that the task cannot take.
-    """
-    faults = []
-    if steps <= 0:
-        expected = "the number of steps; a stream that ends before begins anew"
-        remedy = "Say max_steps: rows x epochs / rows of a step."
-        what = "nobody knows how many rows a stream has"
-        faults.append(message(what, where="args: max_steps", expected=expected, remedy=remedy))
-    task: Any = adapted.task
-    if "class_weights" in field_names(type(task)) and task.class_weights == "balanced":
-        remedy = "Give a weight a label, or the rows as a set."
-        what = "balanced class weights are counted over all rows, which nobody knows of a stream"
-        faults.append(message(what, where="class_weights", remedy=remedy))
-    if faults:
-        raise RequestError(*faults)
-    first = source.first(1)
-    prepared = bool(first) and adapted.model.main_input_name in first[0] and "labels" in first[0]
-
-    def prepare(rows: list[Mapping[str, Any]]) -> tuple[Iterable[Mapping[str, Any]], list[str]]:
-        arranged, _ = formats.arrange(_block(rows, source.features), columns, task.columns)
-        made: tuple[Dataset, list[str]] = task.prepare(arranged, adapted.processor, adapted.model, labelled=True)
-        return made
-
-    if buffer is None:
-        buffer = 0 if prepared else BUFFER
-    return Flow(source, None if prepared else prepare, draw, buffer)
-
-
-def _block(rows: list[Mapping[str, Any]], features: Any) -> Dataset:
-    """Some rows as a set, with the features of the stream where they are known (the names of classes)."""
-    from datasets import Dataset
-
-    plain = [dict(row) for row in rows]
-    return data.one(plain) if features is None else Dataset.from_list(plain, features=features)
-
-
-@final
-class Onward(TrainerCallback):
-    """Moves a stream from epoch to epoch, and counts the part of an epoch that its steps were.
-
-    Args:
-        flow: the stream; its epoch is that of its draw.
-        workers: of each process.
-        batches: of the epoch at hand, up to now.
-        say: takes what is to be said, once each.
-    """
-
-    def __init__(self, flow: Flow, workers: int, batches: Callable[[], int], say: Callable[[str], None]) -> None:
-        self._flow, self._workers, self._batches, self._say = flow, workers, batches, say
-        self._stepped = self._went_on = False
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew, unless the epoch goes on from a checkpoint."""
-        self._stepped, self._went_on = False, self._flow.resumed
-        if not self._flow.resumed:
-            self._flow.begin()
-        self._flow.resumed = False
-        self._flow.deal(self._workers)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """There is a step in this epoch."""
-        self._stepped = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """transformers counts from where a process began to read."""
-        steps = state.max_steps * args.gradient_accumulation_steps
-        state.epoch = self._flow.draw.epoch + self._batches() / max(1, steps)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch of which nothing was left goes by as any other; one without rows is an error."""
-        if not self._stepped:
-            if not self._went_on:
-                raise DataError(message("the stream gave no rows", where=f"epoch {self._flow.draw.epoch}"))
-            control.should_training_stop = False  # transformers ends the run where it finds no row
-        self._flow.ended = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What there is to say of all rows that were read."""
-        for remark in self._flow.said():
-            self._say(remark)
 
 
 def _blocks(rows: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:

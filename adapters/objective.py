@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import TrainingArguments
 
 from adapters import (
@@ -22,19 +23,24 @@ from adapters import (
     fused,
     headstart,
     identity,
-    inflow,
     kept,
     lanes,
+    onward,
     pace,
     prefix,
     quantize,
+    ranks,
     readout,
+    shares,
     throughput,
     vocabulary,
 )
+from adapters.accord import Accord
 from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
+from adapters.evaluation import Evaluation
+from adapters.evaluation import kept as kept_apart
 from adapters.formats import arrange
 from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
@@ -72,12 +78,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self._data: dict[str, dict[str, Any]] = {}
         self._draw = Draw(arguments.seed)
         if isinstance(train_dataset, IterableDataset):
-            found = inflow.opened(train_dataset)
-            adapted.record.data = self._data["data"] = found.fingerprint()
-            buffer, steps = own.get("shuffle_buffer"), arguments.max_steps
-            train_dataset = lanes.opened(adapted, found, columns, self._draw, buffer=buffer, steps=steps)
-            for remark in train_dataset.remarks:
-                self._say(remark)
+            train_dataset = onward.opened(adapted, train_dataset, columns, self._draw, own, arguments.max_steps)
+            adapted.record.data = self._data["data"] = train_dataset.source.fingerprint()
         elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
             adapted.record.data = self._data["data"] = identity.fingerprint(rows)
@@ -124,27 +126,29 @@ class ObjectiveTrainer(transformers.Trainer):
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._own = own
-        alone = tasks_loss and self.args.n_gpu <= 1 and self.args.world_size == 1 and not self.args.torch_compile
+        # Each process holds the whole model, alone or beside others: then a pass through it is its own affair.
+        self._undivided = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        alone = tasks_loss and self.args.n_gpu <= 1 and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
         self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
-        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self.args.world_size == 1
+        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self._undivided
         self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
-        self._prefix: prefix.Prefix | None = None
+        many = self.args.world_size > 1
+        self._accord = Accord(self.accelerator, self._training, divided=not self._undivided) if many else None
+        self._shares: shares.Shares | None = None  # this process' rows of the steps
         self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
         self._blank = False
-        self._evaluated: Any = None
-        self._read_in: Longest | None = None
-        self._summed = torch.zeros(2, dtype=torch.float64)
+        self._prefix: prefix.Prefix | None = None
+        self._evaluation: Evaluation | None = None  # the one at hand
         self._batch_rows: list[int] | None = None
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
         if isinstance(train_dataset, lanes.Flow):
-            workers = self.args.dataloader_num_workers
-            self.add_callback(lanes.Onward(train_dataset, workers, lambda: self.epochs.batches, self._say))
+            self.add_callback(onward.Onward(train_dataset, lambda: self.epochs.batches, self._say))
 
     # ------------------------------------------------------------------ rows
 
@@ -179,7 +183,7 @@ class ObjectiveTrainer(transformers.Trainer):
     def _say(self, remark: str) -> None:
         if remark not in self.remarks:
             self.remarks.append(remark)
-            logger.warning(remark)
+            logger.log(logging.WARNING if ranks.first() else logging.DEBUG, remark)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -196,15 +200,22 @@ class ObjectiveTrainer(transformers.Trainer):
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
         drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
-        self.data_collator = functools.partial(throughput.counted, drawing)
+        counted = functools.partial(throughput.counted, drawing)
         if isinstance(self.train_dataset, lanes.Flow):
-            size, workers = self.args.train_batch_size, self.args.dataloader_num_workers
-            made, self.data_collator = self.data_collator, plain
-            return self.train_dataset.loader(size, made, workers)
+            return self.train_dataset.loader(self.args.train_batch_size, counted, self.args.dataloader_num_workers)
+        self.data_collator = counted
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loader; where there are several processes, of the rows that are this one's."""
+        loader, world = super()._get_dataloader(*args, **kwargs), self.args.world_size
+        found = shares.divided(loader, kwargs["batch_size"], world, self.args.process_index) if world > 1 else None
+        if kwargs.get("is_training"):
+            self._shares = found
+        return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, in an order that seed and epoch alone decide."""
@@ -214,6 +225,8 @@ class ObjectiveTrainer(transformers.Trainer):
         """Rows of like length together, the longest first: hardly any padding, and memory runs out at once or never."""
         chosen = super()._get_eval_sampler(*args, **kwargs)
         rows = args[0] if args else kwargs["eval_dataset"]
+        if chosen is None and self.args.world_size > 1 and hasattr(rows, "__len__"):
+            chosen = SequentialSampler(rows)  # transformers leaves it to accelerate
         return Longest(rows["length"]) if chosen is not None and is_prepared(rows) else chosen
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,53 +234,55 @@ class ObjectiveTrainer(transformers.Trainer):
 
         What it gives is in the order of the rows, whatever order they were read in.
         """
-        self._evaluated = dataloader.dataset
-        self._summed = torch.zeros(2, dtype=torch.float64)
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
-        self._read_in = sampler if isinstance(sampler, Longest) and self.args.world_size == 1 else None
+        evaluation = self._evaluation = Evaluation(dataloader)
+        if evaluation.shares is not None:
+            self.gather_function = kept_apart  # what each process has found is put together at the end
         try:
             result = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
-            self._evaluated = None  # rows that come now are those of a step
-        if self._read_in is not None:
-            put_back = self._read_in.put_back
-            result = result._replace(predictions=put_back(result.predictions), label_ids=put_back(result.label_ids))
-        summed = self._summed
-        if self.args.world_size > 1:
-            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        total, items = summed.tolist()
-        if items and result.metrics is not None:
-            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
+            self._evaluation = None  # rows that come now are those of a step
+        found = [evaluation.put_back(part) for part in (result.predictions, result.label_ids)]
+        loss = evaluation.loss()
+        if loss is not None and result.metrics is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
+        metrics = ranks.told(result.metrics)  # what is decided by them is decided alike
+        return result._replace(predictions=found[0], label_ids=found[1], metrics=metrics)
 
     def _in_order(self, own: Any, found: Any, **kwargs: Any) -> Any:
         """The caller's own metrics, of predictions in the order of the rows."""
-        if self._read_in is not None and not self.args.batch_eval_metrics:
+        if self._evaluation is not None and not self.args.batch_eval_metrics:
             for part in ("predictions", "label_ids", "inputs", "losses"):
-                setattr(found, part, self._read_in.put_back(getattr(found, part)))
+                setattr(found, part, self._evaluation.put_back(getattr(found, part)))
         return own(found, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
+        evaluation = cast("Evaluation", self._evaluation)
+        counts = evaluation.batch()
         if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
+            items = self.task.items(inputs["labels"]) if "labels" in inputs and counts else 0
             with self._readout.whole():
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                step: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            if evaluation.shares is not None and step[0] is not None:
+                evaluation.add(float(step[0]), items)
+            return cast("tuple[Any, Any, Any]", step)
         numbers = torch.as_tensor(inputs["row"], device=self.args.device)
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
             found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
-        items = self.task.items(batch["labels"])
-        self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
+        evaluation.add(float(loss), self.task.items(batch["labels"]) if counts else 0)
         return loss.detach(), tuple(part.contiguous() for part in found), numbers
 
     def _metrics(self, found: Any) -> dict[str, float]:
         parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
-        place = {number: position for position, number in enumerate(self._evaluated["row"])}
-        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
-        return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
+        evaluation = cast("Evaluation", self._evaluation)
+        parts, numbers = evaluation.whole(parts), evaluation.whole(found.label_ids)
+        place = {number: position for position, number in enumerate(evaluation.rows["row"])}
+        back = sorted(range(len(numbers)), key=lambda index: place[int(numbers[index])])
+        return self.task.metrics([part[back] for part in parts], evaluation.rows, self.adapted.processor)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups divided by the strategy's rates."""
@@ -294,20 +309,28 @@ class ObjectiveTrainer(transformers.Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
         self._throughput.begin()
-        if isinstance(self.train_dataset, lanes.Flow):
-            batches, self._blanks = self.train_dataset.step(args[0], args[1])
-            rows = [batch for batch, blank in zip(batches, self._blanks, strict=True) if not blank]
-            items = self._get_num_items_in_batch(rows, args[2])
+        read, before, own, stream = args[0], self.epochs.batches, self._shares, self.train_dataset
+        if isinstance(stream, lanes.Flow):
+            read, self._blanks = stream.step(*args[:2])
+        blanks = list(self._blanks)
+        if self._accord is None:
+            batches, items = super().get_batch_samples(iter(read), *args[1:], **kwargs)
+            self._throughput.take(batches)
         else:
-            batches, items = super().get_batch_samples(*args, **kwargs)
-        self._throughput.take(batches)
+            batches, self._blanks, items = self._accord.batches(
+                itertools.islice(read, args[1]),
+                self.task.items,
+                lambda number: blanks[number] if blanks else own is not None and own.blank(before + number),
+                self._throughput,
+            )
         self.epochs.batches += len(batches)
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
-        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
+        if not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
+        batch_samples = [b for n, b in enumerate(batch_samples) if True not in self._blanks[n : n + 1]]
         return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -345,7 +368,7 @@ class ObjectiveTrainer(transformers.Trainer):
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""
         loss = self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
-        return loss * 0 if self._blank else loss
+        return loss * 0 if self._blank and torch.is_grad_enabled() else loss
 
     def _head_start(self) -> headstart.Start | None:
         """The new output layer of this run, solved: instead of all steps, or as their start."""
@@ -373,17 +396,13 @@ class ObjectiveTrainer(transformers.Trainer):
         """The frozen prefix of all rows, where they pass more than once and it never changes."""
         draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
         wanted = self._own.get("prefix_cache", True)
-        passes = float(args.num_train_epochs)
-        if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
-            step = args.train_batch_size * args.gradient_accumulation_steps
-            passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
-        if not wanted or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+        if not wanted or not self._draws or not self._undivided or args.n_gpu > 1:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         held = [part for part in parts if part is not None]
         request = kept.Request(
             sets=[self.train_dataset, *held],
-            passes=[passes, *[self._evaluations(passes)] * len(held)],
+            passes=kept.passes(args, self.train_dataset, len(held), evaluates=self._evaluates),
             collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
             redraw=lambda epoch: setattr(draw, "epoch", epoch),
             dtype=torch.bfloat16 if wanted == "bfloat16" else None,
@@ -404,18 +423,17 @@ class ObjectiveTrainer(transformers.Trainer):
         fingerprint = self.adapted.fingerprint.digest
         return {"fingerprint": fingerprint, "gigabytes": self._own.get("prefix_cache_gb"), "say": self._say}
 
-    def _evaluations(self, passes: float) -> float:
-        """How often the validation rows are passed, about."""
-        if str(getattr(self.args.eval_strategy, "value", "no")) == "epoch":
-            return passes
-        return 0.0 if str(getattr(self.args.eval_strategy, "value", "no")) == "no" else max(1.0, passes)
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the run passes its validation rows."""
+        return str(getattr(self.args.eval_strategy, "value", "no")) != "no"
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._batch_rows = rows = inputs.get("row")
         prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "row"})
         self._batch_keys = None
         if self._prefix is not None and rows is not None:
-            known = self._prefix.known(self.train_dataset if self._evaluated is None else self._evaluated)
+            known = self._prefix.known(self.train_dataset if self._evaluation is None else self._evaluation.rows)
             if known is not None:  # so that no step waits for its inputs to come back from the device
                 tensor = prepared[self.adapted.model.main_input_name]
                 self._batch_keys = tensor, tensor._version, [known[int(row)] for row in rows]
@@ -423,7 +441,7 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """transformers' clipping, of what trains alone: its walk through all parameters costs more than the norm."""
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        if not self._undivided or self.args.n_gpu > 1:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return self.accelerator.clip_grad_norm_(self._training.values(), self.args.max_grad_norm)
 

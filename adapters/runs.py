@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from adapters import checkpoints, facts, manifest, shards
+from adapters import checkpoints, facts, manifest, randomness, ranks, shards
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.fingerprint import Fingerprint
@@ -26,12 +26,14 @@ RANDOM = "rng_state.pth"
 # Training arguments that change neither weights nor metrics: names, or how names begin.
 _IDLE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "project", "debug", "skip_memory_metrics"),
-    *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_timeout", "include_", "past_index"),
+    *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_", "include_", "past_index"),
     *("per_device_eval_batch_size", "eval_accumulation_steps", "dataloader_", "resume_from_checkpoint"),
     *("restore_callback_states_from_checkpoint", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
 )
 # What no override changes: the tensors, their optimizer's state, and the position in the data would not fit.
 _FIXED = ("backbone", "strategy", "task", "quantization", "optim", "optimizers", "rows", "rows_per_step")
+# How the rows of a step are divided: free to change with the number of processes.
+_DIVISION = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 _SCHEDULE = {
     "learning_rate",
     "lr_scheduler_type",
@@ -72,6 +74,7 @@ def terms(
         "device": args.device.type,
         "rows": data["data"]["rows"],
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        **({"processes": args.world_size} if args.world_size > 1 else {}),
         **{name: entry["sha256"] for name, entry in data.items()},
         "early_stopping_patience": [callback.early_stopping_patience for callback in _stopping(handler)],
         "frozen_dropout": bool(own.get("frozen_dropout")),
@@ -107,13 +110,35 @@ def _stopping(handler: Any) -> list[Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """The terms that differ, each with what it was and what it is."""
+    """The terms that differ, each with what it was and what it is.
+
+    How the rows of a step are divided over processes and micro-batches is no difference where their number is the same
+    and that of the processes is not.
+    """
     nothing = "not set"
-    return {
+    processes = [int(terms.get("processes", 1)) for terms in (saved, now)]
+    idle = _DIVISION if processes[0] != processes[1] else ()
+    found = {
         name: f"{name} was {_short(saved.get(name, nothing))}, is {_short(now.get(name, nothing))}"
-        for name in sorted({*saved, *now})
+        for name in sorted({*saved, *now} - set(idle))
         if saved.get(name, nothing) != now.get(name, nothing)
     }
+    if "rows_per_step" in found and idle:
+        found["rows_per_step"] += f"; {_fitting(int(saved['rows_per_step']), now, processes[1])}"
+    return found
+
+
+def _fitting(rows: int, now: Mapping[str, Any], processes: int) -> str:
+    """Which settings give a step as many rows in so many processes."""
+    each, left = divmod(rows, processes)
+    if left or not each:
+        return f"{processes} processes cannot share {rows} rows of a step evenly: start a number that divides them"
+    asked = int(now.get("per_device_train_batch_size", 1))
+    size = max(number for number in range(1, each + 1) if each % number == 0 and number <= max(asked, 1))
+    return (
+        f"with {processes} processes say per_device_train_batch_size {size} and gradient_accumulation_steps "
+        f"{each // size}"
+    )
 
 
 def _short(value: Any) -> str:
@@ -141,23 +166,6 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
         if fixed or name not in override:
             lines.append(f"{line} (cannot change within a run)" if fixed else line)
     return "; ".join(lines)
-
-
-def refuse_many_processes(args: TrainingArguments) -> None:
-    """Checkpoints of several processes are not written: say so before the first one is due.
-
-    Raises:
-        RequestError: several processes, and a run that would save.
-    """
-    if args.world_size > 1 and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-        raise RequestError(
-            message(
-                "checkpoints are written by one process",
-                where="args: save_strategy",
-                found=f"{args.world_size} processes",
-                remedy="Say save_strategy='no', or train in one process.",
-            )
-        )
 
 
 def needed(accelerator: Any) -> list[str]:
@@ -216,6 +224,8 @@ def checkpoint(
             )
         )
     lacking = [name for name in files if not (folder / name).is_file()]
+    if RANDOM in lacking and (folder / randomness.STATES).is_file():
+        lacking.remove(RANDOM)
     if lacking:
         raise FolderError(
             message(
@@ -223,6 +233,30 @@ def checkpoint(
                 where=str(folder),
                 expected=", ".join(lacking),
                 remedy="Write checkpoints without save_only_model, or load this one as an adapter.",
+            )
+        )
+    return folder
+
+
+def agreed(*asked: Any) -> Path:
+    """The checkpoint that all processes go on from: the first one chooses and verifies it.
+
+    Args:
+        asked: what `checkpoint` takes.
+
+    Raises:
+        AdaptersError: as `checkpoint` has it.
+        FolderError: not every process sees it.
+    """
+    folder = Path(ranks.told(str(ranks.by_first(lambda: checkpoint(*asked)))))
+    blind = [number for number, seen in enumerate(ranks.gathered(folder.is_dir())) if not seen]
+    if blind:
+        raise FolderError(
+            message(
+                "not every process sees the checkpoint",
+                where=str(folder),
+                found=f"nothing in process {', '.join(map(str, blind))}",
+                remedy="Give an output folder that all machines of the run share.",
             )
         )
     return folder

@@ -58,6 +58,11 @@ def counted(collate: Callable[[Sequence[Any]], dict[str, Any]], rows: Sequence[A
     return batch
 
 
+def taken(batches: Sequence[Any]) -> Tally:
+    """The tallies of batches in one, which they hold no more."""
+    return sum((batch.pop(COUNTED, Tally()) for batch in batches if isinstance(batch, dict)), Tally())
+
+
 @final
 class Throughput(TrainerCallback):
     """Sums up what the steps of a run read, and their time: evaluations and checkpoints between them do not count."""
@@ -77,9 +82,11 @@ class Throughput(TrainerCallback):
 
     def take(self, batches: Sequence[Any]) -> None:
         """The batches of a step, whose tallies are taken out."""
-        for batch in batches:
-            if isinstance(batch, dict):
-                self._lately += batch.pop(COUNTED, Tally())
+        self.add(taken(batches))
+
+    def add(self, found: Tally) -> None:
+        """What a step has read."""
+        self._lately += found
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is over."""

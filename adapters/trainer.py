@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -24,20 +24,25 @@ from adapters import (
     checkpoints,
     checks,
     course,
+    exchange,
+    facts,
     fidelity,
     finite,
     gauge,
     headstart,
-    lanes,
-    locks,
     manifest,
     memory,
+    onward,
     progress,
+    randomness,
+    ranks,
     runs,
     storage,
+    unison,
     vocabulary,
     witness,
 )
+from adapters.accord import Accord
 from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
@@ -80,6 +85,7 @@ class Trainer(ObjectiveTrainer):
         own = self._own
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
+        self._random: list[Any] = []  # the state of every process, while a checkpoint is written
         self._run = secrets.token_hex(8)
         optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
         self._terms = functools.partial(
@@ -91,7 +97,7 @@ class Trainer(ObjectiveTrainer):
         self._bars = self.pop_callback(ProgressCallback) is not None
         if self._bars:
             self.add_callback(self._gauge)
-        self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
+        self.stops = Stops("trainer.train(resume_from_checkpoint=True)", alone=self.args.world_size == 1)
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
@@ -116,24 +122,50 @@ class Trainer(ObjectiveTrainer):
             torch.OutOfMemoryError: a batch that cannot be divided.
         """
         self._blank = bool(self._blanks) and self._blanks.pop(0)
-        divide = num_items_in_batch is not None and self.args.world_size == 1
+        if self._accord is not None:
+            return self._step_of_many(self._accord, model, inputs, num_items_in_batch)
+        loss = self._passed(model, inputs, num_items_in_batch)
+        self._count(float(loss))
+        if self.accelerator.sync_gradients:
+            self._check_gradients()
+        return loss
+
+    def _count(self, loss: float) -> None:
+        """A share in the loss of the step."""
+        self._course.add(loss)
+        if self._witness is not None:
+            self._witness.add(loss)
+
+    def _passed(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        """The loss and gradients of one micro-batch."""
         loss: torch.Tensor = self._portions.passed(
             inputs,
-            lambda part: self._pass(model, part, num_items_in_batch),
+            lambda part: self._pass(model, part, items),
             model.zero_grad,
             lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
-            divide=divide,
+            divide=items is not None and self._undivided,
         )
-        self._course.add(float(loss))
-        if self._witness is not None:
-            self._witness.add(float(loss))
-        self._blank = False
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
-            if getattr(self.accelerator, "scaler", None) is None:
-                finite.check_gradients(self._training, self._where())
         return loss
+
+    def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
+        last = self.accelerator.sync_gradients
+        with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+            accord.taken(
+                lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
+            )
+        if not last:
+            return torch.zeros((), device=self.args.device)
+        loss, self.stops.number = accord.reached(self.stops.came)
+        self._count(loss)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _check_gradients(self) -> None:
+        if getattr(self.accelerator, "scaler", None) is None:  # a loss scale is still being found where there is one
+            finite.check_gradients(self._training, self._where())
 
     def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
         """Loss and gradients of what is passed through the model at once."""
@@ -156,7 +188,8 @@ class Trainer(ObjectiveTrainer):
         """The loss of the last batch as evaluation would have it."""
         model, plain = self.adapted.model, torch.random.fork_rng(devices=[])
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
-            return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+            found = float(self.compute_loss(model, self._prepare_inputs(self._part))) if self._part is not None else 0.0
+        return float(sum(ranks.gathered(found)))
 
     def _now(self) -> float | None:
         """The loss of the last steps, for the bar."""
@@ -192,28 +225,26 @@ class Trainer(ObjectiveTrainer):
             DiskError: the disk is full or fails.
             RequestError: the checkpoint is another run's.
         """
-        runs.refuse_many_processes(self.args)
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress.showing(wanted=self._bars))
             stack.callback(self._gauge.close)
-            if self.args.should_save:
-                stack.enter_context(locks.held(run / ".lock", str(run)))
-                checkpoints.recover(run)
+            ranks.by_first(lambda: stack.enter_context(checkpoints.owned(run)))
             self.epochs.start(0, 0)
             self._throughput.start()
+            unison.check_start(self.adapted, self._terms())
             folder = None
             if resume_from_checkpoint:
-                asked = (resume_from_checkpoint, run, self._terms(), self._override)
-                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+                asked = (resume_from_checkpoint, run, self._terms(), self._override, self.adapted.fingerprint)
+                folder = runs.agreed(*asked, runs.needed(self.accelerator))
             start = self._head_start() if folder is None else None
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
             self.pop_callback(self.stops)
             self._witness = None
-            if self.journal is not None and self.args.should_save:
+            if self.journal is not None and ranks.first():
                 self._witness = witness.Witness(self.journal, self._throughput)
                 stack.callback(self.remove_callback, self._witness)
                 self.add_callback(self._witness)
@@ -226,50 +257,38 @@ class Trainer(ObjectiveTrainer):
                 result = self._nothing_left(folder)
             elif start is not None and start.probe:
                 result = self._solve(start)
-                contract.solved()
+                exchange.in_all(contract.solved)
             else:
-                if start is not None and self.eval_dataset is not None:
-                    stack.enter_context(self._measured_first())
+                if start is not None and self.eval_dataset is not None and self._evaluates:
+                    first = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
+                    stack.callback(self.remove_callback, first)
+                    self.add_callback(first)
                 self._prefix = self._kept_prefix()
+                randomness.spread(self.args.seed)
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
-                    contract.finish(whole=folder is None and not self.stops.number)
+                    exchange.in_all(lambda: contract.finish(whole=folder is None and not self.stops.number))
                 except NumbersError:
                     self._put_back(contract.good)
                     raise
                 result = result._replace(training_loss=result.metrics["train_loss"])
+            unison.check_weights(self.adapted, f"the end of the run, step {self.state.global_step}")
+            self.stops.number = self.stops.number or max(ranks.gathered(self.stops.came))
             if self.stops.number:
                 if self.optimizer is not None:
                     self._save_checkpoint(self.model, None)
                 self.stops.stop(self.state.global_step)
-        self._restore_best()
-        record = self.adapted.record
+        if self._best is not None:
+            storage.put(self.adapted, self._best, "best weights")
+        record, self._best = self.adapted.record, None
         self._compare_baseline()
-        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, Path(str(self.args.output_dir)))
+        ranks.by_first(lambda: fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, run))
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
-        record.metrics["train"] = {
-            "loss": float(result.training_loss),
-            "epochs": float(self.state.epoch or 0),
-            "steps": int(self.state.global_step),
-            "seconds": round(float(result.metrics.get("train_runtime", 0.0)), 2),
-            **self._throughput.totals(),
-        }
+        seconds = float(result.metrics.get("train_runtime", 0.0))
+        facts.trained(record, self.state, float(result.training_loss), seconds, self._throughput.totals())
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
-
-    @contextlib.contextmanager
-    def _measured_first(self) -> Iterator[None]:
-        """Within it the weights that a run begins with are evaluated too: a solved start may stay the best."""
-        if str(getattr(self.args.eval_strategy, "value", "no")) == "no":
-            yield
-            return
-        callback = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
-        self.add_callback(callback)
-        try:
-            yield
-        finally:
-            self.remove_callback(callback)
 
     def _solve(self, start: headstart.Start) -> TrainOutput:
         """A run without steps: the output layer takes its solved values, and is evaluated as after an epoch."""
@@ -278,7 +297,7 @@ class Trainer(ObjectiveTrainer):
         self._total_loss_scalar = start.choice.train_loss
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         start.put()
-        if self.eval_dataset is not None and str(getattr(self.args.eval_strategy, "value", "no")) != "no":
+        if self.eval_dataset is not None and self._evaluates:
             self._determine_best_metric(self.evaluate(), None)
         metrics = {"train_loss": start.choice.train_loss, "train_runtime": round(start.seconds, 4)}
         self.log(dict(metrics))
@@ -296,11 +315,6 @@ class Trainer(ObjectiveTrainer):
             self.state.best_global_step = self.state.global_step
             self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}
         return better
-
-    def _restore_best(self) -> None:
-        if self._best is not None:
-            storage.put(self.adapted, self._best, "best weights")
-        self._best = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
@@ -320,7 +334,7 @@ class Trainer(ObjectiveTrainer):
         name = str(self.args.metric_for_best_model).removeprefix("eval_")
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
-        train = self.eval_dataset if isinstance(self.train_dataset, lanes.Flow) else self.train_dataset
+        train = self.train_dataset if is_prepared(self.train_dataset) else self.eval_dataset  # a stream is not counted
         baseline = self.task.baseline(train, self.eval_dataset, self.adapted.processor)
         if self._witness is not None:
             self._witness.floor(baseline)
@@ -339,31 +353,56 @@ class Trainer(ObjectiveTrainer):
         if self._stage is not None and folder.parent == self._stage:
             folder.mkdir()
             storage.write(self.adapted, folder)
-        else:
+        elif ranks.first():
             storage.save(self.adapted, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
+        """Write a checkpoint beside its place, give it a manifest, then move it there in one step.
+
+        One process writes; the others wait, and fail with it.
+        """
+        unison.check_weights(self.adapted, f"the checkpoint of step {self.state.global_step}")
+        self.store_flos()
+        self._random = ranks.gathered(randomness.state()) if self._accord is not None else []
+        ranks.by_first(lambda: self._write_checkpoint(model, trial))
+        self.state.best_model_checkpoint = ranks.told(self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         place = run / f"checkpoint-{self.state.global_step}"
         best = run / f"checkpoint-{self.state.best_global_step}"
         place_in = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
-            "lanes": self.train_dataset.position() if isinstance(self.train_dataset, lanes.Flow) else None,
+            "lanes": onward.position(self.train_dataset),
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
+        said = {"run": self._run, "terms": self._terms(), "progress": place_in}
+        step = self.state.best_global_step
         try:
-            with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:
+            with progress.Job("saving a checkpoint"), checkpoints.staged(place, said) as self._stage:
+                self.state.best_global_step = 0  # transformers would wait for the others, who wait for this one
                 super()._save_checkpoint(model, trial)
+                self.state.best_global_step = step
                 known = best == place or checkpoints.run_of(best) == self._run
                 self.state.best_model_checkpoint = str(best) if known else None
                 runs.write_state(self._stage / place.name, self.state, self._best)
         finally:
-            self._stage = None
+            self._stage, self.state.best_global_step = None, step
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
+
+    def store_flos(self) -> None:
+        """transformers' sum over all processes; while one of them writes there is nothing to add."""
+        if self._stage is None:
+            super().store_flos()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random state of every process, which they have told the one that writes."""
+        if self._accord is None:
+            super()._save_rng_state(output_dir)
+        else:
+            randomness.write(Path(output_dir), self._random)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -374,10 +413,7 @@ class Trainer(ObjectiveTrainer):
             self._say(
                 "the frozen prefix was computed anew since the checkpoint: the last bits of the losses may differ"
             )
-        epoch, batches = self._progress["position"]
-        if isinstance(self.train_dataset, lanes.Flow) and not self.train_dataset.resume(self._progress["lanes"]):
-            epoch, batches = epoch + 1, 0
-        self.epochs.start(epoch, batches)
+        self.epochs.start(*onward.resumed(self.train_dataset, self._progress))
         self._throughput.start(*self._progress.get("throughput", ()))
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = runs.best_weights(folder)
@@ -385,9 +421,9 @@ class Trainer(ObjectiveTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """transformers' position in the data; a stream may have ended and begun again."""
         position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
-        if isinstance(self.train_dataset, lanes.Flow):  # which goes on by itself
-            return self.epochs.first[0], 0
-        return position
+        if self._shares is not None:  # in batches of this process, which may be others than those of the checkpoint
+            self.epochs.start(*position)
+        return onward.begun(self.train_dataset, self.epochs.first[0]) or position
 
     def _load_callback_state(self) -> None:
         with runs.own_patience(self.callback_handler):
@@ -402,8 +438,12 @@ class Trainer(ObjectiveTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state, and with it the loss that was summed up since the last log."""
-        super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            if self._accord is None and (Path(checkpoint) / runs.RANDOM).is_file():
+                super()._load_rng_state(checkpoint)
+            elif not randomness.restore(Path(checkpoint)):
+                randomness.spread(self.args.seed, self.state.global_step)
+                self._say("the checkpoint is of another number of processes: what is drawn at random is drawn anew")
             summed, self._total_loss_scalar, self._globalstep_last_logged = self._progress["losses"]
             self._tr_loss = torch.tensor(summed, device=self.args.device)
             # When to log and to save is this run's affair.

@@ -209,6 +209,13 @@ FLOORS = {
     "remarks": 1,
     "inflow": 1,
     "lanes": 5,
+    "onward": 6,
+    "shares": 1,
+    "exchange": 3,
+    "evaluation": 6,
+    "accord": 4,
+    "unison": 8,
+    "randomness": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")
