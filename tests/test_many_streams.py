@@ -223,3 +223,44 @@ def test_a_stream_that_was_divided_already_is_refused(tmp_path: Path) -> None:
     divided = split_dataset_by_node(stream(shards(tmp_path)), rank=0, world_size=2)
     with pytest.raises(adapters.RequestError, match="divided among processes already"):
         inflow.opened(divided)
+
+
+def training(place: str, files: list[str], stop: int, resume: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """A run over a stream in each process: its losses, and the digest of what it trained."""
+    from test_trainer import Cut, adapted_on, trainer_for
+
+    arguments = {"learning_rate": 1e-3, "max_steps": 9, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_for(
+        Path(place),
+        adapted_on(strategy="lora"),
+        args={**arguments, **settings},
+        train_dataset=stream(files),
+        eval_dataset=None,
+        callbacks=[Cut(stop)] if stop else [],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+    except KeyboardInterrupt:
+        return {}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    state = {name: tensor.double().sum().item() for name, tensor in trainer.adapted.state().items()}
+    return {"losses": losses, "state": state, "epochs": trainer.state.epoch}
+
+
+def runs(place: str, files: list[str]) -> list[Any]:
+    """A whole run, one that breaks off in its second epoch, and what goes on from there."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = training(f"{place}/whole", files, 0, False, settings)
+    training(f"{place}/cut", files, 6, False, settings)
+    return [whole, training(f"{place}/cut", files, 0, True, settings)]
+
+
+def test_a_run_over_a_stream_goes_on_bit_for_bit(many: Callable[..., list[Ended]], tmp_path: Path) -> None:
+    files = shards(tmp_path, (30, 9, 2))  # 41 rows; of two processes one has 9 or 32 of them
+    ended = [one.gave for one in many("test_many_streams:runs", 2, tmp_path, files)]
+    for whole, again in ended:
+        assert whole == ended[0][0]  # the processes are one run
+        assert len(whole["losses"]) == 9
+        assert again["losses"] == whole["losses"]
+        assert again["state"] == whole["state"]
+        assert again["epochs"] == whole["epochs"] > 1
