@@ -23,6 +23,7 @@ from adapters import (
     fused,
     headstart,
     identity,
+    jointly,
     kept,
     lanes,
     onward,
@@ -173,9 +174,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def _inputs(self, rows: Dataset) -> Dataset:
         if is_prepared(rows):
             return rows
-        adapted = self.adapted
         with Job("preparing", len(rows), "rows"):
-            prepared, remarks = adapted.task.prepare(rows, adapted.processor, adapted.model, labelled=True)
+            prepared, remarks = jointly.prepared(rows, self.adapted)
         for remark in remarks:
             self._say(remark)
         return prepared

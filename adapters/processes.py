@@ -12,6 +12,7 @@ from typing import Any
 from adapters.errors import message
 
 WORLD = "WORLD_SIZE"  # set by accelerate and torchrun
+LOCAL = "LOCAL_WORLD_SIZE"  # likewise
 # Settings of transformers that divide one model over processes, and what each of them is.
 SHARDING = {
     "fsdp": "FSDP divides the weights, gradients and optimizer of one model over several GPUs",
@@ -24,6 +25,12 @@ def count() -> int:
     """The processes of this run, as the launcher says; 1 without a launcher."""
     said = os.environ.get(WORLD, "1")
     return int(said) if said.isdigit() else 1
+
+
+def here() -> int:
+    """Those of them that run on this machine."""
+    said = os.environ.get(LOCAL, "")
+    return int(said) if said.isdigit() else count()
 
 
 def sharding(settings: Mapping[str, Any]) -> list[str]:

@@ -209,6 +209,8 @@ FLOORS = {
     "remarks": 1,
     "inflow": 1,
     "lanes": 5,
+    "jointly": 5,
+    "neighbours": 3,
     "onward": 6,
     "shares": 1,
     "exchange": 3,
