@@ -32,7 +32,7 @@ def stop_all(fault: Exception | None) -> None:
         raise fault
     for number, one in enumerate(said):
         if one is not None:
-            raise _same(*one, number)
+            raise _same(one[0], one[1], number)
 
 
 def in_all(act: Callable[[], T]) -> T:

@@ -153,7 +153,9 @@ class Trainer(ObjectiveTrainer):
     def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
         last = self.accelerator.sync_gradients
-        with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+        if self._undivided and not self.args.torch_compile:
+            model = self.model  # past the wrap, whose first pass holds an exchange
+        with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
             accord.taken(
                 lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
             )
