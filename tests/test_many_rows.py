@@ -91,3 +91,55 @@ def test_many_rows_are_prepared_in_parts_on_disk(tmp_path: Path, monkeypatch: py
     again, _ = jointly.prepared(raw, adapted)
     assert again.to_list() == whole.to_list()
     assert again.cache_files == []
+
+
+def cached(base: str, place: str, texts: list[dict[str, str]], settings: dict[str, Any]) -> dict[str, Any]:
+    """A run in each process: its losses, and how many rows this process took through the frozen part by itself."""
+    from test_trainer import trainer_for
+
+    from adapters import features, prefix
+
+    own = {"prefix": 0, "features": 0}
+    run, read = prefix.Prefix.run, features.Extract.batch
+
+    def ran(self: Any, inputs: Any) -> Any:
+        own["prefix"] += len(inputs["input_ids"])
+        return run(self, inputs)
+
+    def reading(self: Any, inputs: Any) -> Any:
+        own["features"] += len(inputs["input_ids"])
+        return read(self, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix.Prefix, "run", ran)
+        patch.setattr(features.Extract, "batch", reading)
+        held = tiny.rows(20, seed=1)
+        arguments = {"num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no"}
+        adapted = adapters.adapt(base, "freeze", labels=list(tiny.LABELS))
+        more = {"train_dataset": texts, "eval_dataset": held, "args": {**arguments, **settings}}
+        trainer = trainer_for(Path(place), adapted, **more)
+        trainer.train()
+    losses = [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+    return {"losses": losses, **own}
+
+
+def caching(base: str, place: str, texts: list[dict[str, str]]) -> list[Any]:
+    """Without a cache, with an empty one, and with what that run has left."""
+    plain = cached(base, f"{place}/plain", texts, {"prefix_cache": False})
+    return [plain, *[cached(base, f"{place}/{name}", texts, {}) for name in ("first", "second")]]
+
+
+def test_what_each_computed_serves_all(many: Callable[..., list[Ended]], tmp_path: Path) -> None:
+    texts = tiny.rows(600)
+    more = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    base = tiny.folder("bert", tmp_path / "base")
+    ended = [one.gave for one in many("test_many_rows:caching", 2, base, tmp_path, texts, more=more)]
+    for plain, first, second in ended:
+        assert plain["prefix"] == 0
+        assert first["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        assert second["losses"] == first["losses"]
+        assert second["features"] == 0
+        assert 0 < first["prefix"] < 620 * 0.7  # its own part, and a few rows on which the cut is tried
+        assert 0 < first["features"] < 620 * 0.7
+        assert second["prefix"] <= 3
+    assert sum(first["features"] for _, first, _ in ended) == 620  # the head is solved once, on all of them
