@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from adapters import exchange, features, heads, interrupts, kept, pooling, progress, ranks, reading, relocation, solve
+from adapters import (
+    exchange,
+    features,
+    heads,
+    interrupts,
+    kept,
+    neighbours,
+    pooling,
+    progress,
+    ranks,
+    reading,
+    relocation,
+    solve,
+)
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
@@ -220,6 +233,8 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
     if not readings and wanted is False:
         return None, said
     # Solved once, so that every process begins with the same bits.
+    if ranks.joined():
+        _read_apart(adapted, rows, layer, readings)
     made = ranks.by_first(lambda: solved(adapted, rows, layer, readings))
     start, remark = made if made is not None and not ranks.joined() else _told(made, layer)
     said += [remark] if remark else []
@@ -335,6 +350,31 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
         )
     strain = _strain(choice.layer, train[:, choice.place])
     return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
+
+
+def _read_apart(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> None:
+    """Let every process that shares the first one's disk read a part of the features; they are solved from there.
+
+    Where no disk keeps them the first process reads them all.
+    """
+    alone = bool(readings)
+    readings = readings or (Reading(),)
+    states = exchange.in_all(lambda: _kept_features(adapted, rows, layer, readings))
+    group = neighbours.sharing(states.folder)
+    turn = group.index(ranks.rank())
+
+    def read() -> None:
+        extract = features.Extract(adapted.model, layer, readings)
+        limits = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
+        for part, most in zip((rows.train, rows.held), limits, strict=True):
+            for number, batch in enumerate(rows.batches(part, most) if part is not None else ()):
+                if number % len(group) == turn:
+                    features.of_rows(extract, [batch], states, row_keys)
+        states.flush()
+
+    if len(group) > 1:
+        with rows.computing(), Job("reading features"):
+            exchange.in_all(read)
 
 
 def _strain(layer: solve.Solved, read: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,6 @@ from adapters.errors import DataError, message
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-STREAM_ROWS = 64  # that tell one stream from another
 
 
 def identities(rows: Dataset, column: str) -> list[Any]:
@@ -50,28 +47,6 @@ def fingerprint(rows: Dataset) -> dict[str, Any]:
         digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
         digest.update(b"\n")
     return {"rows": len(rows), "columns": columns, "sha256": digest.hexdigest()}
-
-
-def fingerprint_of_stream(rows: Any) -> dict[str, Any]:
-    """The identity of rows that are read as they come: a sha256 over the first of them.
-
-    Raises:
-        DataError: the stream is empty, or its rows are not model inputs.
-    """
-    digest = hashlib.sha256()
-    columns: list[str] = []
-    for number, row in enumerate(itertools.islice(rows, STREAM_ROWS)):
-        if not isinstance(row, Mapping) or "labels" not in row:
-            expected = 'model inputs by name, and "labels"'
-            raise DataError(
-                message("a stream of raw rows", where=f"train_dataset, row {number}", expected=expected, found=row)
-            )
-        columns = columns or list(row)
-        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        digest.update(json.dumps(plain, sort_keys=True, default=str).encode() + b"\n")
-    if not columns:
-        raise DataError(message("the data is empty", where="train_dataset", found="0 rows"))
-    return {"rows": None, "columns": columns, "sha256": digest.hexdigest()}
 
 
 def _picture_digest(cell: Mapping[str, Any] | None, where: str) -> str | None:

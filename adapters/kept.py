@@ -16,22 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adapters import interrupts, origin
+from adapters import exchange, interrupts, neighbours, origin, ranks
 from adapters.forms import Form
 from adapters.prefix import Cut, Prefix, batches, cut_of, unpadded
 from adapters.progress import Job
 from adapters.states import States, cache_folder, room_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 FORM: Final = "form.json"  # beside the states: what the modules below the cut return
 AGAIN: Final = "the frozen prefix is computed in every epoch"
+KEY: Final = 16  # bytes of what a row is known by
 READING: Final = 0.05  # of computing a row's states: what reading them takes, at most
 
 
@@ -153,6 +155,30 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
         gigabytes=request.gigabytes,
         say=request.say,
     )
+    form, why = _worth(model, cut, trial, states, request, lengths, picks, first)
+    # Processes may have other rooms and other earlier runs: none keeps what another does not.
+    reasons = [reason for reason in ranks.gathered(why) if reason is not None]
+    if reasons:
+        return None, reasons[0]
+    prefix = Prefix(model, cut, request.dtype, states, form)
+    found = _filled(prefix, request, lengths)
+    if form is not None and not _write_form(states.folder, form):
+        logger.info("kept states: their form was not written, the next run computes them again")
+    _say_what(prefix, model, cut, request, found)
+    return prefix, ""
+
+
+def _worth(
+    model: PreTrainedModel,
+    cut: Cut,
+    trial: Prefix,
+    states: States,
+    request: Request,
+    lengths: Sequence[Sequence[int]],
+    picks: Sequence[int],
+    first: Mapping[str, Any],
+) -> tuple[Form | None, str | None]:
+    """The form of what is kept; and why nothing is, None for no reason, empty for one that need not be said."""
     if not len(states) and max(request.passes) < 1 / (1 - READING):
         return None, ""  # one pass, and nothing to begin with
     form = _read_form(states.folder)
@@ -169,36 +195,91 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
             f"({states.memory / 1e9:.1f} GB) and more than prefix_cache_gb allows on disk "
             f"({states.budget / 1e9:.1f} GB)"
         )
-    prefix = Prefix(model, cut, request.dtype, states, form)
-    found = _filled(prefix, request, lengths)
-    if form is not None and not _write_form(states.folder, form):
-        logger.info("kept states: their form was not written, the next run computes them again")
-    _say_what(prefix, model, cut, request, found)
-    return prefix, ""
+    return form, None
+
+
+def passes(args: TrainingArguments, rows: Any, held: int, *, evaluates: bool) -> list[float]:
+    """How often a run passes its training rows and each of so many sets of validation rows, about."""
+    found = float(args.num_train_epochs)
+    if args.max_steps > 0 and hasattr(rows, "__len__"):
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found = args.max_steps * step / max(1, len(rows))
+    each_epoch = str(getattr(args.eval_strategy, "value", "no")) == "epoch"
+    return [found, *[found if each_epoch else max(1.0, found) if evaluates else 0.0] * held]
 
 
 def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Compute what is missing; how many rows there are, and how many were there already."""
-    total = old = 0
+    """Compute what is missing; how many rows there are, and how many were there already.
+
+    Processes whose states lie in one folder compute every n-th batch each, and read what the others have written.
+    """
+    states = prefix.states
+    group = neighbours.sharing(states.folder)
+    turn, total, old = group.index(ranks.rank()), 0, 0
     rows = sum(map(len, lengths))
-    with Job("computing the frozen prefix", rows, "rows") as job, interrupts.leaving(prefix.states.left):
+    with Job("computing the frozen prefix", rows, "rows") as job, interrupts.leaving(states.left):
+        found = []
+        for number, sizes in enumerate(lengths):
+            own = batches(sizes)[turn :: len(group)]
+            found.append(exchange.in_all(lambda n=number, mine=own: _computed(prefix, request, n, mine, job)))  # type: ignore[misc]
+        states.flush()
+        if len(group) > 1:
+            ranks.wait()
+            states.look_again()
         for number, (part, sizes) in enumerate(zip(request.sets, lengths, strict=True)):
-            known: dict[int, bytes] = {}
-            numbered, unpad = "row" in part.column_names, True
-            for indices in batches(sizes):
-                features = [part[index] for index in indices]
-                inputs = request.batch(features, training=number == 0)
-                there = [key in prefix.states for key in prefix.keys(inputs)]
-                total, old = total + len(there), old + sum(there)
-                keys = prefix.add(inputs)
-                job.advance(len(keys))
-                unpad = unpad and unpadded(inputs)
-                if numbered:
-                    known |= {int(one["row"]): key for one, key in zip(features, keys, strict=True)}
-            if numbered and unpad and len(known) == len(sizes):
-                prefix.know(part, known)
-    prefix.states.flush()
-    return total, old
+            mine = found[number]
+            there = exchange.arrays(np.array(mine.numbers, dtype=np.int64))
+            keys = exchange.arrays(np.frombuffer(b"".join(mine.keys), dtype=np.uint8).reshape(-1, KEY))
+            unpadded_all = all(ranks.gathered(mine.unpadded))
+            known = {
+                int(row): key.tobytes()
+                for member in (group if len(keys) > 1 else [0])
+                for row, key in zip(there[member], keys[member], strict=True)
+            }
+            total, old = total + len(known), old + mine.old
+            if len(group) > 1:
+                _made_up(prefix, request, number, batches(sizes), known)
+            if "row" in part.column_names and unpadded_all and len(known) == len(sizes):
+                numbers = part["row"]
+                prefix.know(part, {int(numbers[index]): key for index, key in known.items()})
+    return total, sum(ranks.gathered(old)[member] for member in group) if len(group) > 1 else old
+
+
+@final
+@dataclass
+class _Part:
+    """What a process has computed of a set: the places of its rows, their keys, and how many were there already."""
+
+    numbers: list[int]
+    keys: list[bytes]
+    old: int = 0
+    unpadded: bool = True
+
+
+def _computed(prefix: Prefix, request: Request, number: int, own: Sequence[Sequence[int]], job: Job) -> _Part:
+    """Keep the rows of some batches of a set."""
+    found = _Part([], [])
+    for indices in own:
+        inputs = request.batch([request.sets[number][index] for index in indices], training=number == 0)
+        found.old += sum(key in prefix.states for key in prefix.keys(inputs))
+        found.keys += prefix.add(inputs)
+        found.numbers += indices
+        found.unpadded = found.unpadded and unpadded(inputs)
+        job.advance(len(indices))
+    return found
+
+
+def _made_up(
+    prefix: Prefix, request: Request, number: int, every: Sequence[Sequence[int]], known: Mapping[int, bytes]
+) -> None:
+    """Compute what another process could not write, as far as there is room here."""
+    for indices in every:
+        if all(known[index] in prefix.states for index in indices):
+            continue
+        before = len(prefix.states)
+        prefix.add(request.batch([request.sets[number][index] for index in indices], training=number == 0))
+        if len(prefix.states) == before:
+            return
 
 
 def _say_what(prefix: Prefix, model: PreTrainedModel, cut: Cut, request: Request, found: tuple[int, int]) -> None:

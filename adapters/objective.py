@@ -23,7 +23,10 @@ from adapters import (
     fused,
     headstart,
     identity,
+    jointly,
     kept,
+    lanes,
+    onward,
     pace,
     prefix,
     quantize,
@@ -75,8 +78,10 @@ class ObjectiveTrainer(transformers.Trainer):
         )
         task = adapted.task
         self._data: dict[str, dict[str, Any]] = {}
-        if isinstance(train_dataset, IterableDataset):  # a stream holds model inputs
-            adapted.record.data = self._data["data"] = identity.fingerprint_of_stream(train_dataset)
+        self._draw = Draw(arguments.seed)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = onward.opened(adapted, train_dataset, columns, self._draw, own, arguments.max_steps)
+            adapted.record.data = self._data["data"] = train_dataset.source.fingerprint()
         elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
             adapted.record.data = self._data["data"] = identity.fingerprint(rows)
@@ -87,7 +92,6 @@ class ObjectiveTrainer(transformers.Trainer):
         elif eval_dataset is not None:
             eval_dataset = self._validation(eval_dataset)
         self.task = adapted.record.task = task
-        self._draw = Draw(arguments.seed)
         self._draws = others.get("data_collator") is None
         others.setdefault(
             "data_collator", functools.partial(task.collate, model=adapted.model, processor=adapted.processor)
@@ -149,6 +153,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
+        if isinstance(train_dataset, lanes.Flow):
+            self.add_callback(onward.Onward(train_dataset, lambda: self.epochs.batches, self._say))
 
     def create_accelerator_and_postprocess(self) -> None:
         """transformers' accelerator, with the engine that divides the model where that is asked for."""
@@ -188,9 +194,8 @@ class ObjectiveTrainer(transformers.Trainer):
     def _inputs(self, rows: Dataset) -> Dataset:
         if is_prepared(rows):
             return rows
-        adapted = self.adapted
         with Job("preparing", len(rows), "rows"):
-            prepared, remarks = adapted.task.prepare(rows, adapted.processor, adapted.model, labelled=True)
+            prepared, remarks = jointly.prepared(rows, self.adapted)
         for remark in remarks:
             self._say(remark)
         return prepared
@@ -215,7 +220,10 @@ class ObjectiveTrainer(transformers.Trainer):
         """Batches of the training rows, with what is random about a row drawn anew in every epoch."""
         plain: Any = self.data_collator
         drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
-        self.data_collator = functools.partial(throughput.counted, drawing)
+        counted = functools.partial(throughput.counted, drawing)
+        if isinstance(self.train_dataset, lanes.Flow):
+            return self.train_dataset.loader(self.args.train_batch_size, counted, self.args.dataloader_num_workers)
+        self.data_collator = counted
         try:
             return super().get_train_dataloader()
         finally:
@@ -321,15 +329,18 @@ class ObjectiveTrainer(transformers.Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
         self._throughput.begin()
+        read, before, own, stream = args[0], self.epochs.batches, self._shares, self.train_dataset
+        if isinstance(stream, lanes.Flow):
+            read, self._blanks = stream.step(*args[:2])
+        blanks = list(self._blanks)
         if self._accord is None:
-            batches, items = super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(iter(read), *args[1:], **kwargs)
             self._throughput.take(batches)
         else:
-            before, own = self.epochs.batches, self._shares
             batches, self._blanks, items = self._accord.batches(
-                itertools.islice(args[0], args[1]),
+                itertools.islice(read, args[1]),
                 self.task.items,
-                lambda number: own is not None and own.blank(before + number),
+                lambda number: blanks[number] if blanks else own is not None and own.blank(before + number),
                 self._throughput,
             )
         self.epochs.batches += len(batches)
@@ -339,6 +350,7 @@ class ObjectiveTrainer(transformers.Trainer):
         """Loss items of the global batch, as the task counts them."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
+        batch_samples = [b for n, b in enumerate(batch_samples) if True not in self._blanks[n : n + 1]]
         return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -376,7 +388,7 @@ class ObjectiveTrainer(transformers.Trainer):
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""
         loss = self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
-        return loss * 0 if self._blank else loss
+        return loss * 0 if self._blank and torch.is_grad_enabled() else loss
 
     def _head_start(self) -> headstart.Start | None:
         """The new output layer of this run, solved: instead of all steps, or as their start."""
@@ -404,17 +416,13 @@ class ObjectiveTrainer(transformers.Trainer):
         """The frozen prefix of all rows, where they pass more than once and it never changes."""
         draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
         wanted = self._own.get("prefix_cache", True)
-        passes = float(args.num_train_epochs)
-        if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
-            step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
         if not wanted or not self._draws or not self._undivided or args.n_gpu > 1:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         held = [part for part in parts if part is not None]
         request = kept.Request(
             sets=[self.train_dataset, *held],
-            passes=[passes, *[self._evaluations(passes)] * len(held)],
+            passes=kept.passes(args, self.train_dataset, len(held), evaluates=self._evaluates),
             collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
             redraw=lambda epoch: setattr(draw, "epoch", epoch),
             dtype=torch.bfloat16 if wanted == "bfloat16" else None,
@@ -439,12 +447,6 @@ class ObjectiveTrainer(transformers.Trainer):
     def _evaluates(self) -> bool:
         """Whether the run passes its validation rows."""
         return str(getattr(self.args.eval_strategy, "value", "no")) != "no"
-
-    def _evaluations(self, passes: float) -> float:
-        """How often the validation rows are passed, about."""
-        if str(getattr(self.args.eval_strategy, "value", "no")) == "epoch":
-            return passes
-        return max(1.0, passes) if self._evaluates else 0.0
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._batch_rows = rows = inputs.get("row")

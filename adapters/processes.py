@@ -21,10 +21,11 @@ RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # What else makes a process one of several, or divides its model: gone where it is to work alone.
 _GROUP = (
     *("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
-    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"),
 )
+# How many of them run on one machine, by the same launchers.
+LOCAL = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 # Settings of transformers that divide one model over processes, and what each of them is.
 SHARDING = {
     "fsdp": "FSDP divides the weights, gradients and optimizer of one model over several processes",
@@ -82,7 +83,7 @@ def _told(names: Sequence[str], otherwise: int) -> int:
 
 def alone() -> None:
     """From here on this process is a run of its own, whatever started it: it waits for no other."""
-    for name in (*WORLD, *RANK, *_GROUP):
+    for name in (*WORLD, *RANK, *LOCAL, *_GROUP):
         os.environ.pop(name, None)
 
 
@@ -162,6 +163,11 @@ def _yes(name: str) -> bool:
 def command(settings: Mapping[str, Any]) -> str:
     """How a run with these settings is started where they divide the model; empty where they do not."""
     return LAUNCH if any(settings.get(name) for name in SHARDING) else ""
+
+
+def here() -> int:
+    """Those of them that run on this machine."""
+    return _told(LOCAL, count())
 
 
 def sharding(settings: Mapping[str, Any]) -> list[str]:

@@ -84,6 +84,7 @@ def terms(
         found["warm_head"] = own["warm_head"]
     if data["data"]["rows"] is None:  # workers divide a stream
         found["dataloader_num_workers"] = args.dataloader_num_workers
+        found["shuffle_buffer"] = own.get("shuffle_buffer")
     if optimizers[0] is not None:
         found["optimizers"] = [type(entry).__name__ for entry in optimizers]
         found["optimizers.defaults"] = optimizers[0].defaults

@@ -24,6 +24,8 @@ OWN = {
     "10 and a tenth of what is free",
     "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
     "the validation rows say that it helps",
+    "shuffle_buffer": "raw rows of a stream that each reader mixes; 0 leaves them in its order; null for 1000, or 0 "
+    "where the stream holds model inputs",
     "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
 }
 ALIASES = {
@@ -154,6 +156,9 @@ def _value_faults(name: str, value: Any, *, literal: bool) -> list[str]:
         fine, expected = isinstance(value, bool) or value == "float32", "true, false or 'float32'"
     elif name in ("chunked_loss", "warm_head"):
         fine, expected = value is None or isinstance(value, bool), "true, false or null"
+    elif name == "shuffle_buffer":
+        fine = value is None or (number and isinstance(value, int) and value >= 0)
+        expected = "a whole number from 0, or null"
     elif name == "prefix_cache_gb":
         fine = value is None or (number and value >= 0)
         expected = "a number from 0, or null"

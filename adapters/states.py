@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
-from adapters import locks, shards
+from adapters import locks, processes, shards
 from adapters.errors import FolderError, message
 from adapters.memory import free_memory
 from adapters.places import cache_folder as cache_folder
@@ -71,7 +71,7 @@ class States:
     Args:
         folder: of these states alone, beside others of its kind; None for memory only.
         budget: bytes on disk that it and the folders beside it may take; 0 for memory only.
-        memory: bytes that may wait in memory; None for half of what is free.
+        memory: bytes that may wait in memory; None for this process's share of half of what is free.
         say: takes what is to be said, once each.
     """
 
@@ -85,7 +85,7 @@ class States:
     ) -> None:
         self.folder = folder if budget > 0 else None
         self.budget = budget
-        self.memory = free_memory() // HALF if memory is None else memory
+        self.memory = free_memory() // HALF // processes.here() if memory is None else memory
         self._say, self._said = say, set[str]()
         self._waiting: dict[bytes, Tensor] = {}
         self._bytes = 0  # of what is waiting
@@ -142,6 +142,15 @@ class States:
                     return
         except OSError as fault:
             self._refused(fault)
+
+    def look_again(self) -> None:
+        """Take up what other processes have written into the folder meanwhile."""
+        if self.folder is not None:
+            known = {part.file for part in self._parts}
+            try:
+                self._read(file for file in sorted(self.folder.glob("*.safetensors")) if file not in known)
+            except OSError as fault:
+                self._refused(fault)
 
     def left(self) -> str:
         """After an interrupt: what is waiting goes to the folder, where the next run finds it; a line that says so."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
@@ -33,6 +32,7 @@ from adapters import (
     headstart,
     manifest,
     memory,
+    onward,
     progress,
     randomness,
     ranks,
@@ -122,6 +122,7 @@ class Trainer(ObjectiveTrainer):
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
             torch.OutOfMemoryError: a batch that cannot be divided.
         """
+        self._blank = bool(self._blanks) and self._blanks.pop(0)
         if self._accord is not None:
             return self._step_of_many(self._accord, model, inputs, num_items_in_batch)
         loss = self._passed(model, inputs, num_items_in_batch)
@@ -152,7 +153,6 @@ class Trainer(ObjectiveTrainer):
 
     def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
-        self._blank = bool(self._blanks) and self._blanks.pop(0)
         last = self.accelerator.sync_gradients
         if self._undivided and not self.args.torch_compile:
             model = self.model  # past the wrap, whose first pass holds an exchange
@@ -163,7 +163,6 @@ class Trainer(ObjectiveTrainer):
                 blank=self._blank,
                 last=last,
             )
-        self._blank = False
         if not last:
             return torch.zeros((), device=self.args.device)
         loss, self.stops.number = accord.reached(self.stops.came)
@@ -348,7 +347,8 @@ class Trainer(ObjectiveTrainer):
         name = str(self.args.metric_for_best_model).removeprefix("eval_")
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
-        baseline = self.task.baseline(self.train_dataset, self.eval_dataset, self.adapted.processor)
+        train = self.train_dataset if is_prepared(self.train_dataset) else self.eval_dataset  # a stream is not counted
+        baseline = self.task.baseline(train, self.eval_dataset, self.adapted.processor)
         if self._witness is not None:
             self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
@@ -396,6 +396,7 @@ class Trainer(ObjectiveTrainer):
         place_in = {  # what transformers' state does not hold: the losses since the last log, the place in a stream
             "losses": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
             "position": [self._draw.epoch, self.epochs.batches],
+            "lanes": onward.position(self.train_dataset),
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
@@ -440,7 +441,7 @@ class Trainer(ObjectiveTrainer):
             self._say(
                 "the frozen prefix was computed anew since the checkpoint: the last bits of the losses may differ"
             )
-        self.epochs.start(*self._progress["position"])
+        self.epochs.start(*onward.resumed(self.train_dataset, self._progress))
         self._throughput.start(*self._progress.get("throughput", ()))
         storage.put(self.adapted, manifest.read_tensors(folder, manifest.read_manifest(folder)), str(folder))
         self._best = runs.best_weights(folder)
@@ -450,7 +451,7 @@ class Trainer(ObjectiveTrainer):
         position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self._shares is not None:  # in batches of this process, which may be others than those of the checkpoint
             self.epochs.start(*position)
-        return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
+        return onward.begun(self.train_dataset, self.epochs.first[0]) or position
 
     def _load_callback_state(self) -> None:
         with runs.own_patience(self.callback_handler):

@@ -184,11 +184,24 @@ def test_a_stream_goes_on_where_it_stopped(kind: str, workers: int, step: int, t
     assert_same(run(tmp_path / "cut", "lora", resume=True, **runs[2]), whole)
 
 
-def test_a_stream_of_raw_rows_is_refused(tmp_path: Path) -> None:
+def test_a_stream_goes_on_from_the_end_of_its_epoch(tmp_path: Path) -> None:
+    """Raw rows, five batches in an epoch, two a step: the last step takes what is left, and is evaluated after."""
     from datasets import Dataset
 
-    with pytest.raises(adapters.DataError, match=r"a stream of raw rows.*row 0"):
-        trainer_for(tmp_path, train_dataset=Dataset.from_list(tiny.rows(6)).to_iterable_dataset(), eval_dataset=None)
+    def raw() -> Any:
+        return Dataset.from_list(tiny.rows(18)).to_iterable_dataset(num_shards=2)
+
+    more: dict[str, Any] = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    held = tiny.rows(7, seed=1)
+    whole = run(tmp_path / "whole", "lora", **more, others={"train_dataset": raw(), "eval_dataset": held})
+    assert [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry] == [3, 6, 8]
+    for step in (2, 3, 4):
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, "lora", Raise(step), **more, others={"train_dataset": raw(), "eval_dataset": held})
+        assert_same(
+            run(folder, "lora", resume=True, **more, others={"train_dataset": raw(), "eval_dataset": held}), whole
+        )
 
 
 @pytest.mark.parametrize("step", [2, 5])

@@ -126,6 +126,10 @@ class CausalLM:
         for column in FORMS[form] if labelled else FORMS[form][:1]:
             texts_in(rows[column], column)
 
+    def divides(self, rows: Dataset) -> bool:
+        """Each text is one prepared row, but in blocks; of answers some are left out, which are named by all rows."""
+        return self.packing is False and "text" in rows.column_names and form_of(rows, labelled=True) == "text"
+
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:

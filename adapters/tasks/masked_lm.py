@@ -138,6 +138,10 @@ class MaskedLM:
         need_column(rows, "text")
         texts_in(rows["text"], "text")
 
+    def divides(self, rows: Dataset) -> bool:
+        """Each raw row is one prepared row, but in blocks."""
+        return not self.packing and "input_ids" not in rows.column_names
+
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:

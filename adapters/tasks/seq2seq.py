@@ -120,6 +120,10 @@ class Seq2Seq:
             need_column(rows, column)
             texts_in(rows[column], column)
 
+    def divides(self, rows: Dataset) -> bool:
+        """Each raw row is one prepared row."""
+        return "input_ids" not in rows.column_names
+
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:

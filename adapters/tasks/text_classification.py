@@ -133,6 +133,10 @@ class TextClassification:
         if labelled:
             self._classes.check(rows)
 
+    def divides(self, rows: Dataset) -> bool:
+        """Each raw row is one prepared row."""
+        return "input_ids" not in rows.column_names
+
     def prepare(
         self, rows: Dataset, processor: Any, model: PreTrainedModel, *, labelled: bool
     ) -> tuple[Dataset, list[str]]:
