@@ -206,19 +206,41 @@ class Imitation:
 
     def step(self, batch: Batch) -> int:
         """The most bytes at once in an optimizer step over batches of this size."""
+        return max(self.phases(batch))
+
+    def phases(self, batch: Batch, released: bool = False) -> tuple[int, int]:
+        """The most bytes at once in the passes of an optimizer step, and in the update that ends it.
+
+        Args:
+            batch: the size of the batches.
+            released: a gradient goes elsewhere as soon as it is there, as it does where it is divided; the update's
+                gradients are counted whole all the same.
+        """
         self._learn()
         self._foot.mark()
-        try:
-            for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                self._passed(batch)
-            if self.trained:
-                if self._how.args.max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
-                self._optimizer.step()
-            return self._foot.peak
-        finally:
-            for parameter in self.trained.values():
-                parameter.grad = None
+        with contextlib.ExitStack() as hooks:
+            if released:
+                for parameter in self.trained.values():
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(_let_go).remove)
+            try:
+                for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
+                    self._passed(batch)
+                passes = self._foot.peak
+                return passes, self._updated() if self.trained else 0
+            finally:
+                for parameter in self.trained.values():
+                    parameter.grad = None
+
+    def _updated(self) -> int:
+        """The most bytes at once in clipping and in the optimizer's step."""
+        self._foot.mark()
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        if self._how.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
+        self._optimizer.step()
+        return self._foot.peak
 
     def _learn(self) -> None:
         self.model.train()
@@ -380,6 +402,11 @@ class Imitation:
                 spread.append(place)
         found: Tensor = aten.index.Tensor(values, spread)
         return found
+
+
+def _let_go(parameter: Tensor) -> None:
+    """A gradient that another process keeps from here on."""
+    parameter.grad = None
 
 
 def _made_up(found: Tensor) -> Any:
