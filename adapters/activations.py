@@ -208,25 +208,34 @@ class Imitation:
         """The most bytes at once in an optimizer step over batches of this size."""
         return max(self.phases(batch))
 
-    def phases(self, batch: Batch, released: bool = False) -> tuple[int, int]:
-        """The most bytes at once in the passes of an optimizer step, and in the update that ends it.
+    def phases(self, batch: Batch, released: bool = False) -> tuple[int, int, int]:
+        """The most bytes at once in an optimizer step: until the first gradient is there, from then on, in the update.
 
         Args:
             batch: the size of the batches.
             released: a gradient goes elsewhere as soon as it is there, as it does where it is divided; the update's
-                gradients are counted whole all the same.
+                gradients are counted whole all the same. Else the first number is that of all passes.
         """
         self._learn()
         self._foot.mark()
+        before: list[int] = []
+
+        def let_go(parameter: Tensor) -> None:
+            parameter.grad = None
+            before.append(self._foot.peak)
+            if len(before) == 1:
+                self._foot.mark()
+
         with contextlib.ExitStack() as hooks:
             if released:
                 for parameter in self.trained.values():
-                    hooks.callback(parameter.register_post_accumulate_grad_hook(_let_go).remove)
+                    handle = parameter.register_post_accumulate_grad_hook(let_go)  # type: ignore[no-untyped-call]
+                    hooks.callback(handle.remove)
             try:
-                for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
+                for _ in range(1 if released else min(2, self._how.args.gradient_accumulation_steps)):
                     self._passed(batch)
                 passes = self._foot.peak
-                return passes, self._updated() if self.trained else 0
+                return (*before, passes)[0], passes, self._updated() if self.trained else 0
             finally:
                 for parameter in self.trained.values():
                     parameter.grad = None
@@ -402,11 +411,6 @@ class Imitation:
                 spread.append(place)
         found: Tensor = aten.index.Tensor(values, spread)
         return found
-
-
-def _let_go(parameter: Tensor) -> None:
-    """A gradient that another process keeps from here on."""
-    parameter.grad = None
 
 
 def _made_up(found: Tensor) -> Any:

@@ -107,7 +107,8 @@ def _around(model: PreTrainedModel, blocks: Collection[str]) -> tuple[set[str], 
 
     Tied embeddings belong to the last one (they are one tensor).
     """
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    inputs = model.get_input_embeddings()
+    outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     top = {id(p) for p in outputs.parameters()} if outputs is not None else set()
     bottom = {id(p) for p in inputs.parameters()} - top if inputs is not None else set()
     base: Any = model.get_submodule(model.base_model_prefix) if model.base_model_prefix else model

@@ -283,12 +283,10 @@ def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
     rest = share.weights + copies + optimizer + run.cast
 
     def step(rows: int) -> int:
-        passes, update = counts.phases(rows, share.engine == FSDP)
-        learnt = gradients if share.engine == FSDP else 0  # counted with the passes where they stay whole
-        return max(
-            passes - run.resting + rest + learnt + share.buffers,
-            rest + round(part * (update - run.resting)) + (share.buffers if share.engine == DDP else 0),
-        )
+        before, passes, update = (size - run.resting for size in counts.phases(rows, share.engine == FSDP))
+        if share.engine == FSDP:
+            return rest + max(before + share.read, passes + gradients + share.buffers, round(part * update))
+        return rest + share.buffers + max(before, passes, update)
 
     def evaluation(rows: int) -> int:
         resting: int = counts.evaluation(rows) - run.resting
