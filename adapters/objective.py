@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import TrainingArguments
 
 from adapters import (
@@ -26,10 +27,14 @@ from adapters import (
     pace,
     prefix,
     quantize,
+    ranks,
     readout,
+    sharded,
+    shares,
     throughput,
     vocabulary,
 )
+from adapters.accord import Accord
 from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
 from adapters.epochs import Epochs, Longest, ordered
@@ -42,6 +47,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
 
 
 class ObjectiveTrainer(transformers.Trainer):
@@ -117,14 +126,28 @@ class ObjectiveTrainer(transformers.Trainer):
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._own = own
-        alone = tasks_loss and self.args.n_gpu <= 1 and self.args.world_size == 1 and not self.args.torch_compile
+        # Each process holds the whole model, alone or beside others: then a pass through it is its own affair.
+        self._undivided = not self.is_fsdp_enabled
+        self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
+        if not self._undivided:
+            sharded.refuse(adapted, self.accelerator.mixed_precision)
+            self._say(sharded.WITHOUT)
+        alone = tasks_loss and self.args.n_gpu <= 1 and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
         self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
-        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self.args.world_size == 1
+        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self._undivided
         self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
+        self._accord = None
+        if self.args.world_size > 1:
+            self._accord = Accord(self.accelerator, self._training, divided=not self._undivided)
+        self._shares: shares.Shares | None = None  # this process' rows of the steps, and of the evaluation at hand
+        self._measured: shares.Shares | None = None
+        self._batches = 0  # of the evaluation at hand, so far
+        self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
+        self._blank = False
         self._prefix: prefix.Prefix | None = None
         self._evaluated: Any = None
         self._read_in: Longest | None = None
@@ -133,6 +156,21 @@ class ObjectiveTrainer(transformers.Trainer):
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' accelerator, with the engine that divides the model where that is asked for."""
+        with sharded.own_engine():
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = sharded.engage(self.accelerator, self.args)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' preparation; the parameters of a model that is divided are others afterwards."""
+        if self._undivided:
+            return super()._prepare_for_training(*args, **kwargs)
+        with sharded.ready(self.adapted):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        self._training = sharded.settle(self.adapted)
+        return prepared
 
     # ------------------------------------------------------------------ rows
 
@@ -167,7 +205,7 @@ class ObjectiveTrainer(transformers.Trainer):
     def _say(self, remark: str) -> None:
         if remark not in self.remarks:
             self.remarks.append(remark)
-            logger.warning(remark)
+            logger.log(logging.WARNING if ranks.first() else logging.DEBUG, remark)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -186,9 +224,30 @@ class ObjectiveTrainer(transformers.Trainer):
         drawing = functools.partial(plain, draw=self._draw) if self._draws else plain
         self.data_collator = functools.partial(throughput.counted, drawing)
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = plain
+        self._shares = self._divided(loader, self.args.train_batch_size)
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Batches of the rows that this process evaluates."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        self._divided(loader, self.args.eval_batch_size)
+        return loader
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Batches of the rows that this process answers."""
+        loader = super().get_test_dataloader(*args, **kwargs)
+        self._divided(loader, self.args.eval_batch_size)
+        return loader
+
+    def _divided(self, loader: Any, size: int) -> shares.Shares | None:
+        """Divide the rows of a loader over the processes; a stream, and batches that know the processes, stay."""
+        order = getattr(getattr(loader.batch_sampler, "batch_sampler", None), "sampler", None)
+        if self.args.world_size == 1 or order is None or isinstance(loader.dataset, IterableDataset):
+            return None
+        return shares.divided(loader, order, size, self.args.world_size, self.args.process_index)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, in an order that seed and epoch alone decide."""
@@ -198,6 +257,8 @@ class ObjectiveTrainer(transformers.Trainer):
         """Rows of like length together, the longest first: hardly any padding, and memory runs out at once or never."""
         chosen = super()._get_eval_sampler(*args, **kwargs)
         rows = args[0] if args else kwargs["eval_dataset"]
+        if chosen is None and self.args.world_size > 1 and hasattr(rows, "__len__"):
+            chosen = SequentialSampler(rows)  # transformers leaves it to accelerate
         return Longest(rows["length"]) if chosen is not None and is_prepared(rows) else chosen
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,27 +266,42 @@ class ObjectiveTrainer(transformers.Trainer):
 
         What it gives is in the order of the rows, whatever order they were read in.
         """
-        self._evaluated = dataloader.dataset
+        self._evaluated, self._batches = dataloader.dataset, 0
         self._summed = torch.zeros(2, dtype=torch.float64)
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
-        self._read_in = sampler if isinstance(sampler, Longest) and self.args.world_size == 1 else None
+        batches = getattr(dataloader, "batch_sampler", None)
+        inner = getattr(batches, "batch_sampler", None)
+        self._measured = inner if isinstance(inner, shares.Shares) else None
+        sampler = self._measured.order if self._measured is not None else getattr(batches, "sampler", None)
+        self._read_in = sampler if isinstance(sampler, Longest) else None
+        if self._measured is not None:
+            self.gather_function = _as_it_is  # what each has found is put together at the end
         try:
             result = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._evaluated = None  # rows that come now are those of a step
+        result = result._replace(predictions=self._whole(result.predictions), label_ids=self._whole(result.label_ids))
         if self._read_in is not None:
             put_back = self._read_in.put_back
             result = result._replace(predictions=put_back(result.predictions), label_ids=put_back(result.label_ids))
-        summed = self._summed
-        if self.args.world_size > 1:
-            summed = self.accelerator.reduce(summed.float().to(self.args.device)).cpu()
-        total, items = summed.tolist()
+        summed = [sum(part) for part in zip(*ranks.gathered(self._summed.tolist()), strict=True)]
+        total, items = summed
         if items and result.metrics is not None:
             result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / items
-        return result
+        return result._replace(metrics=ranks.told(result.metrics))  # what is decided by them is decided alike
+
+    def _whole(self, found: Any) -> Any:
+        """What all processes have found of the rows of an evaluation, in the order of reading."""
+        if isinstance(found, tuple | list):
+            return type(found)(self._whole(part) for part in found)
+        if self._measured is None or found is None:
+            return found
+        return self._measured.joined(ranks.arrays(found))
 
     def _in_order(self, own: Any, found: Any, **kwargs: Any) -> Any:
         """The caller's own metrics, of predictions in the order of the rows."""
+        if not self.args.batch_eval_metrics:
+            for part in ("predictions", "label_ids", "inputs"):
+                setattr(found, part, self._whole(getattr(found, part)))
         if self._read_in is not None and not self.args.batch_eval_metrics:
             for part in ("predictions", "label_ids", "inputs", "losses"):
                 setattr(found, part, self._read_in.put_back(getattr(found, part)))
@@ -235,22 +311,29 @@ class ObjectiveTrainer(transformers.Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Loss, what the task's metrics need, and the rows' numbers; a caller's own metrics get logits and labels."""
+        blank = self._measured is not None and self._measured.blank(self._batches)
+        self._batches += 1
         if self._own_metrics or prediction_loss_only or "row" not in inputs or "labels" not in inputs:
+            items = self.task.items(inputs["labels"]) if "labels" in inputs and not blank else 0
             with self._readout.whole():
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                step: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            if self._measured is not None and step[0] is not None:
+                self._summed += torch.tensor([float(step[0]) * items, items], dtype=torch.float64)
+            return cast("tuple[Any, Any, Any]", step)
         numbers = torch.as_tensor(inputs["row"], device=self.args.device)
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
             found = self.task.measured(outputs, batch, self.adapted.model, self.adapted.processor)
-        items = self.task.items(batch["labels"])
+        items = 0 if blank else self.task.items(batch["labels"])
         self._summed += torch.tensor([float(loss) * items, items], dtype=torch.float64)
         return loss.detach(), tuple(part.contiguous() for part in found), numbers
 
     def _metrics(self, found: Any) -> dict[str, float]:
         parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
+        parts, numbers = self._whole(parts), self._whole(found.label_ids)
         place = {number: position for position, number in enumerate(self._evaluated["row"])}
-        back = sorted(range(len(found.label_ids)), key=lambda index: place[int(found.label_ids[index])])
+        back = sorted(range(len(numbers)), key=lambda index: place[int(numbers[index])])
         return self.task.metrics([part[back] for part in parts], self._evaluated, self.adapted.processor)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -278,14 +361,31 @@ class ObjectiveTrainer(transformers.Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' batches of a step; counted, so that a resumed run finds its place in a stream."""
         self._throughput.begin()
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._accord is None:
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        else:
+            batches, items = self._samples(self._accord, *args, **kwargs)
         self._throughput.take(batches)
         self.epochs.batches += len(batches)
         return batches, items
 
+    def _samples(self, accord: Accord, rows: Any, wanted: int, device: Any) -> tuple[list[Any], int | None]:
+        """The batches of a step that are this process' own, and the loss items of all; a fault in reading stops all."""
+        batches: list[Any] = []
+        fault: Exception | None = None
+        try:
+            batches += itertools.islice(rows, wanted)
+        except Exception as raised:
+            fault = raised
+        first = self.epochs.batches
+        self._blanks = [self._shares is not None and self._shares.blank(first + n) for n in range(len(batches))]
+        labelled = [b for b, blank in zip(batches, self._blanks, strict=True) if not blank and "labels" in b]
+        items = accord.items(sum(self.task.items(batch["labels"]) for batch in labelled), len(batches), fault)
+        return batches, max(1, items) if batches and "labels" in batches[0] else None
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
-        if self.args.world_size > 1 or not batch_samples or "labels" not in batch_samples[0]:
+        if not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         return max(1, sum(self.task.items(batch["labels"]) for batch in batch_samples))
 
@@ -315,7 +415,7 @@ class ObjectiveTrainer(transformers.Trainer):
         if not wanted or args.n_gpu > 1 or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()
-        if wanted != "float32" and not (args.bf16 or args.fp16):
+        if wanted != "float32" and not (args.bf16 or args.fp16) and self._undivided:
             how = fused.plan(self.adapted.model, args.device)
         if how.why:
             self._say(how.why)
@@ -323,7 +423,8 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def _loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The task's loss of a pass, whose logits may not have been computed."""
-        return self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
+        loss = self.task.loss(self._readout.read(outputs), labels, num_items_in_batch)
+        return loss * 0 if self._blank else loss
 
     def _head_start(self) -> headstart.Start | None:
         """The new output layer of this run, solved: instead of all steps, or as their start."""
@@ -353,9 +454,9 @@ class ObjectiveTrainer(transformers.Trainer):
         wanted = self._own.get("prefix_cache", True)
         passes = float(args.num_train_epochs)
         if args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):
-            step = args.train_batch_size * args.gradient_accumulation_steps
+            step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             passes = args.max_steps * step / max(1, len(cast("Any", self.train_dataset)))
-        if not wanted or not self._draws or args.world_size > 1 or args.n_gpu > 1:
+        if not wanted or not self._draws or not self._undivided or args.n_gpu > 1:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         held = [part for part in parts if part is not None]
@@ -401,7 +502,7 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """transformers' clipping, of what trains alone: its walk through all parameters costs more than the norm."""
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        if not self._undivided or self.args.n_gpu > 1:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return self.accelerator.clip_grad_norm_(self._training.values(), self.args.max_grad_norm)
 

@@ -113,8 +113,7 @@ def check_run(paces: Mapping[str, Pace], args: TrainingArguments, *, own_optimiz
     """Whether a run can keep to the paces, and gives every parameter its turn.
 
     Raises:
-        RequestError: the caller's own optimizer, a run that ends before one joins, or several processes, which agree
-            at the start on the gradients that they share.
+        RequestError: the caller's own optimizer, or a run that ends before one joins.
     """
     if paces and own_optimizer:
         raise RequestError(
@@ -134,14 +133,6 @@ def check_run(paces: Mapping[str, Pace], args: TrainingArguments, *, own_optimiz
                 expected=f"more than {last} epochs",
                 found=f"{args.num_train_epochs:g}",
                 remedy="Give more epochs, a smaller unfreeze_every, or fewer layers.",
-            )
-        )
-    if last and args.world_size > 1:
-        raise RequestError(
-            message(
-                "several processes cannot unfreeze block by block: they agree at the start on the gradients they share",
-                where="unfreeze_every",
-                remedy="Train in one process, or leave unfreeze_every out.",
             )
         )
 

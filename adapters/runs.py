@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from adapters import checkpoints, facts, manifest, shards
+from adapters import checkpoints, facts, manifest, randomness, ranks, sharded, shards
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.fingerprint import Fingerprint
@@ -26,12 +26,14 @@ RANDOM = "rng_state.pth"
 # Training arguments that change neither weights nor metrics: names, or how names begin.
 _IDLE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "project", "debug", "skip_memory_metrics"),
-    *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_timeout", "include_", "past_index"),
+    *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_", "include_", "past_index"),
     *("per_device_eval_batch_size", "eval_accumulation_steps", "dataloader_", "resume_from_checkpoint"),
-    *("restore_callback_states_from_checkpoint", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "fsdp", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
 )
 # What no override changes: the tensors, their optimizer's state, and the position in the data would not fit.
 _FIXED = ("backbone", "strategy", "task", "quantization", "optim", "optimizers", "rows", "rows_per_step")
+# How the rows of a step are divided: free to change with the number of processes.
+_DIVISION = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 _SCHEDULE = {
     "learning_rate",
     "lr_scheduler_type",
@@ -72,6 +74,7 @@ def terms(
         "device": args.device.type,
         "rows": data["data"]["rows"],
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        **({"processes": args.world_size} if args.world_size > 1 else {}),
         **{name: entry["sha256"] for name, entry in data.items()},
         "early_stopping_patience": [callback.early_stopping_patience for callback in _stopping(handler)],
         "frozen_dropout": bool(own.get("frozen_dropout")),
@@ -106,13 +109,35 @@ def _stopping(handler: Any) -> list[Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """The terms that differ, each with what it was and what it is."""
+    """The terms that differ, each with what it was and what it is.
+
+    How the rows of a step are divided over processes and micro-batches is no difference where their number is the same
+    and that of the processes is not.
+    """
     nothing = "not set"
-    return {
+    processes = [int(terms.get("processes", 1)) for terms in (saved, now)]
+    idle = _DIVISION if processes[0] != processes[1] else ()
+    found = {
         name: f"{name} was {_short(saved.get(name, nothing))}, is {_short(now.get(name, nothing))}"
-        for name in sorted({*saved, *now})
+        for name in sorted({*saved, *now} - set(idle))
         if saved.get(name, nothing) != now.get(name, nothing)
     }
+    if "rows_per_step" in found and idle:
+        found["rows_per_step"] += f"; {_fitting(int(saved['rows_per_step']), now, processes[1])}"
+    return found
+
+
+def _fitting(rows: int, now: Mapping[str, Any], processes: int) -> str:
+    """Which settings give a step as many rows in so many processes."""
+    each, left = divmod(rows, processes)
+    if left or not each:
+        return f"{processes} processes cannot share {rows} rows of a step evenly: start a number that divides them"
+    asked = int(now.get("per_device_train_batch_size", 1))
+    size = max(number for number in range(1, each + 1) if each % number == 0 and number <= max(asked, 1))
+    return (
+        f"with {processes} processes say per_device_train_batch_size {size} and gradient_accumulation_steps "
+        f"{each // size}"
+    )
 
 
 def _short(value: Any) -> str:
@@ -142,19 +167,19 @@ def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[
     return "; ".join(lines)
 
 
-def refuse_many_processes(args: TrainingArguments) -> None:
-    """Checkpoints of several processes are not written: say so before the first one is due.
+def check_seen(folder: Path) -> None:
+    """Whether this process sees the checkpoint that another has chosen.
 
     Raises:
-        RequestError: several processes, and a run that would save.
+        FolderError: it does not.
     """
-    if args.world_size > 1 and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-        raise RequestError(
+    if not folder.is_dir():
+        raise FolderError(
             message(
-                "checkpoints are written by one process",
-                where="args: save_strategy",
-                found=f"{args.world_size} processes",
-                remedy="Say save_strategy='no', or train in one process.",
+                "not every process sees the checkpoint",
+                where=str(folder),
+                found=f"nothing in process {ranks.rank()}",
+                remedy="Give an output folder that all machines of the run share.",
             )
         )
 
@@ -215,6 +240,8 @@ def checkpoint(
             )
         )
     lacking = [name for name in files if not (folder / name).is_file()]
+    if RANDOM in lacking and (folder / randomness.STATES).is_file():
+        lacking.remove(RANDOM)
     if lacking:
         raise FolderError(
             message(
@@ -251,6 +278,12 @@ def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tens
     if best is not None and state.best_model_checkpoint is None:
         (folder / manifest.BEST).mkdir()
         shards.save_tensors(folder / manifest.BEST / manifest.WEIGHTS, best, {"format": "pt"})
+
+
+def write_moments(folder: Path, state: Mapping[str, Any], schedule: Any) -> None:
+    """Write an optimizer's state, put together, and the schedule into a checkpoint, as one process writes its own."""
+    torch.save(dict(state), folder / OPTIMIZER)
+    torch.save(schedule.state_dict(), folder / SCHEDULER)
 
 
 def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -299,7 +332,10 @@ def retune(
             )
         )
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    sharded.load_moments(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    if not override:
+        schedule.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        return
     for group, values in zip(optimizer.param_groups, fresh, strict=True):
         group.update(values if changed else {name: value for name, value in values.items() if name != "lr"})
     if not changed:

@@ -22,21 +22,27 @@ class Stops(TrainerCallback):
 
     Before the first step there is nothing to save: the first stops at once.
 
-    Attributes:
-        number: the signal that came, 0 for none.
+    Args:
         onward: how to go on, for a person.
+        alone: the run is this process alone; else the signal counts when all of its processes know of it.
+
+    Attributes:
+        came: the signal that this process was sent, 0 for none.
+        number: the one that the run stops for, 0 for none.
     """
 
-    def __init__(self, onward: str) -> None:
-        self.number = 0
+    def __init__(self, onward: str, *, alone: bool = True) -> None:
+        self.came = self.number = 0
         self.onward = onward
+        self.alone = alone
         self._old: dict[int, Any] = {}
         self._due = self._stepping = False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Take the signals meanwhile; outside the main thread, and where they are ignored, they are left alone."""
-        self.number, self._due, self._stepping = 0, False, False
+        self.came = self.number = 0
+        self._due = self._stepping = False
         self._old = {}
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -52,7 +58,9 @@ class Stops(TrainerCallback):
         self._give_back()  # a second one does what it always did
         if not self._stepping:
             self._end(number)
-        self.number = number
+        self.came = number
+        if self.alone:
+            self.number = number
         with contextlib.suppress(RuntimeError):  # it came while a line was being written
             name = signal.Signals(number).name
             logger.warning("%s: the run stops when its next step is saved; a second one stops it at once", name)
@@ -71,7 +79,7 @@ class Stops(TrainerCallback):
             self._end(self.number)
 
     def _end(self, number: int) -> NoReturn:
-        old = self._old[number]
+        old = self._old.get(number)
         if callable(old):
             old(number, None)
         raise SystemExit(128 + number)

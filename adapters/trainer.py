@@ -33,11 +33,16 @@ from adapters import (
     manifest,
     memory,
     progress,
+    randomness,
+    ranks,
     runs,
+    sharded,
     storage,
+    unison,
     vocabulary,
     witness,
 )
+from adapters.accord import Accord
 from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
@@ -80,6 +85,8 @@ class Trainer(ObjectiveTrainer):
         own = self._own
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
+        self._random: list[Any] = []  # the state of every process, while a checkpoint is written
+        self._moments: dict[str, Any] | None = None  # the optimizer's state put together, likewise
         self._run = secrets.token_hex(8)
         optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
         self._terms = functools.partial(
@@ -91,7 +98,7 @@ class Trainer(ObjectiveTrainer):
         self._bars = self.pop_callback(ProgressCallback) is not None
         if self._bars:
             self.add_callback(self._gauge)
-        self.stops = Stops("trainer.train(resume_from_checkpoint=True)")
+        self.stops = Stops("trainer.train(resume_from_checkpoint=True)", alone=self.args.world_size == 1)
         self._portions = memory.Portions()
         self._part: Any = None
         self._course = course.Divergence(self._say)
@@ -115,31 +122,68 @@ class Trainer(ObjectiveTrainer):
             NumbersError: naming step, rows and the first layer at fault; the weights are those of the last step.
             torch.OutOfMemoryError: a batch that cannot be divided.
         """
-        divide = num_items_in_batch is not None and self.args.world_size == 1
+        if self._accord is not None:
+            return self._step_of_many(self._accord, model, inputs, num_items_in_batch)
+        loss = self._passed(model, inputs, num_items_in_batch)
+        self._count(float(loss))
+        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
+            finite.check_gradients(self._training, self._where())
+        return loss
+
+    def _count(self, loss: float) -> None:
+        """A share in the loss of the step."""
+        self._course.add(loss)
+        if self._witness is not None:
+            self._witness.add(loss)
+
+    def _passed(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        """The loss and gradients of one micro-batch."""
         loss: torch.Tensor = self._portions.passed(
             inputs,
-            lambda part: self._pass(model, part, num_items_in_batch),
+            lambda part: self._pass(model, part, items),
             model.zero_grad,
             lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
-            divide=divide,
+            divide=items is not None and self._undivided,
         )
-        self._course.add(float(loss))
-        if self._witness is not None:
-            self._witness.add(float(loss))
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()
-            if getattr(self.accelerator, "scaler", None) is None:
-                finite.check_gradients(self._training, self._where())
         return loss
+
+    def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        """One micro-batch of this process; with the last one of a step all of them agree on it.
+
+        What one of them fails with it keeps until then, so that nobody waits for it in vain. The loss of the step comes
+        with its last micro-batch, and is that of all processes.
+        """
+        self._blank = bool(self._blanks) and self._blanks.pop(0)
+        last = self.accelerator.sync_gradients
+        try:
+            if accord.fault is None and not (self._blank and self._undivided):
+                with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+                    accord.add(float(self._passed(model, inputs, items)))
+            if last and accord.fault is None and self._undivided and getattr(self.accelerator, "scaler", None) is None:
+                finite.check_gradients(self._training, self._where())
+        except Exception as fault:
+            accord.fault = fault
+        if not last:
+            return torch.zeros((), device=self.args.device)
+        self._blank = False
+        loss, self.stops.number = accord.reached(self.stops.came)
+        if not self._undivided:
+            finite.check_gradients(self._training, self._where())
+        self._count(loss)
+        return torch.tensor(loss, device=self.args.device)
 
     def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
         """Loss and gradients of what is passed through the model at once."""
         self._part = part
         loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            with self._readout.whole():
-                layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
+            layer = ""
+            if self._undivided:  # no pass through a divided model is one process's own
+                with self._readout.whole():
+                    layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -154,7 +198,8 @@ class Trainer(ObjectiveTrainer):
         """The loss of the last batch as evaluation would have it."""
         model, plain = self.adapted.model, torch.random.fork_rng(devices=[])
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
-            return float(self.compute_loss(model, self._prepare_inputs(self._part)))
+            found = float(self.compute_loss(model, self._prepare_inputs(self._part))) if self._part is not None else 0.0
+        return float(sum(ranks.gathered(found)))
 
     def _now(self) -> float | None:
         """The loss of the last steps, for the bar."""
@@ -190,28 +235,23 @@ class Trainer(ObjectiveTrainer):
             DiskError: the disk is full or fails.
             RequestError: the checkpoint is another run's.
         """
-        runs.refuse_many_processes(self.args)
         run = Path(str(self.args.output_dir))
         self._best, self._override = None, tuple(override)
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress.showing(wanted=self._bars))
             stack.callback(self._gauge.close)
-            if self.args.should_save:
-                stack.enter_context(locks.held(run / ".lock", str(run)))
-                checkpoints.recover(run)
+            ranks.by_first(lambda: self._take_folder(run, stack))
             self.epochs.start(0, 0)
             self._throughput.start()
-            folder = None
-            if resume_from_checkpoint:
-                asked = (resume_from_checkpoint, run, self._terms(), self._override)
-                folder = runs.checkpoint(*asked, self.adapted.fingerprint, runs.needed(self.accelerator))
+            unison.check_start(self.adapted, self._terms())
+            folder = self._checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
             start = self._head_start() if folder is None else None
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
             self.pop_callback(self.stops)
             self._witness = None
-            if self.journal is not None and self.args.should_save:
+            if self.journal is not None and ranks.first():
                 self._witness = witness.Witness(self.journal, self._throughput)
                 stack.callback(self.remove_callback, self._witness)
                 self.add_callback(self._witness)
@@ -229,13 +269,16 @@ class Trainer(ObjectiveTrainer):
                 if start is not None and self.eval_dataset is not None:
                     stack.enter_context(self._measured_first())
                 self._prefix = self._kept_prefix()
+                randomness.spread(self.args.seed)
                 try:
                     result = super().train(str(folder) if folder else None, *args, **kwargs)
-                    contract.finish(whole=folder is None and not self.stops.number)
+                    ranks.in_all(lambda: contract.finish(whole=folder is None and not self.stops.number))
                 except NumbersError:
                     self._put_back(contract.good)
                     raise
                 result = result._replace(training_loss=result.metrics["train_loss"])
+            unison.check_weights(self.adapted, f"the end of the run, step {self.state.global_step}")
+            self.stops.number = self.stops.number or max(ranks.gathered(self.stops.came))
             if self.stops.number:
                 if self.optimizer is not None:
                     self._save_checkpoint(self.model, None)
@@ -243,7 +286,7 @@ class Trainer(ObjectiveTrainer):
         self._restore_best()
         record = self.adapted.record
         self._compare_baseline()
-        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, Path(str(self.args.output_dir)))
+        self._reopen(run)
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         record.metrics["train"] = {
             "loss": float(result.training_loss),
@@ -255,6 +298,27 @@ class Trainer(ObjectiveTrainer):
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
+
+    def _reopen(self, run: Path) -> None:
+        """The saved adapter answers as the trained model does, by the word of one process or of all."""
+        asked = (self.adapted, self.train_dataset, self.data_collator, run)
+        if self._undivided:
+            ranks.by_first(lambda: fidelity.reopened(*asked))
+        else:
+            fidelity.reopened(*asked)
+
+    def _take_folder(self, run: Path, stack: contextlib.ExitStack) -> None:
+        """The output folder is this run's alone, and as whole as what died in it has left it."""
+        stack.enter_context(locks.held(run / ".lock", str(run)))
+        checkpoints.recover(run)
+
+    def _checkpoint(self, wanted: str | bool, run: Path) -> Path:
+        """The checkpoint to go on from: the first process chooses and verifies it, all must see it."""
+        asked = (wanted, run, self._terms(), self._override, self.adapted.fingerprint)
+        needed = runs.needed(self.accelerator)
+        folder = Path(ranks.told(str(ranks.by_first(lambda: runs.checkpoint(*asked, needed)))))
+        ranks.in_all(lambda: runs.check_seen(folder))
+        return folder
 
     @contextlib.contextmanager
     def _measured_first(self) -> Iterator[None]:
@@ -310,7 +374,7 @@ class Trainer(ObjectiveTrainer):
 
     def _put_back(self, start: dict[str, torch.Tensor]) -> None:
         """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
-        if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
+        if self._best is not None or not finite.all_finite(self.adapted.state()):
             storage.put(self.adapted, self._best or start, "last good weights")
 
     def _compare_baseline(self) -> None:
@@ -336,11 +400,30 @@ class Trainer(ObjectiveTrainer):
         if self._stage is not None and folder.parent == self._stage:
             folder.mkdir()
             storage.write(self.adapted, folder)
-        else:
+        elif ranks.first() or not self._undivided:
             storage.save(self.adapted, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside its place, give it a manifest, then move it there in one step."""
+        """Write a checkpoint beside its place, give it a manifest, then move it there in one step.
+
+        One process writes; the others wait, and fail with it.
+        """
+        unison.check_weights(self.adapted, f"the checkpoint of step {self.state.global_step}")
+        self.store_flos()
+        self._random = ranks.gathered(randomness.state()) if self._accord is not None else []
+        if self._undivided:
+            ranks.by_first(lambda: self._write_checkpoint(model, trial))
+        else:
+            self._moments, mine = sharded.moments(self.optimizer), self._best
+            self._best = sharded.together(mine)
+            try:
+                with sharded.gathered(self.adapted):
+                    ranks.by_first(lambda: self._write_checkpoint(model, trial))
+            finally:
+                self._moments, self._best = None, mine
+        self.state.best_model_checkpoint = ranks.told(self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         place = run / f"checkpoint-{self.state.global_step}"
         best = run / f"checkpoint-{self.state.best_global_step}"
@@ -351,15 +434,36 @@ class Trainer(ObjectiveTrainer):
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
         facts = {"run": self._run, "terms": self._terms(), "progress": place_in}
+        step = self.state.best_global_step
         try:
             with progress.Job("saving a checkpoint"), checkpoints.staged(place, facts) as self._stage:
+                self.state.best_global_step = 0  # transformers would wait for the others, who wait for this one
                 super()._save_checkpoint(model, trial)
+                self.state.best_global_step = step
                 known = best == place or checkpoints.run_of(best) == self._run
                 self.state.best_model_checkpoint = str(best) if known else None
                 runs.write_state(self._stage / place.name, self.state, self._best)
         finally:
-            self._stage = None
+            self._stage, self.state.best_global_step = None, step
         checkpoints.rotate(run, self._run, self.keep, self.state.best_model_checkpoint)
+
+    def store_flos(self) -> None:
+        """transformers' sum over all processes; while one of them writes there is nothing to add."""
+        if self._stage is None:
+            super().store_flos()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._moments is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            runs.write_moments(Path(output_dir), self._moments, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random state of every process, which they have told the one that writes."""
+        if self._accord is None:
+            super()._save_rng_state(output_dir)
+        else:
+            randomness.write(Path(output_dir), self._random)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -378,6 +482,8 @@ class Trainer(ObjectiveTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """transformers' position in the data; a stream may have ended and begun again."""
         position: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self._shares is not None:  # in batches of this process, which may be others than those of the checkpoint
+            self.epochs.start(*position)
         return self.epochs.first if isinstance(self.train_dataset, IterableDataset) else position
 
     def _load_callback_state(self) -> None:
@@ -385,7 +491,7 @@ class Trainer(ObjectiveTrainer):
             super()._load_callback_state()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._override:
+        if checkpoint is None or (self._undivided and not self._override):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         steps = self.state.global_step
@@ -393,8 +499,12 @@ class Trainer(ObjectiveTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state, and with it the loss that was summed up since the last log."""
-        super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            if self._accord is None and (Path(checkpoint) / runs.RANDOM).is_file():
+                super()._load_rng_state(checkpoint)
+            elif not randomness.restore(Path(checkpoint)):
+                randomness.spread(self.args.seed, self.state.global_step)
+                self._say("the checkpoint is of another number of processes: what is drawn at random is drawn anew")
             summed, self._total_loss_scalar, self._globalstep_last_logged = self._progress["losses"]
             self._tr_loss = torch.tensor(summed, device=self.args.device)
             # When to log and to save is this run's affair.

@@ -125,7 +125,7 @@ FLOORS = {
     "lent": 4,
     "heads": 5,
     "vocabulary": 5,
-    "arguments": 5,
+    "arguments": 6,
     "bare": 5,
     "card": 5,
     "devices": 1,
@@ -207,6 +207,11 @@ FLOORS = {
     "__main__": 18,
     "processes": 1,
     "ranks": 2,
+    "sharded": 5,
+    "shares": 1,
+    "accord": 3,
+    "unison": 8,
+    "randomness": 3,
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Engine", "Factory", "Mixin")

@@ -424,15 +424,6 @@ def test_ctrl_c_reaches_the_workers_of_the_data_as_well(tmp_path: Path) -> None:
     assert_same(run(tmp_path, "probe", resume=True, **more), run(tmp_path / "whole", "probe", **more))
 
 
-def test_several_processes_are_told_before_the_first_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_for(tmp_path, adapted_on(strategy="probe"))
-    monkeypatch.setattr(type(trainer.args), "world_size", 2)
-    with pytest.raises(adapters.RequestError, match=r"written by one process.*2 processes"):
-        trainer.train()
-
-
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     class Twice(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -431,15 +431,6 @@ def test_a_run_that_cannot_keep_the_pace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(adapters.RequestError, match="own groups and rates"):
         trainer_for(tmp_path, adapted, args={"num_train_epochs": 7}, optimizers=(own, None))
 
-    class Two:
-        """Arguments of a run in two processes."""
-
-        max_steps, num_train_epochs, world_size = -1, 7, 2
-
-    paces = adapted.strategy.paces(adapted.model, adapted.trained)
-    with pytest.raises(adapters.RequestError, match="several processes"):
-        pace.check_run(paces, Two(), own_optimizer=False)  # type: ignore[arg-type]
-
 
 def test_an_optimizer_that_does_not_hold_a_parameter_takes_no_rate_for_it() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))

@@ -1,0 +1,114 @@
+"""What the processes of a run agree on in every step: its loss, its gradients, and whether anything ends the run.
+
+A pass through the model holds no exchange: each process takes its own, in as many parts as its memory asks for, and a
+fault in one leaves no other waiting. When all passes of a step are done, one small message says how each process fared,
+and only then are the gradients averaged, through accelerate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from adapters import ranks
+from adapters.processes import count
+
+BUCKET = 64 << 20  # bytes of gradients that are sent at once
+
+
+@final
+class Accord:
+    """One optimizer step of several processes.
+
+    Args:
+        accelerator: of the run.
+        parameters: what trains, the same in every process.
+        divided: each process holds a part of the model: the engine averages the gradients itself.
+    """
+
+    def __init__(self, accelerator: Any, parameters: Mapping[str, Tensor], *, divided: bool) -> None:
+        self._accelerator = accelerator
+        self._parameters = list(parameters.values())
+        self._divided = divided
+        self._loss = 0.0
+        self.fault: Exception | None = None  # what this process failed with in the step at hand
+
+    def add(self, loss: float) -> None:
+        """The loss of one micro-batch, as this process has it."""
+        self._loss += loss
+
+    def reached(self, signal: int) -> tuple[float, int]:
+        """The end of a step: its loss over all processes, and the signal that any of them was sent; 0 for none.
+
+        From here on the gradients are those of the whole step.
+
+        Args:
+            signal: that this process was sent.
+
+        Raises:
+            AdaptersError: a process failed; all of them stop, with its fault.
+        """
+        processes, rank = count(), ranks.rank()
+        tally = torch.zeros(1 + 2 * processes + len(self._parameters), dtype=torch.float64)
+        tally[0], self._loss = self._loss, 0.0
+        tally[1 + rank] = signal
+        tally[1 + processes + rank] = float(self.fault is not None)
+        for place, parameter in enumerate(self._parameters, 1 + 2 * processes):
+            tally[place] = float(parameter.grad is not None)
+        summed: list[float] = self._summed(tally).tolist()
+        if any(summed[1 + processes : 1 + 2 * processes]):
+            fault, self.fault = self.fault, None
+            ranks.together(fault)
+        if not self._divided:
+            self._average([used > 0 for used in summed[1 + 2 * processes :]])
+        return summed[0] / processes, int(max(summed[1 : 1 + processes]))
+
+    def items(self, found: int, batches: int, fault: Exception | None) -> int:
+        """The loss items of a step over all processes, when its batches have been read.
+
+        Raises:
+            AdaptersError: a process could not read them, or had another number of batches.
+        """
+        summed = self._summed(torch.tensor([found, batches, fault is not None], dtype=torch.float64)).tolist()
+        if summed[2] or summed[1] != batches * count():
+            ranks.together(fault)
+            ranks.alike({"batches": batches}, "the step at hand")
+        return int(summed[0])
+
+    def _summed(self, tally: Tensor) -> Tensor:
+        device = self._accelerator.device
+        tally = tally.to(device) if device.type != "mps" else tally.float().to(device)
+        total: Tensor = self._accelerator.reduce(tally, reduction="sum")
+        return total
+
+    def _average(self, used: Sequence[bool]) -> None:
+        """Every gradient that any process has becomes the mean over all; what no loss reached stays without one."""
+        bucket: list[Tensor] = []
+        for parameter, reached in zip(self._parameters, used, strict=True):
+            if not reached:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (not _alike(bucket[0], parameter.grad) or sum(map(_size, bucket)) >= BUCKET):
+                self._send(bucket)
+                bucket = []
+            bucket.append(parameter.grad)
+        if bucket:
+            self._send(bucket)
+
+    def _send(self, gradients: Sequence[Tensor]) -> None:
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = self._accelerator.reduce(flat, reduction="mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
