@@ -195,7 +195,7 @@ def replicated(weights: int, gradients: int, processes: int) -> Share:
     return Share(DDP, processes, weights, 1.0, 0, gradients, 0, wire)
 
 
-def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: int = 1) -> Share:
+def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: int = 1, passes: int = 1) -> Share:
     """FSDP: a process holds its part of each unit, and gathers a unit while that computes.
 
     Args:
@@ -204,6 +204,7 @@ def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: 
         processes: that share it.
         accumulated: batches of one optimizer step: each gathers the units, the last one sums the gradients up, which
             stay whole until then.
+        passes: how often backward gathers a unit: once, or once more where it computes the unit anew.
     """
     shards = sum(unit.shard for unit in parts)
     trained, learnt = sum(unit.trained for unit in parts), sum(unit.learnt for unit in parts)
@@ -212,7 +213,7 @@ def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: 
     summed = max((unit.gradients + unit.reduced * processes for unit in parts), default=0)
     waiting = sum(unit.reduced for unit in parts) * processes if accumulated > 1 else 0
     once = (processes - 1) / processes
-    gathers = sum(unit.gathered * (1 + unit.again) for unit in parts) * once
+    gathers = sum(unit.gathered * (1 + passes * unit.again) for unit in parts) * once
     wire = int(accumulated * gathers) + sum(unit.reduced for unit in parts) * (processes - 1)
     return Share(
         FSDP,

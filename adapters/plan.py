@@ -22,6 +22,7 @@ from adapters.devices import Device
 from adapters.devices import device as found_device
 from adapters.engines import DDP, FSDP, Share, alone, chosen, divided, replicated, units
 from adapters.errors import AdaptersError, RequestError, message
+from adapters.processes import fsdp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 LENGTH: Final = 512  # tokens of a row where nobody says, or as many as the model takes
 ROWS: Final = 1000  # training rows where nobody says: what is kept of them grows with their number
 CLOSE: Final = 64
+# What a divided model goes without (`sharded.WITHOUT`), by our own settings.
+WITHOUT: Final = {"prefix_cache": False, "chunked_loss": False, "warm_head": False, "fused": "float32"}
 LABELS: Final = ("0", "1")  # of a classifier where nobody names any
 
 
@@ -218,29 +221,32 @@ def _counted(
 
     adapted = imagined(found, storage, drawn)
     args, own, autocast = arguments_of(adapted, settings)
-    how = Conditions(args, own, where, autocast)
     target = max(1, length)
 
     def of(number: int) -> Batch:
         return Batch(number, max(1, length), target)
 
     file = file_bytes(adapted)
-    with Imitation(drawn, found, storage, how) as run:
-        features, cache = before(run, adapted, drawn, of, -(-rows // crew.processes))
-        whole = Line(
-            shown,
-            trained=adapted.trained_count,
-            total=count(found.ghost.parameters()),
-            features=features,
-            loading=max(run.weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
-            cache=cache,
-            file=file,
-            checkpoint=file + run.optimizer + run.gradients,
-            batch=args.per_device_train_batch_size,
-            evaluated=args.per_device_eval_batch_size,
-        )
-        counts = _Counts(run, of)
-        return [_shared(whole, counts, share, where) for share in crew.shares(run, args, settings, autocast)]
+    lines = []
+    for engine in crew.engines or ("",):
+        how = Conditions(args, own | (WITHOUT if engine == FSDP else {}), where, autocast)
+        with Imitation(drawn, found, storage, how) as run:
+            features, cache = before(run, adapted, drawn, of, -(-rows // crew.processes))
+            whole = Line(
+                shown,
+                trained=adapted.trained_count,
+                total=count(found.ghost.parameters()),
+                features=0 if engine == FSDP else features,
+                loading=max(run.weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
+                cache=cache,
+                file=file,
+                checkpoint=file + run.optimizer + run.gradients,
+                batch=args.per_device_train_batch_size,
+                evaluated=args.per_device_eval_batch_size,
+            )
+            share = crew.share(engine, run, args, settings, autocast is not None)
+            lines.append(_shared(whole, _Counts(run, of), share, where))
+    return lines
 
 
 @final
@@ -251,18 +257,17 @@ class Crew:
     processes: int
     engines: tuple[str, ...]
 
-    def shares(self, run: Imitation, args: Any, settings: Mapping[str, Any], autocast: Any) -> list[Share]:
-        """What one process holds and sends, engine by engine."""
-        if not self.engines:
-            return [alone(run.weights)]
-        reshard = bool((settings.get("fsdp_config") or {}).get("reshard_after_forward", True))
-        parts = units(run.model, run.trained, self.processes, autocast is not None, reshard)
-        return [
-            replicated(run.weights, run.gradients, self.processes)
-            if engine == DDP
-            else divided(run.weights, parts, self.processes, args.gradient_accumulation_steps)
-            for engine in self.engines
-        ]
+    def share(self, engine: str, run: Imitation, args: Any, settings: Mapping[str, Any], mixed: bool) -> Share:
+        """What one process holds and sends."""
+        if not engine:
+            return alone(run.weights)
+        if engine == DDP:
+            return replicated(run.weights, run.gradients, self.processes)
+        said = (fsdp(settings) if settings.get("fsdp") else None) or {}
+        kept = said.get("reshard_after_forward") is False
+        parts = units(run.model, run.trained, self.processes, mixed=mixed, reshard=not kept)
+        passes = 2 if args.activation_checkpointing else 1  # backward gathers anew what is computed anew
+        return divided(run.weights, parts, self.processes, args.gradient_accumulation_steps, passes)
 
 
 @final
