@@ -105,7 +105,7 @@ def plan(
             notes += [drawn.note] if drawn.note else []
         if say is not None and len(names) > 1:
             say(f"counting {name} ({len(lines) + 1} of {len(names)})")
-            lines += _lines(name, picked, packed, drawn, size, rows or ROWS, settings, where, crew)
+        lines += _lines(name, picked, packed, drawn, size, rows or ROWS, settings, where, crew)
     assert drawn is not None
     if length is None and size:
         notes.append(f"rows of {size} tokens; length says otherwise")
