@@ -212,9 +212,8 @@ def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: 
     staying = sum(unit.gathered for unit in parts if unit.kept)
     summed = max((unit.gradients + unit.reduced * processes for unit in parts), default=0)
     waiting = sum(unit.reduced for unit in parts) * processes if accumulated > 1 else 0
-    once = (processes - 1) / processes
-    gathers = sum(unit.gathered * (1 + passes * unit.again) for unit in parts) * once
-    wire = int(accumulated * gathers) + sum(unit.reduced for unit in parts) * (processes - 1)
+    gathers = accumulated * sum(unit.gathered * (1 + passes * unit.again) for unit in parts)
+    wire = gathers * (processes - 1) // processes + sum(unit.reduced for unit in parts) * (processes - 1)
     return Share(
         FSDP,
         processes,

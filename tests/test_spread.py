@@ -26,15 +26,14 @@ ROWS, LENGTH = 4, 24
 
 
 def planned(case: str, engine: str, processes: int) -> Line:
-    family, auto, strategy = divided.CASES[case]
+    _, auto, strategy = divided.CASES[case]
     sizes: dict[str, Any] = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS}
     args = sizes | {"prefix_cache": False, "warm_head": False, "chunked_loss": False}
     goal: dict[str, Any] = {"labels": list(tiny.LABELS)}
     if auto == divided.GENERATES:
         goal = {"task": "causal-lm"}
     where: dict[str, Any] = {"length": LENGTH, "args": args, "device": "cpu", "processes": processes}
-    net = tiny.model(family, auto=auto)
-    return adapters.plan(net, strategy, **goal, **where, sharding=engine).lines[0]
+    return adapters.plan(divided.backbone(case), strategy, **goal, **where, sharding=engine).lines[0]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_bad_requests(tmp_path: Path) -> None:
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(adapters.RequestError, match="a number of processes"):
             adapters.plan(model, "lora", processes=wrong)  # type: ignore[arg-type]
-    with pytest.raises(adapters.RequestError, match="unknown engine.*ddp, fsdp"):
+    with pytest.raises(adapters.RequestError, match=r"unknown engine.*ddp, fsdp"):
         adapters.plan(model, "lora", processes=2, sharding="zero")
     with pytest.raises(adapters.RequestError, match="one process divides nothing"):
         adapters.plan(model, "lora", sharding="fsdp")
