@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import divided
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 import adapters
 from adapters import ranks
@@ -16,6 +18,7 @@ from adapters.footprint import Footprint
 from adapters.quantize import nbytes
 
 # How many bytes of what an operation makes or sums up one process sends, around a ring of N.
+SMALL = 1024  # bytes of what processes tell each other beside tensors: losses, counts of rows
 SENT = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 
 
@@ -68,6 +71,7 @@ def _measured(folder: str, case: str, engine: str, rows: int, length: int) -> di
     adapted = divided.adapted(case)
     foot = Traffic()
     steps: list[int] = []
+    sent: list[tuple[str, int]] = []
     with foot:
         held = [*adapted.model.parameters(), *adapted.model.buffers()]
         weights = sum(nbytes(tensor) for tensor in held)
@@ -76,12 +80,13 @@ def _measured(folder: str, case: str, engine: str, rows: int, length: int) -> di
         args: dict[str, Any] = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
         args |= {"optim": "adamw_torch", "prefix_cache": False, "warm_head": False, "chunked_loss": False}
         args |= {"output_dir": folder, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        args |= {"num_train_epochs": 1, "fsdp": engine == "fsdp", "eval_strategy": "no"}
-        one = adapters.Trainer(adapted, args, prepared(case, 3 * rows * ranks.count(), length))
+        args |= {"num_train_epochs": 2, "fsdp": engine == "fsdp"}
+        several = rows * ranks.count()
+        one = adapters.Trainer(adapted, args, prepared(case, 2 * several, length), prepared(case, several, length))
         plain = one.training_step
 
         def step(*given: Any, **more: Any) -> Any:
-            if len(steps) == 1:  # the model is divided, the optimizer has its state
+            if len(steps) == 2:  # the optimizer has its state, the best weights so far are kept
                 foot.tally()
                 foot.mark()
             foot.sent.clear()
@@ -89,11 +94,23 @@ def _measured(folder: str, case: str, engine: str, rows: int, length: int) -> di
             return plain(*given, **more)
 
         one.training_step = step  # type: ignore[method-assign]
+        one.callback_handler.add_callback(_Ends(lambda: sent.extend(foot.sent)))
         one.train()
         peak = foot.peak
     processes = ranks.count()
-    wire = sum(SENT[name] * size * (processes - 1) / processes for name, size in foot.sent if size > 1024)
-    return {"peak": peak, "wire": wire, "weights": weights, "steps": len(steps), "sent": foot.sent}
+    wire = sum(SENT[name] * size * (processes - 1) / processes for name, size in sent if size > SMALL)
+    return {"peak": peak, "wire": wire, "weights": weights, "steps": len(steps)}
+
+
+class _Ends(TrainerCallback):
+    """Calls at the end of the last step of the first epoch."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self._act()
 
 
 def prepared(case: str, count: int, length: int) -> Any:
