@@ -206,19 +206,50 @@ class Imitation:
 
     def step(self, batch: Batch) -> int:
         """The most bytes at once in an optimizer step over batches of this size."""
+        return max(self.phases(batch))
+
+    def phases(self, batch: Batch, released: bool = False) -> tuple[int, int, int]:
+        """The most bytes at once in an optimizer step: until the first gradient is there, from then on, in the update.
+
+        Args:
+            batch: the size of the batches.
+            released: a gradient goes elsewhere as soon as it is there, as it does where it is divided; the update's
+                gradients are counted whole all the same. Else the first number is that of all passes.
+        """
         self._learn()
         self._foot.mark()
-        try:
-            for _ in range(min(2, self._how.args.gradient_accumulation_steps)):
-                self._passed(batch)
-            if self.trained:
-                if self._how.args.max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
-                self._optimizer.step()
-            return self._foot.peak
-        finally:
-            for parameter in self.trained.values():
-                parameter.grad = None
+        before: list[int] = []
+
+        def let_go(parameter: Tensor) -> None:
+            parameter.grad = None
+            before.append(self._foot.peak)
+            if len(before) == 1:
+                self._foot.mark()
+
+        with contextlib.ExitStack() as hooks:
+            if released:
+                for parameter in self.trained.values():
+                    handle = parameter.register_post_accumulate_grad_hook(let_go)  # type: ignore[no-untyped-call]
+                    hooks.callback(handle.remove)
+            try:
+                for _ in range(1 if released else min(2, self._how.args.gradient_accumulation_steps)):
+                    self._passed(batch)
+                passes = self._foot.peak
+                return (*before, passes)[0], passes, self._updated() if self.trained else 0
+            finally:
+                for parameter in self.trained.values():
+                    parameter.grad = None
+
+    def _updated(self) -> int:
+        """The most bytes at once in clipping and in the optimizer's step."""
+        self._foot.mark()
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        if self._how.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), self._how.args.max_grad_norm)
+        self._optimizer.step()
+        return self._foot.peak
 
     def _learn(self) -> None:
         self.model.train()

@@ -33,6 +33,9 @@ class Line:
         largest: the most rows of a training batch that fit the device; 0 for none, None where no memory was named.
         largest_evaluated: the rows of an evaluation batch as it was planned, or the most that fit.
         fits: whether the run fits as it is planned; None where no memory was named.
+        engine: "ddp" or "fsdp" where several processes share the work, sizes being those of one of them; else "".
+        buffers: of `step`, what the engine takes: to gather weights, to sum gradients up.
+        wire: bytes that a process sends in an optimizer step.
     """
 
     strategy: str
@@ -56,6 +59,14 @@ class Line:
     largest: int | None = None
     largest_evaluated: int | None = None
     fits: bool | None = None
+    engine: str = ""
+    buffers: int = 0
+    wire: int = 0
+
+    @property
+    def name(self) -> str:
+        """The strategy, and the engine where there are several processes."""
+        return f"{self.strategy}/{self.engine}" if self.engine else self.strategy
 
     @property
     def peak(self) -> int:
@@ -74,6 +85,7 @@ class Plan:
         device: its name; memory: its bytes, None where nobody said.
         lines: one a strategy.
         notes: what was taken for granted.
+        processes: that share the work, each on a device of its own.
     """
 
     model: str
@@ -83,15 +95,16 @@ class Plan:
     memory: int | None
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def fitting(self) -> tuple[Line, ...]:
-        """The strategies that fit, the smallest peak first."""
-        return tuple(sorted((line for line in self.lines if line.fits), key=lambda line: line.peak))
+        """The strategies that fit: what sends least over the wire first, of equals the smallest peak."""
+        return tuple(sorted((line for line in self.lines if line.fits), key=lambda line: (line.wire, line.peak)))
 
     @property
     def cheapest(self) -> Line | None:
-        """The strategy that fits and takes the least memory; None where none does."""
+        """The first of those that fit: of one process the one that takes the least memory; None where none fits."""
         return next(iter(self.fitting), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,8 +114,8 @@ class Plan:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lines"},
             "notes": list(self.notes),
             "lines": lines,
-            "fitting": [line.strategy for line in self.fitting],
-            "cheapest": self.cheapest.strategy if self.cheapest else None,
+            "fitting": [line.name for line in self.fitting],
+            "cheapest": self.cheapest.name if self.cheapest else None,
             "margin": MARGIN,
         }
 
@@ -111,8 +124,10 @@ class Plan:
 
     def said(self) -> list[str]:
         """The plan in plain lines: a table, then the verdict."""
-        head = ("strategy", "trained", "weights", "grads", "optim", "activ.", "peak", "file", "largest batch", "fits")
-        rows = [head, *(_cells(line) for line in self.lines)]
+        several = ("buffers", "sent a step") if self.processes > 1 else ()
+        sizes = ("weights", "grads", "optim", "activ.", *several, "peak", "file")
+        head = ("strategy", "trained", *sizes, "largest batch", "fits")
+        rows = [head, *(_cells(line, bool(several)) for line in self.lines)]
         short = [row for row in rows if len(row) > 2]
         widths = [max(len(row[column]) for row in short) for column in range(len(head))]
         told = []
@@ -129,16 +144,18 @@ class Plan:
         batch = next((line.batch for line in self.lines if not line.refused), 0)
         size = f"{self.length} tokens a row, " if self.length else ""
         where = f"{self.device}" + (f" ({gigabytes(self.memory)})" if self.memory is not None else "")
+        where += f", {self.processes} processes, each" if self.processes > 1 else ""
         return f"{self.model}, {self.task}: {size}{batch} rows a batch, on {where}"
 
     def verdict(self) -> list[str]:
         """What fits, what is cheapest, and what was taken for granted."""
         told = []
         if self.memory is not None:
-            fitting = ", ".join(line.strategy for line in self.fitting) or "nothing"
+            fitting = ", ".join(line.name for line in self.fitting) or "nothing"
             told.append(f"fits      {fitting}  (peak and {MARGIN:.0%} on top)")
             if self.cheapest is not None:
-                told.append(f"cheapest  {self.cheapest.strategy}: {gigabytes(self.cheapest.peak)} at its peak")
+                sent = f", {gigabytes(self.cheapest.wire)} sent a step" if self.processes > 1 else ""
+                told.append(f"cheapest  {self.cheapest.name}: {gigabytes(self.cheapest.peak)} at its peak{sent}")
             for line in self.lines:
                 if line.fits is False and line.largest and line.largest_evaluated:
                     smaller = {
@@ -146,20 +163,21 @@ class Plan:
                         "per_device_eval_batch_size": min(line.largest_evaluated, line.evaluated),
                     }
                     how = ", ".join(f"{name}={rows}" for name, rows in smaller.items())
-                    told.append(f"smaller   {line.strategy} fits with {how}")
+                    told.append(f"smaller   {line.name} fits with {how}")
         loading = max((line.loading for line in self.lines if line.loading > line.weights), default=0)
         if loading:
             told.append(f"loading   {gigabytes(loading)} of main memory while a backbone is opened that is then packed")
         return told + [f"note      {note}" for note in self.notes]
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line, several: bool) -> tuple[str, ...]:
     if line.refused:
         return line.strategy, f"- {line.refused}"
     largest = "" if line.largest is None else str(line.largest) if line.largest < MOST else f"{MOST}+"
     fits = "" if line.fits is None else "yes" if line.fits else "no"
-    sizes = (line.weights, line.gradients, line.optimizer, line.activations, line.peak, line.file)
-    return (line.strategy, f"{line.trained:,}", *map(gigabytes, sizes), largest, fits)
+    engine = (line.buffers, line.wire) if several else ()
+    sizes = (line.weights, line.gradients, line.optimizer, line.activations, *engine, line.peak, line.file)
+    return (line.name, f"{line.trained:,}", *map(gigabytes, sizes), largest, fits)
 
 
 def gigabytes(size: int) -> str:

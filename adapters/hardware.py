@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from adapters.budget import Line, Plan, gigabytes
 from adapters.devices import CARDS, CONTEXT, MIB, here
+from adapters.engines import FSDP
 from adapters.errors import AdaptersError, RequestError, message
 from adapters.plan import MANY, plan, quiet
 
@@ -75,6 +76,8 @@ def of_recipe(
     length: int | None = None,
     device: str | None = None,
     memory: str | float | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan of a recipe.
@@ -84,7 +87,8 @@ def of_recipe(
         strategies: others than its own; their options are those that they take of the recipe's.
         labels: the label names, where the rows have told them.
         rows, length: of the training rows, where they are known.
-        device, memory, say: as for `plan`.
+        device, memory, processes, say: as for `plan`.
+        sharding: as for `plan`; None for FSDP where the recipe asks for it.
 
     Raises:
         RequestError: as `plan` does.
@@ -102,6 +106,8 @@ def of_recipe(
         args=recipe.get("train") or {},
         device=device,
         memory=memory,
+        processes=processes,
+        sharding=sharding or (FSDP if processes > 1 and (recipe.get("train") or {}).get("fsdp") else None),
         say=say,
         **(recipe.get("options") or {}),
     )

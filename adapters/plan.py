@@ -8,21 +8,26 @@ reason.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from adapters.adapt import STRATEGIES, requested
 from adapters.budget import MARGIN, MOST, Line, Plan
 from adapters.devices import Device
 from adapters.devices import device as found_device
+from adapters.engines import DDP, FSDP, Share, alone, chosen, divided, replicated, units
 from adapters.errors import AdaptersError, RequestError, message
+from adapters.processes import fsdp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from adapters.activations import Imitation
+    from adapters.activations import Batch, Imitation
     from adapters.blueprint import Blueprint
     from adapters.contracts import Adapted, Strategy, Task
     from adapters.trial import Trial
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 LENGTH: Final = 512  # tokens of a row where nobody says, or as many as the model takes
 ROWS: Final = 1000  # training rows where nobody says: what is kept of them grows with their number
 CLOSE: Final = 64
+# What a divided model goes without (`sharded.WITHOUT`), by our own settings.
+WITHOUT: Final = {"prefix_cache": False, "chunked_loss": False, "warm_head": False, "fused": "float32"}
 LABELS: Final = ("0", "1")  # of a classifier where nobody names any
 
 
@@ -47,6 +54,8 @@ def plan(
     args: Mapping[str, Any] | None = None,
     device: str | None = None,
     memory: str | float | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -62,16 +71,20 @@ def plan(
         args: training settings by transformers' names: batch sizes, optim, activation_checkpointing, bf16 ...
         device: a card ("rtx 4090"), "cuda" or "cpu"; None for the one here.
         memory: of it ("24GB"), where no card is named or it is known better.
+        processes: that share the work, each on such a device; all sizes are those of one process.
+        sharding: their engine: "ddp" (the model whole in each), "fsdp" (divided), None for both, a line each.
         say: takes a line of progress a strategy, where there are several.
 
     Returns:
-        The plan: one line a strategy; a strategy that the model refuses stands there with its reason.
+        The plan: one line a strategy and engine; a strategy that the model refuses stands there with its reason.
 
     Raises:
-        RequestError: unknown names (the known ones are listed), a length over the model's positions, no config.
+        RequestError: unknown names (the known ones are listed), a length over the model's positions, no config, an
+            engine for one process.
     """
     from adapters import blueprint
 
+    crew = Crew(processes, chosen(processes, sharding))
     where = found_device(device, memory)
     names = _named(strategy)
     settings = dict(args or {})
@@ -85,19 +98,19 @@ def plan(
     size = 0
     for name in names:
         known = _own(name, options, alone=len(names) == 1)
-        chosen, goal, packed = requested(model, name, task, labels, quantization, known)
+        picked, goal, packed = requested(model, name, task, labels, quantization, known)
         if drawn is None:
             drawn = blueprint.drawn(model, goal, dict(load or {}))
             size = _length(drawn, length)
             notes += [drawn.note] if drawn.note else []
         if say is not None and len(names) > 1:
             say(f"counting {name} ({len(lines) + 1} of {len(names)})")
-        lines.append(_line(name, chosen, packed, drawn, size, rows or ROWS, settings, where, load or {}))
+        lines += _lines(name, picked, packed, drawn, size, rows or ROWS, settings, where, crew)
     assert drawn is not None
     if length is None and size:
         notes.append(f"rows of {size} tokens; length says otherwise")
     notes += _remarks(lines, rows)
-    return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes))
+    return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes), processes)
 
 
 def _named(asked: Any) -> list[Any]:
@@ -167,7 +180,7 @@ def _length(drawn: Blueprint, length: int | None) -> int:
     return asked
 
 
-def _line(
+def _lines(
     name: Any,
     strategy: Strategy,
     packed: str | None,
@@ -176,9 +189,9 @@ def _line(
     rows: int,
     settings: Mapping[str, Any],
     where: Device,
-    load: Mapping[str, Any],
-) -> Line:
-    """The line of one strategy."""
+    crew: Crew,
+) -> list[Line]:
+    """The lines of one strategy, one an engine."""
     from adapters import reading, trial
     from adapters.quantize import Storage
 
@@ -188,8 +201,8 @@ def _line(
         try:
             found = trial.tried(drawn.model, strategy, drawn.head, drawn.unread, reading.of(drawn.task), storage)
         except AdaptersError as fault:
-            return Line(shown, refused=str(fault))
-        return _counted(shown, found, storage, drawn, length, rows, settings, where)
+            return [Line(shown, refused=str(fault))]
+        return _counted(shown, found, storage, drawn, length, rows, settings, where, crew)
 
 
 def _counted(
@@ -201,56 +214,116 @@ def _counted(
     rows: int,
     settings: Mapping[str, Any],
     where: Device,
-) -> Line:
+    crew: Crew,
+) -> list[Line]:
     from adapters.activations import Batch, Conditions, Imitation
     from adapters.anatomy import count
 
     adapted = imagined(found, storage, drawn)
     args, own, autocast = arguments_of(adapted, settings)
-    how = Conditions(args, own, where, autocast)
     target = max(1, length)
 
     def of(number: int) -> Batch:
         return Batch(number, max(1, length), target)
 
-    batch, evaluated = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    with Imitation(drawn, found, storage, how) as run:
-        step, evaluation = run.step(of(batch)), run.evaluation(of(evaluated))
-        features, cache = before(run, adapted, drawn, of, rows)
-        largest = largest_evaluated = None
-        fits: bool | None = None
-        if where.room is not None:
-            room = int(where.room / (1 + MARGIN))
-            rest = run.resting + run.gradients
-            largest = most(lambda number: run.step(of(number)), room, {0: rest, batch: step})
-            largest_evaluated = evaluated
-            if evaluation > room:
-                counted = {0: run.resting, evaluated: evaluation}
-                largest_evaluated = most(lambda number: run.evaluation(of(number)), room, counted)
-            fits = max(step, evaluation, features) <= room
-        copies, optimizer, gradients, weights = run.copies, run.optimizer, run.gradients, run.weights
     file = file_bytes(adapted)
-    return Line(
-        shown,
-        trained=adapted.trained_count,
-        total=count(found.ghost.parameters()),
-        weights=weights,
+    lines = []
+    for engine in crew.engines or ("",):
+        how = Conditions(args, own | (WITHOUT if engine == FSDP else {}), where, autocast)
+        with Imitation(drawn, found, storage, how) as run:
+            features, cache = before(run, adapted, drawn, of, -(-rows // crew.processes))
+            whole = Line(
+                shown,
+                trained=adapted.trained_count,
+                total=count(found.ghost.parameters()),
+                features=0 if engine == FSDP else features,
+                loading=max(run.weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
+                cache=cache,
+                file=file,
+                checkpoint=file + run.optimizer + run.gradients,
+                batch=args.per_device_train_batch_size,
+                evaluated=args.per_device_eval_batch_size,
+            )
+            share = crew.share(engine, run, args, settings, autocast is not None)
+            lines.append(_shared(whole, _Counts(run, of), share, where))
+    return lines
+
+
+@final
+@dataclass(frozen=True)
+class Crew:
+    """The processes of a run, and the engines that are looked at; none of these for one process."""
+
+    processes: int
+    engines: tuple[str, ...]
+
+    def share(self, engine: str, run: Imitation, args: Any, settings: Mapping[str, Any], mixed: bool) -> Share:
+        """What one process holds and sends."""
+        if not engine:
+            return alone(run.weights)
+        if engine == DDP:
+            return replicated(run.weights, run.gradients, self.processes)
+        said = (fsdp(settings) if settings.get("fsdp") else None) or {}
+        kept = said.get("reshard_after_forward") is False
+        parts = units(run.model, run.trained, self.processes, mixed=mixed, reshard=not kept)
+        passes = 2 if args.activation_checkpointing else 1  # backward gathers anew what is computed anew
+        return divided(run.weights, parts, self.processes, args.gradient_accumulation_steps, passes)
+
+
+@final
+class _Counts:
+    """The passes of one process, each counted once."""
+
+    def __init__(self, run: Imitation, of: Callable[[int], Batch]) -> None:
+        self.run = run
+        self.phases = functools.cache(lambda rows, released: run.phases(of(rows), released))
+        self.evaluation = functools.cache(lambda rows: run.evaluation(of(rows)))
+
+
+def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
+    """The line of one process among those that share the work."""
+    run, part = counts.run, share.divided
+    optimizer, copies = round(part * run.optimizer), round(part * run.copies)
+    gradients = round(part * run.gradients)
+    rest = share.weights + copies + optimizer + run.cast
+
+    def step(rows: int) -> int:
+        before, passes, update = (size - run.resting for size in counts.phases(rows, share.engine == FSDP))
+        if share.engine == FSDP:
+            return rest + max(before + share.read, passes + gradients + share.buffers, round(part * update))
+        return rest + share.buffers + max(before, passes, update)
+
+    def evaluation(rows: int) -> int:
+        resting: int = counts.evaluation(rows) - run.resting
+        return resting + rest + share.read + (share.buffers if share.engine == DDP else 0)
+
+    now, evaluated = step(whole.batch), evaluation(whole.evaluated)
+    features = whole.features and whole.features - run.resting + rest + share.read
+    largest = largest_evaluated = None
+    fits: bool | None = None
+    if where.room is not None:
+        room = int(where.room / (1 + MARGIN))
+        largest = most(step, room, {0: rest + gradients + share.buffers, whole.batch: now})
+        largest_evaluated = whole.evaluated
+        if evaluated > room:
+            largest_evaluated = most(evaluation, room, {0: rest + share.read, whole.evaluated: evaluated})
+        fits = max(now, evaluated, features) <= room
+    return dataclasses.replace(
+        whole,
+        weights=share.weights,
         gradients=gradients,
         optimizer=optimizer,
         copies=copies,
-        activations=max(0, step - weights - copies - optimizer - gradients),
-        step=step,
-        evaluation=evaluation,
+        activations=max(0, now - share.weights - copies - optimizer - gradients - share.buffers),
+        step=now,
+        evaluation=evaluated,
         features=features,
-        loading=max(weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
-        cache=cache,
-        file=file,
-        checkpoint=file + optimizer + gradients,
-        batch=batch,
-        evaluated=evaluated,
         largest=largest,
         largest_evaluated=largest_evaluated,
         fits=fits,
+        engine=share.engine,
+        buffers=share.buffers,
+        wire=share.wire,
     )
 
 

@@ -37,13 +37,19 @@ STILL = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_pr
 STILL += ("attn_pdrop", "dropout_rate")
 
 
+def backbone(case: str, dtype: Any = None) -> Any:
+    """A case's model before it is adapted."""
+    family, auto, _ = CASES[case]
+    known = vars(tiny.config(family))
+    return tiny.model(family, auto=auto, dtype=dtype, **{name: 0.0 for name in STILL if name in known})
+
+
 def adapted(case: str, dtype: Any = None, **options: Any) -> Any:
     """A model without dropout, which would be drawn for other rows in other processes, and a strategy on it."""
-    family, auto, strategy = CASES[case]
-    known = vars(tiny.config(family))
-    net = tiny.model(family, auto=auto, dtype=dtype, **{name: 0.0 for name in STILL if name in known})
+    _, auto, strategy = CASES[case]
+    net = backbone(case, dtype)
     options |= {"task": "causal-lm"} if auto == GENERATES else {"labels": list(tiny.LABELS)}
-    return adapters.adapt(net, strategy, processor=tiny.processor(family), **options)
+    return adapters.adapt(net, strategy, processor=tiny.processor(CASES[case][0]), **options)
 
 
 def rows(case: str, n: int, seed: int = 0) -> Any:

@@ -218,6 +218,42 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                 words = []
 
 
+def launches() -> Iterator[tuple[str, str, list[str]]]:
+    """Each command of a launcher in the shell blocks: where it stands, the launcher, its words."""
+    for page, block in of("bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] == ["accelerate", "launch"] or words[:1] == ["torchrun"]:
+                yield f"{name_of(page)}:{block.line}", words[0], words[2 if words[0] == "accelerate" else 1 :]
+
+
+@pytest.mark.parametrize(("where", "launcher", "words"), list(launches()))
+def test_launches_are_read(where: str, launcher: str, words: list[str]) -> None:
+    """By the launchers' own parsers, which know no other options; then what is launched by ours."""
+    if launcher == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        found = get_args_parser().parse_args(words)
+        processes = int(found.nproc_per_node) * int(found.nnodes)
+    else:
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+        found = launch_command_parser().parse_args(words)
+        processes = found.num_processes
+        assert found.num_machines is None or found.num_machines == 2
+        assert found.num_machines is None or (found.main_process_ip and found.machine_rank in (0, 1))
+        if not found.cpu:
+            found.cpu = not (found.multi_gpu or found.use_fsdp)  # there is no GPU that it could look at
+            _validate_launch_command(found)
+    assert processes >= 1
+    if not found.module:
+        assert (ROOT / found.training_script).is_file()
+        return
+    assert found.training_script == "adapters"
+    name, *rest = found.training_script_args
+    assert COMMAND.commands[name].make_context(name, rest).args == []
+
+
 class Read(Exception):
     """The recipe was read, and would run now."""
 

@@ -133,6 +133,7 @@ FLOORS = {
     "card": 5,
     "devices": 1,
     "footprint": 1,
+    "engines": 2,
     "trial": 5,
     "blueprint": 6,
     "activations": 7,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,10 @@ def plan(
         str | None, typer.Option(help='A card ("rtx 4090"), cuda or cpu; left out: what is here.')
     ] = None,
     memory: Annotated[str | None, typer.Option(help="What must hold it: 24GB, 80GiB.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes that share the work, each on a device of its own.")] = 1,
+    sharding: Annotated[
+        str | None, typer.Option(help="Their engine: ddp (the model whole in each), fsdp (divided); left out: both.")
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any recipe key: options.r=16, train.optim=sgd, load.dtype=bfloat16."),
@@ -50,8 +54,9 @@ def plan(
     chosen = [name.strip() for name in strategy.split(",")] if strategy else None
     if chosen is None and not model.endswith((".yaml", ".yml")):
         chosen = every()
-    sizes = {"labels": labels, "rows": rows, "length": length, "device": device, "memory": memory}
-    found = of_recipe(document, chosen[0] if chosen and len(chosen) == 1 else chosen, **sizes, say=say)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"labels": labels, "rows": rows, "length": length, "device": device, "memory": memory}
+    sizes |= {"processes": processes, "sharding": sharding}
+    found = of_recipe(document, chosen[0] if chosen and len(chosen) == 1 else chosen, **sizes, say=say)
     if as_json:
         out(found.to_json())
     else:

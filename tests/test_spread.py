@@ -1,0 +1,133 @@
+"""Law 8 in several processes: what a plan says one of them holds and sends is what it holds and sends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import divided
+import pytest
+import tiny
+from many import Ended
+from typer.testing import CliRunner
+from warm_host import ROOT, environment
+
+import adapters
+from adapters import cli, engines
+from adapters.budget import MARGIN, Line
+
+Launch = Callable[..., list[Ended]]
+ROWS, LENGTH = 4, 24
+
+
+def planned(case: str, engine: str, processes: int) -> Line:
+    _, auto, strategy = divided.CASES[case]
+    sizes: dict[str, Any] = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS}
+    args = sizes | {"prefix_cache": False, "warm_head": False, "chunked_loss": False}
+    goal: dict[str, Any] = {"labels": list(tiny.LABELS)}
+    if auto == divided.GENERATES:
+        goal = {"task": "causal-lm"}
+    where: dict[str, Any] = {"length": LENGTH, "args": args, "device": "cpu", "processes": processes}
+    return adapters.plan(divided.backbone(case), strategy, **goal, **where, sharding=engine).lines[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "cases"),
+    [
+        ("ddp", 2, ["bert full", "llama lora"]),
+        ("fsdp", 2, ["bert full", "llama lora", "llama qlora"]),
+        ("fsdp", 3, ["gpt2 full"]),
+    ],
+)
+def test_law_08_a_plan_is_what_each_process_holds_and_sends(
+    many: Launch, tmp_path: Path, engine: str, processes: int, cases: list[str]
+) -> None:
+    runs = many("spread:spread", processes, tmp_path, cases, engine, ROWS, LENGTH, limit=300)
+    for case in cases:
+        gave: Mapping[str, Any] = runs[0].gave[case]
+        line = planned(case, engine, processes)
+        assert line.engine == engine
+        assert abs(line.wire / gave["wire"] - 1) < 0.01, (case, line.wire, gave)
+        assert abs(line.peak / gave["peak"] - 1) < MARGIN, (case, line, gave)
+
+
+def test_the_bytes_of_ddp_and_fsdp_follow_from_their_sizes() -> None:
+    """By hand, for a bias-free map of 10 x 7 that trains beside a frozen one of 10 x 5, in three processes."""
+    trained = engines.Unit("a", 4 * 7 * 4, 280, 3 * 4 * 7 * 4, 112, 280, 280, 112, kept=False, again=True)
+    frozen = engines.Unit("b", 4 * 5 * 4, 200, 3 * 4 * 5 * 4, 0, 0, 0, 0, kept=True, again=False)
+    ddp = engines.replicated(480, 280, 3)
+    assert (ddp.weights, ddp.buffers, ddp.wire) == (480, 280, 373)
+    fsdp = engines.divided(480, [trained, frozen], 3)
+    assert fsdp.weights == 112 + 80
+    assert fsdp.divided == 0.4  # the first of three has four of ten rows
+    assert fsdp.wire == (2 * 336 + 240) * 2 // 3 + 112 * 2
+    assert engines.divided(480, [trained, frozen], 3, accumulated=4).wire == 4 * (2 * 336 + 240) * 2 // 3 + 112 * 2
+    assert engines.divided(480, [trained, frozen], 3, passes=2).wire == (3 * 336 + 240) * 2 // 3 + 112 * 2
+
+
+def test_what_fits_and_sends_least_is_the_cheapest() -> None:
+    model = tiny.model("llama", auto=divided.GENERATES, num_hidden_layers=6, hidden_size=64)
+    args = {"per_device_eval_batch_size": 1, "per_device_train_batch_size": 1}
+    how: dict[str, Any] = {"task": "causal-lm", "length": 8, "args": args, "processes": 4}
+    roomy = adapters.plan(model, "full", memory="1GB", **how)
+    assert [line.name for line in roomy.fitting] == ["full/ddp", "full/fsdp"]
+    ddp, fsdp = roomy.lines
+    assert ddp.peak > 1.5 * fsdp.peak
+    tight = adapters.plan(model, "full", memory=(1.1 * fsdp.peak + 630e6) / 1e9, **how)
+    assert tight.cheapest is not None
+    assert tight.cheapest.name == "full/fsdp"
+    assert "sent a step" in str(tight)
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    model = tiny.model("bert")
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(adapters.RequestError, match="a number of processes"):
+            adapters.plan(model, "lora", processes=wrong)  # type: ignore[arg-type]
+    with pytest.raises(adapters.RequestError, match=r"unknown engine.*ddp, fsdp"):
+        adapters.plan(model, "lora", processes=2, sharding="zero")
+    with pytest.raises(adapters.RequestError, match="one process divides nothing"):
+        adapters.plan(model, "lora", sharding="fsdp")
+
+
+def test_the_command_plans_for_several_processes(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path / "bert")
+    words = ["plan", folder, "--strategy", "lora", "--length", "8", "--memory", "1GB", "--processes", "2", "--json"]
+    told = CliRunner().invoke(cli.app, words)
+    assert told.exit_code == 0, told.output
+    document = json.loads(told.stdout.splitlines()[-1])
+    assert [line["engine"] for line in document["lines"]] == ["ddp", "fsdp"]
+    assert document["cheapest"] == "lora/ddp"
+    assert document["processes"] == 2
+
+
+SCRIPT = """
+import json, sys
+from lockstep import classify
+gave = classify(sys.argv[1], "lora", 4)
+with open(f"{sys.argv[1]}.{gave['rank']}.json", "w") as file:
+    json.dump(gave["state"], file)
+"""
+
+
+def test_the_launch_of_the_page_runs_two_processes(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2`, as the page has it, with a free port."""
+    from test_docs import launches
+
+    words = next(words for where, _, words in launches() if "scale.md" in where and "--cpu" in words)
+    options = words[: words.index("-m")]
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT, "utf-8")
+    where = environment() | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
+    command += ["--main_process_port", "0", str(script), str(tmp_path / "out")]
+    ended = subprocess.run(command, env=where, timeout=200, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    states = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1)]
+    assert states[0] == states[1]
