@@ -167,7 +167,7 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
 def test_a_sharding_setting_that_does_not_work_is_refused(
     settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(processes.WORLD, "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     (found,) = processes.sharding(settings)
     assert words in found
 
@@ -185,9 +185,9 @@ FINE: list[dict[str, Any]] = [
 def test_a_sharding_setting_that_works_needs_several_processes(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(processes.WORLD, "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert processes.sharding(settings) == []
-    monkeypatch.setenv(processes.WORLD, "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     (found,) = processes.sharding(settings)
     assert "accelerate launch --num_processes N" in found
     assert "found 1 process" in found
@@ -195,7 +195,7 @@ def test_a_sharding_setting_that_works_needs_several_processes(
 
 def test_what_a_launcher_asks_for_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.fsdp({}) is None
-    for name, value in (("ACCELERATE_USE_FSDP", "true"), (processes.WORLD, "2"), (processes.EFFICIENT, "true")):
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("WORLD_SIZE", "2"), (processes.EFFICIENT, "true")):
         monkeypatch.setenv(name, value)
     assert processes.fsdp({}) == {"version": 1}  # accelerate's own where nothing is said
     (found,) = processes.sharding({})
