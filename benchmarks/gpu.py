@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import harness, kept
@@ -162,7 +163,12 @@ def requests(asked: Asked, name: str, facts: Mapping[str, Any]) -> Iterator[tupl
                 continue
             size = {"device": facts["device"], "batch": batch, "length": SHAPES[shape].length, "steps": asked.steps}
             run = Run(name, row.strategy, side, number, size, asked.threads, True, code, versions)
-            more = {"strategy": row.strategy, "shape": shape, "side": what.who, "settings": dict(what.settings)}
+            more: dict[str, Any] = {
+                "strategy": row.strategy,
+                "shape": shape,
+                "side": what.who,
+                "settings": dict(what.settings),
+            }
             more |= {"packed": what.packed, "upper": row.upper, "uneven": row.uneven, "epochs": row.epochs}
             yield run, {**given, **more, "kind": "speed", "batch": batch, "rows": count, "steps": asked.steps + 3}
 
@@ -250,7 +256,7 @@ def speed_table(results: Sequence[Measured], facts: Mapping[str, Any]) -> list[s
     lines = ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
     limit = sheet(str(facts.get("device", "")))
     for name in dict.fromkeys(result.run.row for result in results):
-        here = [result for result in kept.newest(results, name)]
+        here = kept.newest(results, name)
         base = {r.run.seed: _speed(r) for r in here if r.run.side.startswith("peer") and "fault" not in r.more}
         for side in dict.fromkeys(result.run.side for result in here):
             runs = [result for result in here if result.run.side == side]
@@ -268,7 +274,7 @@ def speed_table(results: Sequence[Measured], facts: Mapping[str, Any]) -> list[s
                 middle(ratios, 2, "x"),
                 middle([100 * value / facts["bfloat16"] for value in work], 1, " %") if "bfloat16" in facts else "-",
                 middle([100 * value / limit for value in work], 1, " %") if limit else "-",
-                f"{middle([1e3 * r.more['step_seconds'][0] for r in fine], 1)} [{min(steps):,.1f} to {max(steps):,.1f}]",
+                f"{median(steps):,.1f} ({min(steps):,.1f} to {max(steps):,.1f})",
                 middle([100 * r.more["padding"] for r in fine], 1),
                 middle([r.more["peak"] / 1e9 for r in fine], 2),
                 middle([r.more["reserved"] / 1e9 for r in fine], 2),
@@ -301,8 +307,8 @@ def report(results: Sequence[Measured], chosen: Sequence[str], faults: Sequence[
     if speeds:
         text.append("\n".join(speed_table(speeds, facts)))
         text.append(
-            "Made weights and rows; LoRA of rank 16 on seven maps a block. Operations: 4 a frozen weight and token, 6 a "
-            "trained one, attention's own; nothing that is computed twice. Steps are timed on the device, the first "
+            "Made weights and rows; LoRA of rank 16 on seven maps a block. Operations: 4 a frozen weight and token, "
+            "6 a trained one, attention's own; nothing that is computed twice. Steps are timed on the device, the first "
             "three left out; the peak is torch's highest count of what tensors took, in training."
         )
     return "\n\n".join(

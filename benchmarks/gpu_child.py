@@ -34,7 +34,7 @@ class Beats:
             return
         import torch
 
-        event: Any = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._found.append(event)
 
