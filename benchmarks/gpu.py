@@ -308,8 +308,8 @@ def report(results: Sequence[Measured], chosen: Sequence[str], faults: Sequence[
         text.append("\n".join(speed_table(speeds, facts)))
         text.append(
             "Made weights and rows; LoRA of rank 16 on seven maps a block. Operations: 4 a frozen weight and token, "
-            "6 a trained one, attention's own; nothing that is computed twice. Steps are timed on the device, the first "
-            "three left out; the peak is torch's highest count of what tensors took, in training."
+            "6 a trained one, attention's own; nothing that is computed twice. Steps are timed on the device, the "
+            "first three left out; the peak is torch's highest count of what tensors took, in training."
         )
     return "\n\n".join(
         [*text, *filter(None, ["\n".join(f"- {fault}" for fault in faults)])] or ["nothing measured yet"]
