@@ -123,9 +123,10 @@ class Trainer(ObjectiveTrainer):
             lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
             divide=divide,
         )
-        self._course.add(float(loss))
+        value = float(loss)  # of a graphics card once: it is waited for
+        self._course.add(value)
         if self._witness is not None:
-            self._witness.add(float(loss))
+            self._witness.add(value)
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
             self._portions.step_done()

@@ -98,7 +98,7 @@ UNEVEN = {
     "ours, at random": Side("ours", {"train_sampling_strategy": "random"}),
     "peer, by length": Side("peer", BY_LENGTH),
 }
-ROWS: Mapping[str, Row] = {
+ROWS: dict[str, Row] = {
     "lora": Row("LoRA on every linear map", "lora", LORA, [*LORA][:5]),
     "qlora": Row("QLoRA on every linear map", "qlora", QLORA, [*QLORA]),
     "upper": Row("LoRA on the upper half, 3 epochs", "lora", UPPER, [*UPPER], upper=True, epochs=3),

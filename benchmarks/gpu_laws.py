@@ -216,6 +216,8 @@ def of_matmuls(bench: Bench) -> Iterator[Law]:
 
 def of_packing(bench: Bench) -> Iterator[Law]:
     """What the device packs to 4 bits beside what the processor does: merges are made by the latter."""
+    if bench.strategy != "qlora":
+        return
     import torch
 
     from adapters import quantize
@@ -283,19 +285,21 @@ def told(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Every law of a strategy, as plain data."""
     import torch
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # resumed runs are compared bit for bit
     found: list[Law] = []
-    for name, laws in LAWS.items():
-        if name == "packing" and request["strategy"] != "qlora":
-            continue
-        place = folder / name
-        place.mkdir()
-        try:
-            found.extend(laws(Bench(request, place)))  # what came before a fault stays
-        except Exception as fault:  # whatever breaks a law off, the next one is looked at
-            told_so = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
-            found.append(Law(f"{name}: broke off", math.inf, 0, told_so))
-        gc.collect()
-        if request["device"] != "cpu":
-            torch.cuda.empty_cache()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # resumed runs are compared bit for bit
+    try:
+        for name, laws in LAWS.items():
+            place = folder / name
+            place.mkdir()
+            try:
+                found.extend(laws(Bench(request, place)))  # what came before a fault stays
+            except Exception as fault:  # whatever breaks a law off, the next one is looked at
+                told_so = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+                found.append(Law(f"{name}: broke off", math.inf, 0, told_so))
+            gc.collect()
+            if request["device"] != "cpu":
+                torch.cuda.empty_cache()
+    finally:
+        torch.use_deterministic_algorithms(before)
     return {"laws": [{**asdict(law), "figure": str(law.figure), "holds": law.holds} for law in found]}

@@ -1,4 +1,4 @@
-"""A device of its own whose memory is this process's: tensors there compute as a processor's do, and mix with no others.
+"""A device of its own in this process's memory: tensors there compute as a processor's do, and mix with no others.
 
 A graphics card refuses an operation over tensors of two devices, which no test on a processor alone would find. Here an
 operation that mixes them is refused in the same way, and so is a way to numpy that does not go by the processor. The
