@@ -98,7 +98,7 @@ def _answer(act: Any, args: Any, kwargs: Any) -> Any:
     def here(value: Any) -> Any:
         if isinstance(value, There):
             return value.held
-        return torch.device("cpu") if isinstance(value, torch.device) else value
+        return torch.device("cpu") if isinstance(value, torch.device) and value.type == NAME else value
 
     plain_args, plain_kwargs = tree_map(here, (args, kwargs))
     found = act(*plain_args, **plain_kwargs)

@@ -89,15 +89,12 @@ def test_the_device_refuses_what_a_graphics_card_refuses() -> None:
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("lora", {}),
         ("freeze", {"layers": 1}),
-        ("full", {}),
         ("probe", {}),
         ("pissa", {}),
-        ("ia3", {}),
         ("lora", {"added_tokens": ["zonk"]}),
     ],
-    ids=["lora", "freeze", "full", "probe", "pissa", "ia3", "tokens"],
+    ids=["freeze", "probe", "pissa", "lora"],
 )
 def test_a_whole_run(strategy: str, options: dict[str, Any], folders: dict[str, str], tmp_path: Path) -> None:
     """Trained, evaluated, asked, saved, opened and merged on the device; the numbers are the processor's."""
@@ -111,13 +108,13 @@ def test_a_whole_run(strategy: str, options: dict[str, Any], folders: dict[str, 
             adapters.evaluate(adapted, rows)
             if device == "cpu":
                 continue
-            saved = adapters.save(adapted, tmp_path / "adapter")
             logits = tiny.logits(adapted.model, on(adapted)).cpu()
-            if adapters.load(saved).model.device.type == "cpu":  # an adapter opens where its backbone does
-                merged = adapters.merge(adapted)
-                assert merged.device.type == device
-                again = tiny.logits(merged, {name: v.to(merged.device) for name, v in tiny.batch().items()}).cpu()
-                torch.testing.assert_close(again, logits, atol=CLOSE, rtol=CLOSE)
+            opened = adapters.load(adapters.save(adapted, tmp_path / "adapter"))
+            opened.model.to(device)  # type: ignore[arg-type]
+            assert torch.equal(tiny.logits(opened.model, on(opened)).cpu(), logits)
+            merged = adapters.merge(adapted)
+            assert merged.device.type == device
+            torch.testing.assert_close(tiny.logits(merged, on(adapted)).cpu(), logits, atol=CLOSE, rtol=CLOSE)
     alike(found)
     assert answers[0] == answers[1]
 
@@ -126,7 +123,7 @@ def test_language_models(folders: dict[str, str], tmp_path: Path) -> None:
     """Losses in chunks, kept prefixes, texts that go on, encoders with decoders."""
     rows = [{"prompt": row["text"], "completion": " parcel late"} for row in tiny.rows(12)]
     pairs = [{"source": row["text"], "target": "parcel late"} for row in tiny.rows(12)]
-    chunked = {"chunked_loss": True}
+    chunked, once = {"chunked_loss": True}, {"num_train_epochs": 1}
     upper = {"task": "causal-lm", "layers_to_transform": [2], "max_new_tokens": 3}
     first: list[dict[str, torch.Tensor]] = []
     second: list[dict[str, torch.Tensor]] = []
@@ -135,7 +132,9 @@ def test_language_models(folders: dict[str, str], tmp_path: Path) -> None:
             adapted = trained(folders["llama"], tmp_path / f"lm-{device}", "lora", rows, chunked, **upper)
             first.append(state(adapted, device))
             assert len(adapters.predict(adapted, ["late parcel"])) == 1
-            adapted = trained(folders["t5"], tmp_path / f"t5-{device}", "lora", pairs, task="seq2seq", max_new_tokens=3)
+            adapted = trained(
+                folders["t5"], tmp_path / f"t5-{device}", "lora", pairs, once, task="seq2seq", max_new_tokens=3
+            )
             second.append(state(adapted, device))
             assert len(adapters.predict(adapted, ["late parcel"])) == 1
     alike(first)
