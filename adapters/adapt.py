@@ -300,7 +300,8 @@ def assemble(
     from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
 
     storage = Storage(quantization)
-    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undone:
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # they are seeded with the rest
+    with torch.random.fork_rng(devices=list(cards)), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
             net, new, processor, later = opened(model, task, quantization, load, processor)

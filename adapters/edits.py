@@ -84,9 +84,11 @@ class PutEntries:
             )
         shape = list(old.shape)
         shape[self.axis] = self.size
-        new = torch.zeros(shape, dtype=torch.float32)
+        values = self.values.float()
+        new = torch.zeros(shape, dtype=torch.float32, device=values.device)
         new.narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
-        return new.index_copy_(self.axis, torch.tensor(self.ids, dtype=torch.long), self.values.float())
+        places = torch.tensor(self.ids, dtype=torch.long, device=values.device)
+        return new.index_copy_(self.axis, places, values)
 
 
 def replace_all(state: Mapping[str, Tensor]) -> dict[str, Edit]:
