@@ -131,3 +131,20 @@ def test_the_launch_of_the_page_runs_two_processes(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
     states = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1)]
     assert states[0] == states[1]
+
+
+def test_the_arithmetic_of_the_page_is_that_of_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a shape alone, by hand, and from the units of a model of that shape."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks import scale
+
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 128}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    monkeypatch.setitem(scale.SHAPES, "small", sizes)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+    names = {name for name, _ in model.named_parameters()}
+    found = engines.divided(2 * sum(p.numel() for p in model.parameters()), engines.units(model, names, 4), 4, passes=2)
+    hand = scale.by_hand("small", "full", 4)
+    assert (found.shards, found.wire, found.buffers) == (hand["weights"], hand["wire"], hand["buffers"])
