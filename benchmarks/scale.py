@@ -123,7 +123,7 @@ def by_hand(shape: str, strategy: str, processes: int) -> dict[str, float]:
     learnt = 4 * factors * depth if low else 2 * (depth * block + 2 * table)
     learnt += 0 if low else 2 * hidden
     whole, output = depth * unit + 2 * table, 2 * (table + hidden)
-    summed = 2 * learnt // depth if low else 4 * max(block, table)
+    summed = 2 * learnt // depth if low else 4 * max(block, table + hidden)
     once = (processes - 1) / processes
     return {
         "weights": (whole + output) / processes,
