@@ -107,6 +107,32 @@ def flops(shape: str, strategy: str) -> float:
     return (8.0 if strategy == "full" else 6.0) * weights
 
 
+def by_hand(shape: str, strategy: str, processes: int) -> dict[str, float]:
+    """What one process of FSDP holds and sends, from the shape alone: the arithmetic of docs/scale.md, in bytes.
+
+    LoRA is of rank 8 on every map of the blocks, in float32; full training is in bfloat16.
+    """
+    config = SHAPES[shape]
+    hidden, inner, depth = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    grouped = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    block = 2 * hidden * hidden + 2 * hidden * grouped + 3 * hidden * inner + 2 * hidden
+    table = config["vocab_size"] * hidden
+    factors = 8 * (4 * hidden + 2 * (hidden + grouped) + 3 * (hidden + inner))
+    low = strategy == "lora"
+    unit = 2 * block + (4 * factors if low else 0)
+    learnt = 4 * factors * depth if low else 2 * (depth * block + 2 * table)
+    learnt += 0 if low else 2 * hidden
+    whole, output = depth * unit + 2 * table, 2 * (table + hidden)
+    summed = 2 * learnt // depth if low else 4 * max(block, table + hidden)
+    once = (processes - 1) / processes
+    return {
+        "weights": (whole + output) / processes,
+        "learnt": 5 * learnt / processes,  # gradient, two moments, two copies
+        "buffers": 2 * max(unit, 2 * table) + output + summed,
+        "wire": once * (3 * whole + output + learnt),
+    }
+
+
 def kept() -> dict[str, dict[str, Any]]:
     """What has been counted, the latest of each cell."""
     if not KEPT.is_file():
