@@ -44,18 +44,8 @@ def test_the_whole_command_on_a_processor(
     asked: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    given = [
-        "--device",
-        "cpu",
-        "--shape",
-        "tiny",
-        "--rounds",
-        "1",
-        "--steps",
-        "1",
-        "--results",
-        str(tmp_path / "r.jsonl"),
-    ]
+    given = ["--device", "cpu", "--rounds", "1", "--steps", "1", "--results", str(tmp_path / "r.jsonl")]
+    given += ["--only", "laws,qlora-tiny,upper-tiny,uneven-tiny"]
     assert gpu.main(given) == 0
     shown = capsys.readouterr().out
     kinds = [request["kind"] for request in asked]
