@@ -243,9 +243,6 @@ def speed_table(results: Sequence[Measured], facts: Mapping[str, Any]) -> list[s
         "times the peer's",
         "share of the measured matmul rate",
         "of the sheet's",
-    )
-    heads = (
-        *heads,
         "a step, ms (fastest to slowest)",
         "padding, %",
         "peak, GB",

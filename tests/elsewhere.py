@@ -44,10 +44,12 @@ class There(torch.Tensor):
         made.held = held
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, act: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, act: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _computed(act, args, kwargs or {})
 
     def data_ptr(self) -> int:
@@ -62,7 +64,7 @@ class There(torch.Tensor):
     __array__ = numpy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.held.__reduce_ex__(protocol)
+        return self.held.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> Any:
         if id(self) not in memo:
@@ -117,7 +119,7 @@ def _answer(act: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(back, found)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what makes tensors on the device."""
 
     def __torch_dispatch__(self, act: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,8 +156,8 @@ def _registered() -> Any:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, _Backend())
-    library = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    library.fallback(torch.library.fallthrough_kernel)
+    library = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")  # type: ignore[no-untyped-call]
+    library.fallback(torch.library.fallthrough_kernel)  # type: ignore[no-untyped-call]
     return library
 
 
@@ -170,7 +172,7 @@ def training_on(device: str) -> Iterator[None]:
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     try:
-        with _Mode() if device == NAME else contextlib.nullcontext():
+        with _Mode() if device == NAME else contextlib.nullcontext():  # type: ignore[no-untyped-call]
             torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) crosses where we see it
             yield
     finally:

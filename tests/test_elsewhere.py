@@ -17,7 +17,7 @@ import torch
 
 import adapters
 
-QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+QUIET: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLOSE = 2e-4  # kernels of the two take their sums in another order
 PLACES = ("cpu", elsewhere.NAME)
 SETTINGS = {
