@@ -103,13 +103,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self.keep = arguments.save_total_limit
         arguments.save_total_limit = None  # rotation is ours: it deletes nothing that this run did not write
         with quantize.accepted(adapted.model), complaints():
-            super().__init__(
-                model=adapted.model,
-                args=arguments,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                **others,
-            )
+            given_rows: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            super().__init__(model=adapted.model, args=arguments, **given_rows, **others)
         # The loss comes from the task alone, so the models' own normalisation by item counts stays out of it.
         self.model_accepts_loss_kwargs = False
         self._loss_shifts_labels = False

@@ -184,14 +184,9 @@ class Trainer(ObjectiveTrainer):
             if self._undivided:  # no pass through a divided model is one process's own
                 with self._readout.whole():
                     layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
-            raise NumbersError(
-                message(
-                    f"the loss is {float(loss)}",
-                    where=self._where(),
-                    found=f"values that are not finite, first in {layer or 'the loss itself'}",
-                    remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
-                )
-            )
+            found = f"values that are not finite, first in {layer or 'the loss itself'}"
+            remedy = "No step was taken. Look at these rows, or take a smaller learning rate."
+            raise NumbersError(message(f"the loss is {float(loss)}", where=self._where(), found=found, remedy=remedy))
         return loss
 
     def _loss_now(self) -> float:
