@@ -47,10 +47,16 @@ def unwound(command: Callable[..., None]) -> Callable[..., None]:
                 raise SystemExit(2 if command is sweep else 0)
             if command is sweep:
                 raise RequestError(
-                    message("a sweep is run by one process", where="launcher", found=f"{several} processes")
+                    message(
+                        "a sweep is run by one process",
+                        where="launcher",
+                        found=f"{several} processes",
+                        remedy="Start it as adapters sweep; its trials follow each other over one loaded backbone.",
+                    )
                 )
             console.say(f"{several} processes were started; one of them does this")
-            processes.alone()
+            if command is not doctor:  # which looks at what the launcher says
+                processes.alone()
         try:
             command(**options)
         except KeyboardInterrupt as fault:

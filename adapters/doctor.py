@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from adapters import processes
 from adapters.places import cache_folder
 
 DISTRIBUTION = "holdfast"
@@ -86,6 +87,16 @@ one = torch.ones(64, 64, dtype=torch.bfloat16)
 assert float((one @ one)[0, 0]) == 64
 told = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
 amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+import torch.distributed as dist
+found["groups"] = []
+if dist.is_available():
+    if dist.is_gloo_available():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.barrier()
+        dist.destroy_process_group()
+        found["groups"].append("gloo")
+    if found["gpus"] and dist.is_nccl_available():
+        found["groups"].append("NCCL")
 found["cpu_bf16"] = bool(told and told()) or bool(amx and amx())
 print(json.dumps(found))
 """
@@ -116,7 +127,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        topic: "python", "packages", "torch", "disk", "caches", "environment", "hub".
+        topic: "python", "packages", "torch", "launch", "disk", "caches", "environment", "hub".
         name: what it is about.
         level: "ok", "note" (worth knowing) or "fault" (something will not work).
         said: what was found.
@@ -138,8 +149,11 @@ def diagnose(*, online: bool = False, trials: bool = True) -> list[Finding]:
         trials: try torch, bitsandbytes and the packages around them in processes of their own, which takes seconds.
     """
     found = [*versions(), *clashes()]
+    gpus: int | None = None
     if trials:
         found += _tried(found)
+        gpus = sum(finding.topic == "torch" and finding.name == "gpu" and finding.level == "ok" for finding in found)
+    found += launched(gpus)
     found += [*_disks(), *_caches(), *environment(os.environ)]
     if online:
         found.append(_hub())
@@ -319,9 +333,30 @@ def _torch() -> list[Finding]:
         remedy = "Its driver is here, torch does not see it: install torch for CUDA." if driver else ""
         said = "Apple's GPU (mps)" if found["mps"] else "none: runs take the CPU"
         made.append(Finding("torch", "gpu", "fault" if driver else "note", said, remedy))
+    lacking = "gloo" not in found["groups"]
+    groups = (
+        "processes can form a group by " + " and ".join(found["groups"]) if found["groups"] else "no group is formed"
+    )
+    made.append(Finding("torch", "processes", "note" if lacking else "ok", groups))
     native = "natively" if found["cpu_bf16"] else "but slowly: no AVX512-BF16 or AMX"
     made.append(Finding("torch", "cpu", "ok", f"{os.cpu_count()} cores, multiplies bfloat16 {native}"))
     return made
+
+
+def launched(gpus: int | None) -> Iterator[Finding]:
+    """What a launcher has started this process as; nothing without one.
+
+    Args:
+        gpus: how many there are here; None where nobody has looked.
+    """
+    several = processes.count()
+    if several == 1:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", several))
+    said = f"{several} started, {here} of them on this machine; this is number {processes.number()}"
+    crowded = bool(gpus) and here > int(gpus or 0)
+    remedy = f"Start {gpus} on this machine: one a GPU." if crowded else ""
+    yield Finding("launch", "processes", "fault" if crowded else "ok", said, remedy)
 
 
 def _packing() -> list[Finding]:

@@ -271,9 +271,12 @@ def environment(document: Mapping[str, Any], events: Sequence[journal.Event]) ->
     """Machine and versions, as pairs."""
     found = first(events, "machine")
     lines = []
+    several = processes(events)
     if found:
         lines.append(("machine", said(found)))
         lines.append(("threads", str(found.get("threads", NONE))))
+    if several > 1:
+        lines.append(("processes", str(several)))
     lines += [("holdfast", str(document["holdfast"]))]
     lines += [(name, str(version)) for name, version in document["versions"].items() if version]
     backbone = document["backbone"]
@@ -289,13 +292,25 @@ def environment(document: Mapping[str, Any], events: Sequence[journal.Event]) ->
     return lines
 
 
-def repeat(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """The command that repeats the run, and its recipe; or why there is none."""
+def processes(events: Sequence[journal.Event]) -> int:
+    """How many processes a run began with."""
+    return int(journal.number(first(events, "begin") or {}, "processes") or 1)
+
+
+def repeat(folder: Path, document: Mapping[str, Any], several: int = 1) -> dict[str, Any]:
+    """The command that repeats the run, and its recipe; or why there is none.
+
+    Args:
+        folder: of the adapter.
+        document: its manifest.
+        several: processes that the run had.
+    """
     file = folder / manifest.RECIPE
     if not document["reproducible"] or not file.is_file():
         return {"why": document.get("why_not_reproducible", "the recipe is not in the folder")}
     again = f"{folder.as_posix().rstrip('/')}-again"
-    line = shlex.join(["adapters", "train", (folder / manifest.RECIPE).as_posix(), "--output", again])
+    program = ["adapters"] if several == 1 else ["torchrun", "--nproc_per_node", str(several), "-m", "adapters"]
+    line = shlex.join([*program, "train", (folder / manifest.RECIPE).as_posix(), "--output", again])
     return {"command": line, "recipe": file.read_text(encoding="utf-8", errors="replace")[:20_000]}
 
 

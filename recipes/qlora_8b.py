@@ -3,7 +3,7 @@
 Needs     7.3 GB on a GPU at its peak (adapters plan): a card of 24 GB takes 23 rows at once;
           16.4 GB of main memory while the model is opened; pip install "holdfast[qlora]"
 Reaches   not measured here. Dettmers et al. (2023) find QLoRA equal to 16-bit LoRA on 7B to 65B models.
-Run       python recipes/qlora_8b.py          (or accelerate launch --num_processes 1 ...)
+Run       python recipes/qlora_8b.py          (or accelerate launch ...)
           adapters train recipes/qlora_8b.yaml
 """
 

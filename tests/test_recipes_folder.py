@@ -398,14 +398,6 @@ def test_sharding_in_one_process_says_what_it_needs(monkeypatch: Any, capsys: An
     assert "does not divide a model yet" in said
 
 
-def test_several_processes_are_refused_before_anything_is_read(monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    said = refused(FOLDER / "dora.py", ["--set", "data=nowhere.csv"], monkeypatch, capsys)
-    assert "found 4 processes" in said
-    assert "accelerate launch --num_processes 1" in said
-    assert "found 4 processes" in refused(FOLDER / f"{SHARDED}.py", [], monkeypatch, capsys)
-
-
 def test_the_trainer_refuses_sharding_as_well() -> None:
     from adapters.arguments import check_fields
 
