@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from adapters import presence, processes
-from adapters.errors import RankError, message
+from adapters.errors import AdaptersError, RankError, message
 
 T = TypeVar("T")
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: its own process holds the store, not the first of the run
@@ -55,7 +55,8 @@ def attending() -> Iterator[None]:
         left = fault
         raise
     finally:
-        own.leave(left)
+        agreed = isinstance(left, AdaptersError) and left.agreed  # all end with it by themselves
+        own.leave(None if agreed else left)
 
 
 def at(place: str) -> None:

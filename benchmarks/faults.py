@@ -1,11 +1,11 @@
 """What faults do to a run and to what it wrote: ours beside peft under transformers.Trainer.
 
-Six parts. kills: SIGKILL at random moments of a run that saves after every step, then a resume. ranks: the same of one
-process of two or three. states: every file of
-a checkpoint lost, empty, half-written or old, then a resume. writes: each change of the disk in a save fails in turn.
-flips: single bits of an adapter folder turned over. folders: adapter folders made to do harm. Everything is made here;
-models are tiny, each run is a forked child. "Bit for bit" compares the trained weights and every logged loss, gradient
-norm and learning rate with those of a run that nothing happened to.
+Six parts. kills: SIGKILL at random moments of a run that saves after every step, then a resume. ranks: the same of
+one process of two or three. states: every file of a checkpoint lost, empty, half-written or old, then a resume.
+writes: each change of the disk in a save fails in turn. flips: single bits of an adapter folder turned over. folders:
+adapter folders made to do harm. Everything is made here; models are tiny, each run is a forked child. "Bit for bit"
+compares the trained weights and every logged loss, gradient norm and learning rate with those of a run that nothing
+happened to.
 
     python -m benchmarks.faults                      everything; goes on where it was stopped
     python -m benchmarks.faults --quick              a few faults of each kind

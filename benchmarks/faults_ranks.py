@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults_outcomes import CLEAR, HUNG, OTHER, QUIET, RAW, SAME, SCRATCH, STUCK, Case, Found
+from benchmarks.faults_outcomes import CLEAR, HUNG, OTHER, QUIET, RAW, SCRATCH, STUCK, Case, Found
 from benchmarks.faults_runs import OFTEN, checkpoints, fresh, outcome, step, words
 from benchmarks.faults_sides import SIDES, Answer, Side, Unanswered, answer_of, answered, child, train
 
@@ -83,7 +83,11 @@ def _part(side: Side, folder: Path, resume: bool, rank: int, processes: int, por
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    tell = partial(os.write, told, b".") if rank == 0 else lambda: None
+
+    def tell() -> None:
+        if rank == 0:
+            os.write(told, b".")
+
     return vars(answered(lambda: train(side, folder, resume, tell, ddp_timeout=WAIT, **OFTEN)))
 
 

@@ -81,7 +81,7 @@ FLOORS = {
     "data": 2,
     "division": 3,
     "spans": 3,
-    "finite": 3,
+    "finite": 4,
     "tags": 2,
     "order": 2,
     "rendering": 2,
