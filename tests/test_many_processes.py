@@ -28,7 +28,7 @@ CASES = (
     Case(strategy="freeze", options={"layers": 1, "unfreeze_every": 1}, args=EPOCHS),
     Case(strategy="probe", args=SOLVED, headless=True),
     Case("token-classification"),
-    Case("masked-lm"),
+    Case("masked-lm", args={"num_train_epochs": 2}),
     Case(strategy="bitfit"),
     Case(strategy="ia3", dtype="bfloat16"),
     Case(strategy="qlora", dtype="float32"),
