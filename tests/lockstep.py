@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def trainer(
     options |= {**cells.TASK_OPTIONS.get(case.task, {}), **cells.OPTIONS.get(case.strategy, {}), **case.options}
     base: Any = model(case, noisy=noisy)
     if case.headless:
-        place = Path(folder).with_name(f"{Path(folder).name}-base{ranks.rank()}")
-        base.bert.save_pretrained(place)
+        place = Path(folder).with_name(f"{Path(folder).name}-base")
+        ranks.by_first(functools.partial(base.bert.save_pretrained, place))  # transformers writes in one process alone
         base = str(place)
     adapted = adapters.adapt(
         base,

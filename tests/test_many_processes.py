@@ -28,7 +28,7 @@ CASES = (
     Case(strategy="freeze", options={"layers": 1, "unfreeze_every": 1}, args=EPOCHS),
     Case(strategy="probe", args=SOLVED, headless=True),
     Case("token-classification"),
-    Case("masked-lm"),
+    Case("masked-lm", args={"num_train_epochs": 2}),
     Case(strategy="bitfit"),
     Case(strategy="ia3", dtype="bfloat16"),
     Case(strategy="qlora", dtype="float32"),
@@ -39,11 +39,12 @@ CASES = (
     Case("image-classification", "vit"),
     Case("causal-lm", "mixtral", "full", dtype="float32"),
 )
-# Sums over the rows of a step in another order. What differs is rounding: in float64, where there is hardly any, losses
-# and weights agree to 1e-9. In float32 a loss of about 1 agrees to 1e-5, and a weight to a share of a step: Adam makes
-# a step of the learning rate's size of a gradient that is nothing but rounding (a key's bias, an unused expert).
+# Sums over the rows of a step in another order. What differs is rounding: in float64 weights agree to 1e-6, because the
+# loss itself is float32 (a third of a step is rounded there; in halves it was 1e-13). In float32 a loss of about 1
+# agrees to 1e-5, and a weight to a share of a step: Adam makes a step of the learning rate's size of a gradient that is
+# nothing but rounding (a key's bias, an unused expert).
 LOSS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": 1e-2}  # logged losses are float32 themselves
-WEIGHT = {"float64": 1e-9, "float32": 5e-3, "bfloat16": 5e-2}
+WEIGHT = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 5e-2}
 THREE = (0, 1, 4, 5)  # of the cases, in three processes
 
 
