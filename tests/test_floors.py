@@ -207,6 +207,7 @@ FLOORS = {
     "processes": 1,
     "ranks": 2,
     "sharded": 5,
+    "dividing": 8,
     "shares": 1,
     "exchange": 3,
     "evaluation": 6,
