@@ -90,7 +90,6 @@ class Trainer(ObjectiveTrainer):
         self._terms = functools.partial(
             runs.terms, adapted, self.args, self._data, handler, own=own, optimizers=optimizers
         )
-        self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
         self._gauge = gauge.Gauge(self._throughput, self._now)
         self._bars = self.pop_callback(ProgressCallback) is not None
