@@ -43,9 +43,9 @@ class DividedTrainer(transformers.Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' preparation; the parameters of a model that is divided are others afterwards."""
         if self._undivided:
-            return super()._prepare_for_training(*args, **kwargs)
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         with sharded.ready(self.adapted, self.args.device):
-            prepared = super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._training = sharded.settle(self.adapted)
         return prepared
 

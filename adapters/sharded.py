@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapters import ranks
+from adapters import processes, ranks
 from adapters.anatomy import block_lists, class_name, own_name
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, RequestError, message
@@ -230,7 +230,7 @@ def _embedded_twice(model: PreTrainedModel) -> bool:
     """Whether several modules look tokens up in one tensor, as in an encoder-decoder."""
     table = model.get_input_embeddings()
     held = getattr(table, "weight", None)
-    others = (table, model.get_output_embeddings())
+    others = (table, model.get_output_embeddings())  # type: ignore[no-untyped-call]
     return held is not None and any(
         module._parameters.get("weight") is held for module in model.modules() if module not in others
     )
@@ -304,7 +304,7 @@ def refuse_divided(adapted: Adapted, what: str) -> None:
     if is_divided(adapted):
         raise RequestError(
             message(
-                f"the model is divided over {ranks.count()} processes: none of them can {what}",
+                f"the model is divided over {processes.count()} processes: none of them can {what}",
                 where=class_name(adapted.model),
                 remedy="Save the adapter, and go on with its folder in a process of its own.",
             )
