@@ -36,13 +36,14 @@ class Accord:
         self._loss = 0.0
         self._fault: Exception | None = None  # what this process failed with in the step at hand
 
-    def reached(self, signal: int) -> tuple[float, int]:
+    def reached(self, signal: int, check: Callable[[], None]) -> tuple[float, int]:
         """The end of a step: its loss over all processes, and the signal that any of them was sent; 0 for none.
 
         From here on the gradients are those of the whole step.
 
         Args:
             signal: that this process was sent.
+            check: looks at the gradients, of which each process of a divided model has a part: all do so together.
 
         Raises:
             AdaptersError: a process failed; all of them stop, with its fault.
@@ -60,6 +61,8 @@ class Accord:
             exchange.stop_all(fault)
         if not self._divided:
             self._average([used > 0 for used in summed[1 + 2 * processes :]])
+        else:
+            check()
         return summed[0] / processes, int(max(summed[1 : 1 + processes]))
 
     def batches(
@@ -116,7 +119,7 @@ class Accord:
         try:
             if not blank or self._divided:  # a model that is divided needs all of them for any pass
                 self._loss += passed()
-            if last:
+            if last and not self._divided:
                 check()
         except Exception as fault:
             self._fault = fault

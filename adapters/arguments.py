@@ -87,6 +87,8 @@ def complaints() -> Iterator[None]:
     """What transformers refuses about the settings, as an error of ours."""
     try:
         yield
+    except RequestError:
+        raise
     except (ValueError, TypeError) as fault:
         raise RequestError(
             message(

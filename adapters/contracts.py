@@ -310,7 +310,6 @@ class Record:
         notes: remarks that were said once and belong to the adapter (padding token, truncation).
         spent: merged: saving, training and merging again are refused.
         shared: its name on a shared backbone, which nothing may change; empty everywhere else.
-        gathered: the trained tensors whole, while those of a divided model are written (`sharded.gathered`).
     """
 
     backbone: str = ""
@@ -330,7 +329,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     spent: bool = False
     shared: str = ""
-    gathered: dict[str, Tensor] | None = None
+    gathered: dict[str, Tensor] | None = None  # the trained tensors whole, while a divided model's are written
 
 
 @final
@@ -377,8 +376,7 @@ class Adapted:
     def state(self) -> dict[str, Tensor]:
         """The trained tensors by their keys in the adapter file; views of the live parameters, not copies.
 
-        Of tensors that only grew with added tokens, copies of the added entries. Of a model that is divided over
-        processes (FSDP), the parts that this one holds, as DTensors.
+        Of tensors that only grew, copies of the added entries; of a model divided by FSDP, the parts held here.
         """
         if self.record.spent:
             raise SpentError(
@@ -402,10 +400,7 @@ class Adapted:
         return found
 
     def places(self) -> list[tuple[str, Tensor, int | None]]:
-        """Where the tensors of the adapter file live: key, the live tensor, and the axis of the added entries.
-
-        An axis of None means the whole tensor.
-        """
+        """Where the tensors of the adapter file live: key, live tensor, and the axis of the added entries, or None."""
         from adapters.anatomy import own_name
 
         tensors: dict[str, Tensor] = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
@@ -417,9 +412,8 @@ class Adapted:
         if self.vocabulary is not None and axes:
             own = {own_name(name): tensor.detach() for name, tensor in tensors.items()}
             found += [(self.vocabulary.key(self.strategy, name), own[name], axis) for name, axis in axes.items()]
-        if self.record.gathered is not None:
-            return [(key, self.record.gathered[key], axis) for key, _, axis in found]
-        return found
+        whole = self.record.gathered or {}
+        return [(key, whole.get(key, tensor), axis) for key, tensor, axis in found]
 
     def added_ids(self, like: Tensor) -> Tensor:
         """The ids of the added tokens, on the device of a tensor."""

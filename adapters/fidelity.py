@@ -186,7 +186,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     """
     import torch
 
-    from adapters import readout, sharded, storage
+    from adapters import ranks, sharded
 
     batch = dict(collate(list(islice(iter(rows), FEW))))
     numbers = [int(number) for number in batch.pop("row", range(FEW))]
@@ -195,7 +195,16 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
     if sharded.is_divided(adapted):
         _reopened_in_place(adapted, batch, numbers, place)
-        return
+    else:
+        ranks.by_first(lambda: _reopened_beside(adapted, batch, numbers, place))
+
+
+def _reopened_beside(adapted: Adapted, batch: dict[str, Any], numbers: list[int], place: Path) -> None:
+    """The check by a second model, in one process."""
+    import torch
+
+    from adapters import readout, storage
+
     with contextlib.ExitStack() as stack:
         with disk.writing(place):
             stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import TrainingArguments
 
@@ -32,7 +31,6 @@ from adapters import (
     quantize,
     ranks,
     readout,
-    sharded,
     shares,
     throughput,
     vocabulary,
@@ -40,6 +38,7 @@ from adapters import (
 from adapters.accord import Accord
 from adapters.arguments import asks_for_steps, complaints, settings
 from adapters.contracts import Adapted, Draw
+from adapters.dividing import DividedTrainer
 from adapters.epochs import Epochs, Longest, ordered
 from adapters.evaluation import Evaluation
 from adapters.evaluation import kept as kept_apart
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ObjectiveTrainer(transformers.Trainer):
+class ObjectiveTrainer(DividedTrainer):
     """What a run learns and measures; how it goes and what it leaves is `Trainer`'s."""
 
     def __init__(
@@ -123,12 +122,7 @@ class ObjectiveTrainer(transformers.Trainer):
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
         self._own = own
-        # Each process holds the whole model, alone or beside others: then a pass through it is its own affair.
-        self._undivided = not self.is_fsdp_enabled
         self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
-        if not self._undivided:
-            sharded.refuse(adapted, self.accelerator.mixed_precision)
-            self._say(sharded.WITHOUT)
         alone = tasks_loss and self.args.n_gpu <= 1 and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
         self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
@@ -150,21 +144,6 @@ class ObjectiveTrainer(transformers.Trainer):
         self.add_callback(self.epochs)
         if isinstance(train_dataset, lanes.Flow):
             self.add_callback(onward.Onward(train_dataset, lambda: self.epochs.batches, self._say))
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """transformers' accelerator, with the engine that divides the model where that is asked for."""
-        with sharded.own_engine():
-            super().create_accelerator_and_postprocess()
-            self.is_fsdp_enabled = sharded.engage(self.accelerator, self.args)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' preparation; the parameters of a model that is divided are others afterwards."""
-        if self._undivided:
-            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-        with sharded.ready(self.adapted, self.args.device):
-            prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._training = sharded.settle(self.adapted)
-        return prepared
 
     # ------------------------------------------------------------------ rows
 

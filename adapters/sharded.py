@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapters import processes, ranks
 from adapters.anatomy import block_lists, class_name, own_name
 from adapters.contracts import Adapted
-from adapters.errors import RequestError, message
+from adapters.errors import ContractError, RequestError, message
 from adapters.quantize import packed_modules
 
 if TYPE_CHECKING:
@@ -307,6 +307,25 @@ def refuse_divided(adapted: Adapted, what: str) -> None:
                 f"the model is divided over {processes.count()} processes: none of them can {what}",
                 where=class_name(adapted.model),
                 remedy="Save the adapter, and go on with its folder in a process of its own.",
+            )
+        )
+
+
+def refuse_parts(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse to write what is no adapter.
+
+    Raises:
+        ContractError: this process holds parts of the tensors.
+    """
+    parts = [name for name, tensor in tensors.items() if ranks.divided(tensor)]
+    if parts:
+        raise ContractError(
+            message(
+                "a process holds parts of the trained tensors, which are no adapter",
+                where=where,
+                expected=f"{len(tensors)} whole tensors",
+                found=f"{len(parts)} parts, {parts[0]} first",
+                remedy="Let all processes call adapters.save.",
             )
         )
 

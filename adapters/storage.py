@@ -17,15 +17,7 @@ from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import MAX_CONFIG, PROCESSORS, live_model, local_folder, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
-from adapters.errors import (
-    AdaptersError,
-    BackboneError,
-    ContractError,
-    FolderError,
-    NumbersError,
-    RequestError,
-    message,
-)
+from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
 from adapters.manifest import (
     CARD,
     FORMAT,
@@ -97,17 +89,7 @@ def write(adapted: Adapted, folder: Path) -> None:
     import torch
 
     held = dict(sorted(adapted.state().items()))
-    parts = [name for name, tensor in held.items() if ranks.divided(tensor)]
-    if parts:
-        raise ContractError(
-            message(
-                "a process holds parts of the trained tensors, which are no adapter",
-                where=str(folder),
-                expected=f"{len(held)} whole tensors",
-                found=f"{len(parts)} parts, {parts[0]} first",
-                remedy="Let all processes call adapters.save.",
-            )
-        )
+    sharded.refuse_parts(held, str(folder))
     state = {name: tensor.contiguous().cpu() for name, tensor in held.items()}
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -38,7 +38,6 @@ from adapters import (
     ranks,
     restarts,
     runs,
-    sharded,
     storage,
     unison,
     vocabulary,
@@ -83,16 +82,13 @@ class Trainer(ObjectiveTrainer):
     ) -> None:
         super().__init__(adapted, args, train_dataset, eval_dataset, columns, **others)
         own = self._own
-        self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._random: list[Any] = []  # the state of every process, while a checkpoint is written
-        self._moments: dict[str, Any] | None = None  # the optimizer's state put together, likewise
         self._run = secrets.token_hex(8)
         optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
         self._terms = functools.partial(
             runs.terms, adapted, self.args, self._data, handler, own=own, optimizers=optimizers
         )
-        self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
         self._gauge = gauge.Gauge(self._throughput, lambda: self._course.lately())
         self._bars = self.pop_callback(ProgressCallback) is not None
@@ -158,16 +154,11 @@ class Trainer(ObjectiveTrainer):
             model = self.model  # past the wrap, whose first pass holds an exchange
         with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
             accord.taken(
-                lambda: float(self._passed(model, inputs, items)),
-                self._check_gradients if self._undivided else lambda: None,  # parts are looked at together, below
-                blank=self._blank,
-                last=last,
+                lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
             )
         if not last:
             return torch.zeros((), device=self.args.device)
-        loss, self.stops.number = accord.reached(self.stops.came)
-        if not self._undivided:
-            self._check_gradients()
+        loss, self.stops.number = accord.reached(self.stops.came, self._check_gradients)
         self._count(loss)
         return torch.tensor(loss, device=self.args.device)
 
@@ -180,10 +171,8 @@ class Trainer(ObjectiveTrainer):
         self._part = part
         loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            layer = ""
-            if self._undivided:  # no pass through a divided model is one process's own
-                with self._readout.whole():
-                    layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
+            with self._readout.whole():
+                layer = self._layer_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             found = f"values that are not finite, first in {layer or 'the loss itself'}"
             remedy = "No step was taken. Look at these rows, or take a smaller learning rate."
             raise NumbersError(message(f"the loss is {float(loss)}", where=self._where(), found=found, remedy=remedy))
@@ -282,21 +271,13 @@ class Trainer(ObjectiveTrainer):
             storage.put(self.adapted, self._best, "best weights")
         record, self._best = self.adapted.record, None
         self._compare_baseline()
-        self._reopen(run)
+        fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, run)
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         seconds = float(result.metrics.get("train_runtime", 0.0))
         facts.trained(record, self.state, float(result.training_loss), seconds, self._throughput.totals())
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
-
-    def _reopen(self, run: Path) -> None:
-        """The saved adapter answers as the trained model does, by the word of one process or of all."""
-        asked = (self.adapted, self.train_dataset, self.data_collator, run)
-        if self._undivided:
-            ranks.by_first(lambda: fidelity.reopened(*asked))
-        else:
-            fidelity.reopened(*asked)
 
     def _solve(self, start: headstart.Start) -> TrainOutput:
         """A run without steps: the output layer takes its solved values, and is evaluated as after an epoch."""
@@ -372,16 +353,7 @@ class Trainer(ObjectiveTrainer):
         unison.check_weights(self.adapted, f"the checkpoint of step {self.state.global_step}")
         self.store_flos()
         self._random = ranks.gathered(randomness.state()) if self._accord is not None else []
-        if self._undivided:
-            ranks.by_first(lambda: self._write_checkpoint(model, trial))
-        else:
-            self._moments, mine = sharded.moments(self.optimizer), self._best
-            self._best = sharded.together(mine)
-            try:
-                with sharded.gathered(self.adapted):
-                    ranks.by_first(lambda: self._write_checkpoint(model, trial))
-            finally:
-                self._moments, self._best = None, mine
+        self._by_first(lambda: self._write_checkpoint(model, trial))
         self.state.best_model_checkpoint = ranks.told(self.state.best_model_checkpoint)
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
@@ -413,12 +385,6 @@ class Trainer(ObjectiveTrainer):
         """transformers' sum over all processes; while one of them writes there is nothing to add."""
         if self._stage is None:
             super().store_flos()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._moments is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-        else:
-            runs.write_moments(Path(output_dir), self._moments, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The random state of every process, which they have told the one that writes."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import adapters
-from adapters import ranks, sharded, storage
+from adapters import processes, ranks, sharded, storage
 from adapters.errors import AdaptersError
 from adapters.manifest import WEIGHTS, read_manifest, read_tensors
 
@@ -33,7 +33,13 @@ CASES: dict[str, tuple[str, str, str]] = {
     "t5 lora": ("t5", tiny.CLASSIFICATION, "lora"),  # two stacks, one table of embeddings
     "vit full": ("vit", "AutoModelForImageClassification", "full"),
 }
-STILL = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop")
+STILL: tuple[str, ...] = (
+    "attention_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+)
 STILL += ("attn_pdrop", "dropout_rate")
 
 
@@ -68,7 +74,7 @@ def trainer(folder: str | Path, case: str, one: Any = None, callbacks: Any = Non
 
     `parts` is in how many passes each process takes its rows of a step.
     """
-    count = ranks.count()
+    count = processes.count()
     parts = min(args.pop("parts", 1), BATCH // count)
     given: dict[str, Any] = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-2, "num_train_epochs": 1}
     given |= {"per_device_train_batch_size": BATCH // count // parts, "gradient_accumulation_steps": parts}
@@ -194,7 +200,7 @@ def refused(folder: str) -> dict[str, Any]:
     runs: dict[str, Any] = {
         "frozen": lambda: trainer(place / "1", "bert lora", callbacks=[Writes("frozen")]).train(),
         "numbers": lambda: trainer(place / "2", "bert lora", callbacks=[Writes("nan")]).train(),
-        "half": lambda: trainer(place / "3", "bert full", adapted("bert full", **half), bf16=True),
+        "half": lambda: trainer(place / "3", "bert full", adapted("bert full", **half), bf16=True, use_cpu=True),
         "mixed": lambda: trainer(place / "4", "bert freeze", mixed),
         "tokens": lambda: trainer(place / "5", "bert lora", tokens),
         "shared": lambda: trainer(place / "6", "albert lora"),
@@ -243,7 +249,7 @@ def resumed(folder: str, step: int) -> dict[str, Any]:
     ranks.join()
     one = trainer(folder, "bert lora", **ADAM)
     one.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{step}"))
-    return told(one, Path(folder) / f"adapter-{ranks.count()}")
+    return told(one, Path(folder) / f"adapter-{processes.count()}")
 
 
 def left_out(folder: str) -> list[str]:

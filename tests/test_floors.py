@@ -223,6 +223,7 @@ FLOORS = {
     "jointly": 5,
     "neighbours": 3,
     "onward": 6,
+    "dividing": 8,
     "shares": 1,
     "exchange": 4,
     "evaluation": 6,

@@ -19,8 +19,9 @@ from adapters.errors import RequestError
 Launch = Callable[..., list[Ended]]
 # float32, summed in another order: a loss of about 1 differs in its last bits, a weight by a share of its largest.
 LOSS, WEIGHT = 1e-5, 2e-5
-# bfloat16: 8 bits of a number; sums of products in another order differ in the last of them.
-HALF = 3e-2
+# bfloat16: 8 bits of a number; sums of products in another order differ in the last of them. Four steps of 1e-2 times
+# a gradient that is clipped to 0.5 move all weights together by 2e-2 at most; they lie apart by a tenth of that.
+HALF, MOVED = 3e-2, 2e-3
 
 
 def losses(gave: Mapping[str, Any]) -> list[float]:
@@ -37,6 +38,12 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     return found
 
 
+def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The Euclidean distance of two saved adapters, all entries together."""
+    pairs = [(torch.tensor(values), torch.tensor(other["state"][name])) for name, values in one["state"].items()]
+    return float(torch.cat([mine - theirs for mine, theirs in pairs]).norm())
+
+
 def assert_alike(one: Mapping[str, Any], many: list[Ended], case: str, loss: float, weight: float) -> None:
     for ended in many:
         gave = ended.gave[case]
@@ -45,7 +52,7 @@ def assert_alike(one: Mapping[str, Any], many: list[Ended], case: str, loss: flo
         assert gave["dtypes"] == one[case]["dtypes"], case
         assert gave["model"] == one[case]["model"], case
         assert gave["state"] == many[0].gave[case]["state"], case
-        assert apart(one[case], gave) <= weight, case
+        assert (distance if weight == MOVED else apart)(one[case], gave) <= weight, case
 
 
 # ---------------------------------------------------------------------- the same run
@@ -78,17 +85,17 @@ def test_factors_in_float32_stay_so_beside_a_backbone_in_bfloat16(many: Launch, 
     one = many("divided:learnt", 1, tmp_path / "one", case, "bfloat16")[0].gave
     two = many("divided:learnt", 2, tmp_path / "two", case, "bfloat16")
     assert set(one["llama lora"]["dtypes"].values()) == {"torch.float32"}
-    assert_alike(one, two, "llama lora", HALF, HALF)
+    assert_alike(one, two, "llama lora", HALF, MOVED)
 
 
 def test_mixed_precision_computes_in_bfloat16_and_saves_in_float32(many: Launch, alone: Any, tmp_path: Path) -> None:
     cases = ["bert lora", "bert full"]
-    one = many("divided:learnt", 1, tmp_path / "one", cases, "float32", {"bf16": True})[0].gave
-    two = many("divided:learnt", 2, tmp_path / "two", cases, "float32", {"bf16": True})
+    one = many("divided:learnt", 1, tmp_path / "one", cases, "float32", {"bf16": True, "use_cpu": True})[0].gave
+    two = many("divided:learnt", 2, tmp_path / "two", cases, "float32", {"bf16": True, "use_cpu": True})
     for case in cases:
         assert set(one[case]["dtypes"].values()) == {"torch.float32"}
         assert losses(two[0].gave[case]) != pytest.approx(losses(alone[case]), rel=LOSS)  # it did compute in bfloat16
-        assert_alike(one, two, case, HALF, HALF)
+        assert_alike(one, two, case, HALF, MOVED)
 
 
 def test_blocks_that_are_computed_again_and_stay_gathered_are_the_same_run(
