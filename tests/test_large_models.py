@@ -20,7 +20,8 @@ from many import Ended, host
 from torch import Tensor
 
 import adapters
-from adapters import arrival, exactness, fidelity, quantize, requantize, shards
+from adapters import arrival, exactness, fidelity, quantize, requantize, roundtrip, shards
+from adapters.edits import AddLowRank
 from adapters.shards import Slot
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -304,3 +305,23 @@ def test_a_model_larger_than_memory_is_compared_as_pages_of_its_file(
         stream.write(b"\x40\x40" * (slot.nbytes // 2))
     wrong = fidelity.compare(*asked, few=True)
     assert same["max_difference"] < exactness.BOUNDS["bfloat16"] * same["spread"] < wrong["max_difference"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_trip_through_four_bits_by_rows_is_that_of_the_whole(kind: str, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 192, generator=generator).mul(0.02).to(getattr(torch, dtype))
+    whole_trip = roundtrip.RoundTrip(kind, dtype, False)
+    rows = roundtrip.round_trip_by_rows(whole_trip, (96, 192), lambda start, stop: weight[start:stop], 7)
+    assert rows is not None
+    got = torch.cat([rows(start, min(start + 11, 96))(weight[start : start + 11]) for start in range(0, 96, 11)])
+    assert torch.equal(got, whole_trip(weight))
+    low = AddLowRank(torch.randn(2, 192, generator=generator), torch.randn(96, 2, generator=generator), 0.5)
+    edited = roundtrip.RoundTrip(kind, dtype, False, low)
+    rows = roundtrip.round_trip_by_rows(edited, (96, 192), lambda start, stop: weight[start:stop], 7)
+    assert rows is not None
+    got = torch.cat([rows(start, start + 12)(weight[start : start + 12]) for start in range(0, 96, 12)])
+    torch.testing.assert_close(got, edited(weight), rtol=1e-6, atol=1e-6)
+    assert roundtrip.round_trip_by_rows(whole_trip, (96, 100), lambda *_: weight, 7) is None  # blocks reach over rows
+    assert roundtrip.round_trip_by_rows(roundtrip.RoundTrip(kind, dtype, True), (96, 192), lambda *_: weight, 7) is None

@@ -21,7 +21,8 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 import adapters
 from adapters import changes, exactness, fidelity, requantize, shards
-from adapters.quantize import RoundTrip, packed_modules
+from adapters.quantize import packed_modules
+from adapters.roundtrip import RoundTrip
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SHAPES: dict[str, dict[str, Any]] = {
