@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
-TRIMMED = 16 << 20  # weights that arrive before the allocator gives back what they took
+TRIMMED = 4 << 20  # weights that arrive before the allocator gives back what they took
 NESTED = 256  # scales that share a scale in turn
 
 
