@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
-TRIMMED = 4 << 20  # weights that arrive before the allocator gives back what they took
+TRIMMED = 4 << 20  # weights that are packed before the allocator gives back what they took
 NESTED = 256  # scales that share a scale in turn
 
 
@@ -219,10 +219,10 @@ def pack(
         for described in maps:
             if bring is not None:
                 bring(f"{described.path}.weight")
-                passed += math.prod(described.shape)
-                if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
-                    watermark.trim()
-                    passed = 0
+            passed += math.prod(described.shape)
+            if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
+                watermark.trim()
+                passed = 0
             module = model.get_submodule(described.path)
             if not is_packed(module):
                 model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))

@@ -5,7 +5,7 @@ The checkpoints are small; what is counted is bytes.
 
 from __future__ import annotations
 
-import sys
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -291,7 +291,7 @@ def test_a_model_larger_than_memory_is_compared_as_pages_of_its_file(
         adapters.save(adapted, tmp_path / name)
         size = sum(slot.nbytes for slot in shards.read_directory(folder).values())
         monkeypatch.setattr(exactness, "free_memory", lambda size=size: size // 2)
-        monkeypatch.setattr(sys.modules["adapters.merge"], "free_memory", lambda size=size: size // 2)
+        monkeypatch.setattr(importlib.import_module("adapters.merge"), "free_memory", lambda size=size: size // 2)
         report = adapters.merge_on_disk(tmp_path / name, tmp_path / f"{name} merged")
         assert report.logits_checked == compared, report.skipped
         assert ("larger than the free memory" in report.remark) == compared
