@@ -84,7 +84,9 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- |")
     for way, runs in results.items():
         found = {name: median(run[name] for run in runs) for name in runs[0]}
-        print(f"| {way} | " + " | ".join(f"{found[n]:.0f}" for n in ("seconds", "resident", "anonymous", "model")) + " |")
+        print(
+            f"| {way} | " + " | ".join(f"{found[n]:.0f}" for n in ("seconds", "resident", "anonymous", "model")) + " |"
+        )
     return 0
 
 

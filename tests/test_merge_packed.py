@@ -51,7 +51,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of logits without a process of its own, which `test_merge.py` and `test_cli.py` have."""
 
     def measured(
-        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool
+        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool = False
     ) -> dict[str, Any]:
         return fidelity.compare(str(adapter), str(merged), str(base), rows, few=few)
 
