@@ -20,7 +20,6 @@ from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
 from adapters.lent import Lent
 from adapters.options import ALIASES, divide_options, field_names, make
-from adapters.recognition import identify, packed_kind
 from adapters.strategies.bitfit import BitFit
 from adapters.strategies.freeze import Freeze
 from adapters.strategies.full import Full
@@ -298,6 +297,7 @@ def assemble(
     from adapters import pooling, trial
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names
     from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
+    from adapters.recognition import identify, packed_kind
 
     storage = Storage(quantization)
     cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # they are seeded with the rest

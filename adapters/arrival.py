@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapters import shards
 from adapters.anatomy import owner
-from adapters.errors import AdaptersError, FolderError, message
+from adapters.errors import FolderError, message
 from adapters.quantize import packable
 from adapters.shards import Slot
 
@@ -59,10 +59,6 @@ class Later:
             for name in list(self._places):
                 old = self._model.get_parameter(name)
                 _put(self._model, [name], _loaded(files.read(*self._places.pop(name), old, self._device), old))
-
-
-class UnlikeError(AdaptersError):
-    """Why a checkpoint cannot be read tensor by tensor: whoever asked reads it whole instead."""
 
 
 def _divided() -> bool:
@@ -106,10 +102,10 @@ def filled(net: PreTrainedModel, folder: Path | None, device: torch.device, befo
         before: torch's random state before it was opened, from which a load would have drawn.
 
     Raises:
-        UnlikeError: what the model holds is not what the checkpoint's tensors say one to one.
+        FolderError: what the model holds is not what the checkpoint's tensors say one to one.
     """
     if not torch.equal(torch.get_rng_state(), before):
-        raise UnlikeError("the model draws at random while it is made")
+        raise FolderError("the model draws at random while it is made")
     places = _places(net, folder)
     held: dict[int, list[str]] = {}
     for name, tensor in [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]:
@@ -130,7 +126,7 @@ def filled(net: PreTrainedModel, folder: Path | None, device: torch.device, befo
                 value = files.read(*fitting[source], old, device)
                 _put(net, names, _loaded(value, old))
             elif any(name in tied for name in names) and len(names) > 1:
-                raise UnlikeError(f"tied weights that the checkpoint does not hold: {names[0]}")
+                raise FolderError(f"tied weights that the checkpoint does not hold: {names[0]}")
             else:
                 empty = torch.empty_like(old, device=device)
                 _put(net, names, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
@@ -146,17 +142,17 @@ def _places(net: PreTrainedModel, folder: Path | None) -> dict[str, Place]:
     """Where each of the model's tensors lies, by its name in the model, as transformers would load it.
 
     Raises:
-        UnlikeError: no safetensors, or tensors that loading makes of others.
+        FolderError: no safetensors, or tensors that loading makes of others.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     if folder is None:
-        raise UnlikeError("its files are not at hand")
+        raise FolderError("its files are not at hand")
     try:
         on_disk = shards.read_directory(folder)
     except FolderError as fault:
-        raise UnlikeError(str(fault)) from fault
+        raise FolderError(str(fault)) from fault
     transforms = get_model_conversion_mapping(net)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -169,7 +165,7 @@ def _places(net: PreTrainedModel, folder: Path | None) -> dict[str, Place]:
         if name not in state:
             continue
         if pattern is not None or name in found or name.endswith("_extra_state"):
-            raise UnlikeError(f"{name} is made of several of the checkpoint's tensors, or otherwise than it lies there")
+            raise FolderError(f"{name} is made of several of the checkpoint's tensors, or otherwise than it lies there")
         found[name] = key, slot
     return found
 

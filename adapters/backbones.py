@@ -71,7 +71,7 @@ def opened(
         net, new, own = open_model(model, task, {**load, "device_map": {"": "meta"}}, processor)
         try:
             later = arrival.filled(net, local_folder(net.name_or_path or "", load), device, before)
-        except arrival.UnlikeError as fault:
+        except FolderError as fault:
             why = str(fault)
             torch.set_rng_state(before)
         else:

@@ -23,7 +23,7 @@ from adapters.manifest import (
     refuse_infinite,
 )
 from adapters.places import is_path
-from adapters.quantize import RoundTrip
+from adapters.roundtrip import RoundTrip
 from adapters.storage import strategy_of
 from adapters.stored import Stored
 from adapters.stream import Step, expect, plan, refuse_other

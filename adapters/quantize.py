@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from adapters import watermark
 from adapters.anatomy import LinearMap, is_tuner_layer, linear_maps
-from adapters.edits import Edit
 from adapters.errors import BackboneError, MissingPackageError, RequestError, message, nearest
 from adapters.progress import Job
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
-TRIMMED = 16 << 20  # weights that arrive before the allocator gives back what they took
+TRIMMED = 4 << 20  # weights that are packed before the allocator gives back what they took
 NESTED = 256  # scales that share a scale in turn
 
 
@@ -226,10 +225,10 @@ def pack(
         for described in maps:
             if bring is not None:
                 bring(f"{described.path}.weight")
-                passed += math.prod(described.shape)
-                if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
-                    watermark.trim()
-                    passed = 0
+            passed += math.prod(described.shape)
+            if passed > TRIMMED:  # what each weight took lies free between the packed ones, in pieces
+                watermark.trim()
+                passed = 0
             module = model.get_submodule(described.path)
             if not is_packed(module):
                 model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
@@ -320,43 +319,6 @@ def nbytes(tensor: Tensor) -> int:
     parts = [state.absmax, state.code]
     parts += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return int(own + sum(part.numel() * part.element_size() for part in parts))
-
-
-@final
-@dataclass(frozen=True)
-class RoundTrip:
-    """The edit of a weight that was packed while the adapter trained: what 4 bits made of it, then the adapter's edit.
-
-    The adapter was fitted to the packed weights, so they are the base on which the merged model answers the same.
-
-    Attributes:
-        kind: "nf4" or "fp4".
-        dtype: of the weight when it was packed, e.g. "bfloat16".
-        transposed: the backbone keeps this weight as (in, out).
-        then: the adapter's edit, or None.
-    """
-
-    kind: str
-    dtype: str
-    transposed: bool
-    then: Edit | None = None
-
-    def __call__(self, old: Tensor | None) -> Tensor:
-        if old is None:
-            raise RequestError("a packed weight must be in the backbone")
-        bnb = bitsandbytes()
-        dense = old.T.contiguous() if self.transposed else old
-        weight = bnb.nn.Params4bit(
-            dense.to(getattr(torch, self.dtype)).clone(),
-            requires_grad=False,
-            compress_statistics=True,
-            quant_type=self.kind,
-        ).to("cpu")
-        if weight.quant_state is None:
-            weight = weight._quantize("cpu")
-        back = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-        back = back.T.contiguous() if self.transposed else back
-        return back if self.then is None else self.then(back)
 
 
 def dequantized(module: nn.Module) -> Tensor:

@@ -25,6 +25,7 @@ from adapters.edits import Edit, by_rows
 from adapters.errors import NumbersError, RequestError, message
 from adapters.progress import Job
 from adapters.shards import INDEX, WEIGHTS, Slot
+from adapters.stored import Stored
 from adapters.stream import Step, expect, refuse_other
 
 if TYPE_CHECKING:
@@ -318,16 +319,30 @@ def _pieces(step: Step) -> Iterator[_Piece]:
             nbytes = min(PIECE, step.source.nbytes - start)
             yield _Piece(start, nbytes, (nbytes // width if width else 0,), None)
         return
-    rows = by_rows(step.edit, step.source.shape, step.shape)
-    if rows is None:
-        return
-    count, entry = step.source.shape[0], step.source.shape[1:]
+    count, entry = (step.source.shape or (0,))[0], step.source.shape[1:]
     long = math.prod(entry) * width  # bytes of a row
     at_once = max(1, PIECE // max(1, long))
+    rows = _by_rows(step, at_once)
+    if rows is None:
+        return
     for start in range(0, step.shape[0], at_once):
         stop = min(start + at_once, step.shape[0])
         here = max(0, min(stop, count) - start)  # rows that the source has: a tensor may grow
         yield _Piece(min(start, count) * long, here * long, (here, *entry), rows(start, stop))
+
+
+def _by_rows(step: Step, at_once: int) -> Callable[[int, int], Edit] | None:
+    """A step's edit a few rows at a time; None where it needs all of the tensor."""
+    assert step.source is not None
+    assert step.edit is not None
+    rows = by_rows(step.edit, step.source.shape, step.shape)
+    if rows is not None or step.source.shape != step.shape:
+        return rows
+    from adapters.roundtrip import RoundTrip, round_trip_by_rows
+
+    if not isinstance(step.edit, RoundTrip):
+        return None
+    return round_trip_by_rows(step.edit, step.shape, Stored(step.source).part, at_once)
 
 
 def _result(old: Tensor | None, edit: Edit | None, dtype: str) -> tuple[memoryview, bool]:

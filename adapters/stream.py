@@ -136,7 +136,7 @@ def _on_packed(backbone: Mapping[str, Any], edits: Mapping[str, Edit]) -> dict[s
     kind = backbone["quantization"]
     if kind is None:
         return dict(edits)
-    from adapters.quantize import RoundTrip
+    from adapters.roundtrip import RoundTrip
 
     packed = {
         name: RoundTrip(kind, backbone["dtype"], transposed, edits.get(name))

@@ -21,7 +21,8 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 import adapters
 from adapters import changes, exactness, fidelity, requantize, shards
-from adapters.quantize import RoundTrip, packed_modules
+from adapters.quantize import packed_modules
+from adapters.roundtrip import RoundTrip
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of logits without a process of its own, which `test_merge.py` and `test_cli.py` have."""
 
     def measured(
-        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool
+        adapter: Path, merged: Path, base: Path, rows: list[Any] | None, output: str, *, few: bool = False
     ) -> dict[str, Any]:
         return fidelity.compare(str(adapter), str(merged), str(base), rows, few=few)
 

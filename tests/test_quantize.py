@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adapters
-from adapters import anatomy, quantize
+from adapters import anatomy, quantize, roundtrip
 from adapters.edits import AddLowRank
 from adapters.errors import MissingPackageError, RequestError
 
@@ -191,7 +191,7 @@ def test_a_round_trip_is_what_the_packed_layer_computes_with(kind: str, dtype: t
     pack(model, quantization)
     for path, module in four_bit(model).items():
         old = before[f"{path}.weight"]
-        edit = quantize.RoundTrip(quantization, str(dtype).removeprefix("torch."), maps[path].transposed)
+        edit = roundtrip.RoundTrip(quantization, str(dtype).removeprefix("torch."), maps[path].transposed)
         found = edit(old)
         assert found.dtype == torch.float32
         assert found.shape == old.shape
@@ -207,8 +207,8 @@ def test_what_the_adapter_did_comes_after_the_round_trip() -> None:
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(64, 32, generator=generator)
     add = AddLowRank(torch.randn(4, 32, generator=generator), torch.randn(64, 4, generator=generator), 2.0)
-    rounded = quantize.RoundTrip("nf4", "float32", False)(old)
-    assert torch.equal(quantize.RoundTrip("nf4", "float32", False, add)(old), add(rounded))
+    rounded = roundtrip.RoundTrip("nf4", "float32", False)(old)
+    assert torch.equal(roundtrip.RoundTrip("nf4", "float32", False, add)(old), add(rounded))
     assert not torch.equal(rounded, old)
 
 
@@ -216,13 +216,13 @@ def test_a_round_trip_changes_nothing_it_was_given() -> None:
     old = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     before = old.clone()
     for transposed in (False, True):
-        quantize.RoundTrip("nf4", "float32", transposed)(old)
+        roundtrip.RoundTrip("nf4", "float32", transposed)(old)
     assert torch.equal(old, before)
 
 
 def test_a_packed_weight_must_be_in_the_backbone() -> None:
     with pytest.raises(RequestError, match="must be in the backbone"):
-        quantize.RoundTrip("nf4", "float32", False)(None)
+        roundtrip.RoundTrip("nf4", "float32", False)(None)
 
 
 # ---------------------------------------------------------------------- packed weights and their checkpoint
