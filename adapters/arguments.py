@@ -145,8 +145,6 @@ def settings(
     # transformers would delete, reload and choose columns by its own rules; here that is the trainer's and the task's.
     merged |= {name: given[name] for name in SETTLED if name in given}
     merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
-    if processes.count() > 1:  # buffers hold still, and no pass through the model holds an exchange
-        merged["ddp_broadcast_buffers"] = False
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
 

@@ -257,7 +257,7 @@ class ObjectiveTrainer(transformers.Trainer):
             items = self.task.items(inputs["labels"]) if "labels" in inputs and counts else 0
             with self._readout.whole():
                 step: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            if evaluation.shares is not None and step[0] is not None:
+            if step[0] is not None:
                 evaluation.add(float(step[0]), items)
             return cast("tuple[Any, Any, Any]", step)
         numbers = torch.as_tensor(inputs["row"], device=self.args.device)

@@ -92,7 +92,7 @@ class Trainer(ObjectiveTrainer):
         )
         self._override: tuple[str, ...] = ()
         self._progress: dict[str, Any] = {}
-        self._gauge = gauge.Gauge(self._throughput, self._now)
+        self._gauge = gauge.Gauge(self._throughput, lambda: self._course.lately())
         self._bars = self.pop_callback(ProgressCallback) is not None
         if self._bars:
             self.add_callback(self._gauge)
@@ -152,7 +152,9 @@ class Trainer(ObjectiveTrainer):
         """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
         self._blank = bool(self._blanks) and self._blanks.pop(0)
         last = self.accelerator.sync_gradients
-        with self.accelerator.no_sync(model) if self._undivided else contextlib.nullcontext():
+        if self._undivided and not self.args.torch_compile:
+            model = self.model  # past the wrap, whose first pass holds an exchange
+        with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
             accord.taken(
                 lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
             )
@@ -190,10 +192,6 @@ class Trainer(ObjectiveTrainer):
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
             found = float(self.compute_loss(model, self._prepare_inputs(self._part))) if self._part is not None else 0.0
         return float(sum(ranks.gathered(found)))
-
-    def _now(self) -> float | None:
-        """The loss of the last steps, for the bar."""
-        return self._course.lately()
 
     def _where(self) -> str:
         rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
