@@ -73,6 +73,14 @@ def is_tuner_layer(module: nn.Module) -> bool:
     return layers is not None and isinstance(module, layers.BaseTunerLayer)
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, without the one that FSDP makes of it in place."""
+    kind = type(model)
+    first = kind.__bases__[0] if len(kind.__bases__) == 2 else None
+    made = first is not None and first.__name__ == "FSDPModule" and first.__module__.startswith("torch.")
+    return kind.__bases__[1].__name__ if made else kind.__name__
+
+
 def count(tensors: Iterable[Tensor]) -> int:
     """Elements in all, packed 4-bit weights counted by the weights that they hold."""
     total = 0

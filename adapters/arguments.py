@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from adapters import processes
+from adapters import processes, sharded
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message
 from adapters.order import frozen_below
@@ -145,6 +145,9 @@ def settings(
     # transformers would delete, reload and choose columns by its own rules; here that is the trainer's and the task's.
     merged |= {name: given[name] for name in SETTLED if name in given}
     merged |= {"load_best_model_at_end": False, "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    asked = processes.fsdp(literal)
+    if asked is not None:
+        merged |= {"fsdp": True, "fsdp_config": sharded.config(adapted.model, asked)}
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
 
@@ -164,6 +167,7 @@ def _given(
     """The class of the arguments, and what the caller said, checked."""
     _plain(TrainingArguments)
     if args is None:
+        _refuse({}, own_metrics)
         return TrainingArguments, {}
     if isinstance(args, Mapping):
         check_fields(args, own_metrics=own_metrics)

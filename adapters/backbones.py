@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import bars, places, progress, shards
+from adapters import bars, places, processes, progress, shards
 from adapters.contracts import Task
 from adapters.errors import BackboneError, FolderError, MissingPackageError, RequestError, message, nearest
 from adapters.lent import Lent
@@ -81,7 +81,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
     try:
-        with _loading(name, local=path.is_dir()):
+        with _loading(name, local=path.is_dir()), processes.reading_all():
             options |= {"tqdm_class": bars.Bar}
             net, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (

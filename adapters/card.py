@@ -23,6 +23,8 @@ def card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
     """The text of README.md: front matter for the hub, use, data, results beside baselines, limits, training."""
     from huggingface_hub import ModelCardData
 
+    from adapters.anatomy import class_name
+
     backbone = adapted.record.backbone
     on_hub = bool(backbone) and not Path(backbone).expanduser().exists()
     data = ModelCardData(
@@ -31,7 +33,7 @@ def card(adapted: Adapted, manifest: Mapping[str, Any]) -> str:
         pipeline_tag=adapted.task.pipeline,
         tags=["adapters", adapted.strategy.name],
     )
-    name = Path(backbone).name if backbone else type(adapted.model).__name__
+    name = Path(backbone).name if backbone else class_name(adapted.model)
     sections = {
         "Use": _use(adapted, name),
         "Data": _data(adapted),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from transformers import TrainerCallback
 
-from adapters import finite
+from adapters import finite, ranks, sharded
 from adapters.adapt import live_names
 from adapters.anatomy import never_saved, own_name
 from adapters.contracts import Adapted
@@ -41,10 +41,15 @@ def some(names: Iterable[object]) -> str:
 
 
 def digest(tensor: Tensor) -> str:
-    """xxh3-128 over the bytes of a tensor."""
+    """xxh3-128 over the bytes of a tensor; of a divided one over those of all parts, asked for by all processes."""
+    own = _own_digest(tensor)
+    return "".join(ranks.gathered(own)) if ranks.divided(tensor) else own
+
+
+def _own_digest(tensor: Tensor) -> str:
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
+    return xxhash.xxh3_128_hexdigest(tensor_bytes(ranks.part(tensor)))
 
 
 # ---------------------------------------------------------------------- before the run
@@ -134,11 +139,11 @@ def check_rows(rows: Any, task: Task) -> str | None:
 def frozen(adapted: Adapted) -> dict[str, str]:
     """The digest of every tensor that does not train, saved buffers and packed weights included.
 
-    Of tensors that only grew, the rows that the backbone brought.
+    Of tensors that only grew, the rows that the backbone brought; of divided ones, the part that this process holds.
     """
     state = adapted.model.state_dict()
     parameters = dict(adapted.model.named_parameters())
-    seen = {parameters[name].data_ptr() for name in adapted.trained}
+    seen = {ranks.part(parameters[name]).data_ptr() for name in adapted.trained}
     grown = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
     found = {}
     for name, parameter in parameters.items():
@@ -148,9 +153,10 @@ def frozen(adapted: Adapted) -> dict[str, str]:
             kept = parameter.detach().index_select(grown[own_name(name)], others.nonzero().flatten())
             found[own_name(name)] = digest(kept)
     for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            found[own_name(name)] = digest(tensor)
+        held = ranks.part(tensor) if isinstance(tensor, torch.Tensor) else None
+        if held is not None and held.numel() and held.data_ptr() not in seen:
+            seen.add(held.data_ptr())
+            found[own_name(name)] = _own_digest(held)
     return found
 
 
@@ -162,6 +168,8 @@ def check_frozen(before: Mapping[str, str], adapted: Adapted) -> None:
     """
     after = frozen(adapted)
     moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if sharded.is_divided(adapted):
+        moved = sorted({name for said in ranks.gathered(moved) for name in said})
     if moved:
         raise ContractError(
             message(
@@ -175,6 +183,15 @@ def check_frozen(before: Mapping[str, str], adapted: Adapted) -> None:
 
 
 # ---------------------------------------------------------------------- the first steps
+
+
+def _greatest(gradient: Tensor) -> float:
+    """The greatest entry of a gradient, without its sign, as far as this process holds it."""
+    held = ranks.part(gradient)
+    if not held.numel():
+        return 0.0
+    low, high = torch.aminmax(held)
+    return max(-float(low), float(high))
 
 
 @final
@@ -212,7 +229,7 @@ class Contract(TrainerCallback):
         self, adapted: Adapted, loss: Callable[[], float], skipped: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
         self._adapted, self._loss, self._skipped, self._say = adapted, loss, skipped, say
-        self._parameters = {n: p for n, p in adapted.model.named_parameters() if n in set(adapted.trained)}
+        self._parameters: dict[str, Tensor] = {}
         self._watched: dict[str, _Watched] = {}
         self._still: dict[str, tuple[str, str]] = {}  # name -> why it stands, its digest
         self._frozen: dict[str, str] = {}
@@ -225,6 +242,8 @@ class Contract(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take down what must stay; a checkpoint has been loaded by now."""
         check_trained(self._adapted)
+        trained = set(self._adapted.trained)
+        self._parameters = {name: p for name, p in self._adapted.model.named_parameters() if name in trained}
         self._watched = {name: _Watched() for name in self._parameters}
         self._frozen = frozen(self._adapted)
         self.good = {name: tensor.clone() for name, tensor in self._adapted.state().items()}
@@ -247,8 +266,10 @@ class Contract(TrainerCallback):
             )
         turn = [n for n in self._watched if self._parameters[n].requires_grad and rates[id(self._parameters[n])] > 0]
         gradients = {name: self._parameters[name].grad for name in turn}
-        ends = {name: torch.aminmax(gradient) for name, gradient in gradients.items() if gradient is not None}
-        norms = {name: max(-float(low), float(high)) for name, (low, high) in ends.items()}
+        norms = {name: _greatest(gradient) for name, gradient in gradients.items() if gradient is not None}
+        if any(map(ranks.divided, self._parameters.values())):
+            said = ranks.gathered(norms)
+            norms = {name: max(one.get(name, 0.0) for one in said) for name in turn if any(name in one for one in said)}
         floor = NEGLIGIBLE * max(norms.values(), default=0.0)
         for name in turn:
             entry = self._watched[name]
@@ -355,7 +376,7 @@ class Contract(TrainerCallback):
                 why = "the loss does not depend on them: left as they were"
             elif not entry.pulled:
                 why = "their gradient is zero"
-            elif entry.step < torch.finfo(tensor.dtype).eps * float(tensor.detach().abs().max()):
+            elif entry.step < torch.finfo(tensor.dtype).eps * float(ranks.whole(tensor.detach().abs().max())):
                 why = f"steps as small as these are rounded away in {str(tensor.dtype).removeprefix('torch.')}"
             else:
                 faults.setdefault("they have a gradient, but the steps do not move them", []).append(name)
@@ -403,8 +424,9 @@ class Contract(TrainerCallback):
         try:
             with torch.no_grad():
                 for name, old in kept.items():
-                    noise = torch.randn(old.shape, generator=generator).to(old)
-                    self._parameters[name].add_(noise * (TOUCH + old.float().square().mean().sqrt().to(old.dtype)))
+                    spread = ranks.whole(old.float().square().mean()).sqrt().to(old.dtype)
+                    noise = torch.randn(old.shape, generator=generator).to(old.dtype).to(ranks.part(old).device)
+                    self._parameters[name].add_(ranks.laid(noise * (TOUCH + spread), old))
                 found = self._loss()
         finally:
             with torch.no_grad():

@@ -310,6 +310,7 @@ class Record:
         notes: remarks that were said once and belong to the adapter (padding token, truncation).
         spent: merged: saving, training and merging again are refused.
         shared: its name on a shared backbone, which nothing may change; empty everywhere else.
+        gathered: the trained tensors whole, while those of a divided model are written (`sharded.gathered`).
     """
 
     backbone: str = ""
@@ -329,6 +330,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     spent: bool = False
     shared: str = ""
+    gathered: dict[str, Tensor] | None = None
 
 
 @final
@@ -375,7 +377,8 @@ class Adapted:
     def state(self) -> dict[str, Tensor]:
         """The trained tensors by their keys in the adapter file; views of the live parameters, not copies.
 
-        Of tensors that only grew with added tokens, copies of the added entries.
+        Of tensors that only grew with added tokens, copies of the added entries. Of a model that is divided over
+        processes (FSDP), the parts that this one holds, as DTensors.
         """
         if self.record.spent:
             raise SpentError(
@@ -414,6 +417,8 @@ class Adapted:
         if self.vocabulary is not None and axes:
             own = {own_name(name): tensor.detach() for name, tensor in tensors.items()}
             found += [(self.vocabulary.key(self.strategy, name), own[name], axis) for name, axis in axes.items()]
+        if self.record.gathered is not None:
+            return [(key, self.record.gathered[key], axis) for key, _, axis in found]
         return found
 
     def added_ids(self, like: Tensor) -> Tensor:
@@ -442,14 +447,14 @@ class Adapted:
         return sum(count * width for count, width in self._sizes())
 
     def __str__(self) -> str:
-        from adapters.anatomy import count
+        from adapters.anatomy import class_name, count
 
         total = count(self.model.parameters())
         trained = self.trained_count
         head = sum(p.numel() for n, p in self.model.named_parameters() if n in self.head)
         storage = self.storage.quantization or str(self.model.dtype).removeprefix("torch.")
         return (
-            f"{self.strategy.name} on {type(self.model).__name__}"
+            f"{self.strategy.name} on {class_name(self.model)}"
             f"{f' ({self.record.backbone})' if self.record.backbone else ''} for {self.task.describe()}\n"
             f"  trains  {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {head:,} of them head\n"
             f"  frozen  {total - trained:,} parameters, kept as {storage}\n"

@@ -36,8 +36,7 @@ def stop_all(fault: Exception | None) -> None:
         raise fault
     for number, one in enumerate(said):
         if one is not None:
-            name, text = one
-            raise _same(name, text, number)
+            raise _same(one[0], one[1], number)
 
 
 def in_all(act: Callable[[], T]) -> T:

@@ -118,6 +118,8 @@ def options_of(instance: Any) -> dict[str, Any]:
 
 
 def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    from adapters.anatomy import class_name
+
     record = adapted.record
     prefix = adapted.fingerprint.prefix
     config = {**adapted.task.config(), **record.config}
@@ -134,7 +136,7 @@ def of(adapted: Adapted, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "backbone": {
             "name": record.backbone or None,
             "revision": record.revision or None,
-            "model_class": type(adapted.model).__name__,
+            "model_class": class_name(adapted.model),
             "quantization": adapted.storage.quantization,
             "packed": _packed(adapted),
             "dtype": str(adapted.model.dtype).removeprefix("torch."),

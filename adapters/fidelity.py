@@ -165,6 +165,9 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     takes the memory of the trained tensors alone; the live model is not touched. That the backbone is the one which
     the adapter names is the fingerprint's word.
 
+    Beside a model that is divided over processes no second one can stand: there the live one is filled with nothing
+    and then with what was read, and has its own weights again afterwards. All processes call this.
+
     Args:
         adapted: after training.
         rows: prepared rows; the first few are answered.
@@ -177,13 +180,16 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
     """
     import torch
 
-    from adapters import readout, storage
+    from adapters import readout, sharded, storage
 
     batch = dict(collate(list(islice(iter(rows), FEW))))
-    numbers = batch.pop("row", range(FEW))
+    numbers = [int(number) for number in batch.pop("row", range(FEW))]
     batch.pop("labels", None)
     device = adapted.model.device
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    if sharded.is_divided(adapted):
+        _reopened_in_place(adapted, batch, numbers, place)
+        return
     with contextlib.ExitStack() as stack:
         with disk.writing(place):
             stage = tempfile.TemporaryDirectory(prefix=".staging-reopened-", dir=place, ignore_cleanup_errors=True)
@@ -200,8 +206,55 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
         [part.cpu() for part in ([readout.last_states(net, batch)] if states else outputs(net, [batch]))]
         for net in (_bare(adapted.model), again.model)
     )
+    _compared(wanted, found, numbers, other)
+
+
+def _reopened_in_place(adapted: Adapted, batch: dict[str, Any], numbers: list[int], place: Path) -> None:
+    """The same of a divided model, in all processes, which see the folder."""
+    import torch
+
+    from adapters import exchange, ranks, sharded, shards, storage
+    from adapters.manifest import read_manifest, read_tensors
+
+    folder = place / ".staging-reopened"
+
+    def written() -> None:
+        with disk.writing(place):
+            shards.remove(folder)
+            folder.mkdir()
+            storage.write(adapted, folder)
+
+    wanted = [part.cpu() for part in outputs(adapted.model, [batch])]
+    kept = {key: tensor.clone() for key, tensor in adapted.state().items()}
+    with sharded.gathered(adapted):
+        ranks.by_first(written)
+    try:
+        saved = exchange.in_all(lambda: read_tensors(folder, read_manifest(folder)))
+        with torch.no_grad():
+            for tensor in adapted.state().values():
+                ranks.part(tensor).fill_(math.nan)
+        storage.put(adapted, saved, str(folder))
+        live = {key: ranks.part(tensor) for key, tensor in adapted.state().items()}
+        other = [key for key, tensor in live.items() if not torch.equal(tensor, ranks.part(kept[key]))]
+        found = [part.cpu() for part in outputs(adapted.model, [batch])]
+    finally:
+        storage.put(adapted, kept, "the run's own weights")
+        ranks.by_first(lambda: shards.remove(folder))
+    exchange.in_all(lambda: _compared(wanted, found, numbers, other))
+
+
+def _compared(wanted: Sequence[Any], found: Sequence[Any], numbers: Sequence[int], other: Sequence[str]) -> None:
+    """Refuse logits or tensors that differ.
+
+    Args:
+        wanted, found: outputs of the trained model, and of the adapter that was read back.
+        numbers: the rows that they answer.
+        other: trained tensors that came back as others.
+    """
+    import torch
+
     differing = [
-        int(number)
+        number
         for index, number in enumerate(numbers)
         for one, two in zip(wanted, found, strict=True)
         if one.shape[0] == len(numbers) and not torch.equal(one[index], two[index])
@@ -212,7 +265,7 @@ def reopened(adapted: Adapted, rows: Any, collate: Callable[[list[Any]], Any], p
         raise ContractError(
             message(
                 "saved and opened again the adapter does not answer as the trained model does",
-                where=f"rows {some(dict.fromkeys(differing) or map(int, numbers))}",
+                where=f"rows {some(dict.fromkeys(differing) or numbers)}",
                 expected="the same logits, bit for bit",
                 found=f"{apart:.2g} apart" + (f"; other tensors: {some(other)}" if other else ""),
                 remedy="Something that the adapter does not hold has changed in the model.",

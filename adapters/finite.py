@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters import ranks
 from adapters.anatomy import own_name
 from adapters.errors import NumbersError, message
 
@@ -46,7 +47,7 @@ def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     """
     tensors = {name: tensor.detach() for name, tensor in parameters.items()}
     # Of finite values the squares may not be.
-    bad = [name for name in _overflowing(tensors) if not bool(torch.isfinite(tensors[name]).all())]
+    bad = [name for name in _overflowing(tensors) if not bool(torch.isfinite(ranks.whole(tensors[name])).all())]
     if not bad:
         return
     raise NumbersError(
@@ -59,13 +60,25 @@ def check_weights(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     )
 
 
+def all_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every entry is a number, in every process."""
+    return all(bool(ranks.whole(torch.isfinite(tensor).all())) for tensor in tensors.values())
+
+
 def _overflowing(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The tensors whose sum of squares is not finite, found in one pass over all of them."""
     if not tensors:
         return []
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))])
+    held = [ranks.part(tensor) for tensor in tensors.values()]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(held)])
     fine = torch.isfinite(norms).tolist()
-    return [name for name, finite in zip(tensors, fine, strict=True) if not finite]
+    bad = [name for name, finite in zip(tensors, fine, strict=True) if not finite]
+    return _anywhere(bad) if any(map(ranks.divided, tensors.values())) else bad
+
+
+def _anywhere(names: list[str]) -> list[str]:
+    """What any process has said of its parts."""
+    return sorted({name for said in ranks.gathered(names) for name in said})
 
 
 def check_scale(left_out: int, step: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from adapters.anatomy import is_tuner_layer, linear_map
 from adapters.injection import ADAPTER
 from adapters.memory import free_memory
-from adapters.quantize import is_packed
+from adapters.quantize import is_packed, packing
 
 LARGE = 1 << 17  # entries of a weight from which bfloat16 pays: below, the casts take what the product gains
 
@@ -192,7 +192,7 @@ def _unpacked(base: Any) -> Callable[[Tensor], Tensor]:
     """What makes a packed weight dense again, as (out, in)."""
     import bitsandbytes.functional as bnb
 
-    state = base.weight.quant_state
+    state = packing(base)
     return lambda packed: bnb.dequantize_4bit(packed, state)
 
 

@@ -35,7 +35,7 @@ def needs(recipe: Mapping[str, Any]) -> list[str]:
         found = [entry for entry in found if not entry.startswith("train.bf16")]
     if str(train.get("optim", "")).startswith("paged_"):
         found.append(f"train.optim: {train['optim']}")
-    found += [f"train.{name}" for name in MANY if train.get(name)]
+    found += [f"train.{name}" for name in MANY if train.get(name) and not name.startswith("fsdp")]  # CPUs have it too
     if str(load.get("attn_implementation", "")).startswith("flash_attention"):
         found.append(f"load.attn_implementation: {load['attn_implementation']}")
     placed = load.get("device_map")

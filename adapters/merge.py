@@ -51,8 +51,9 @@ def merge(adapted: Adapted) -> PreTrainedModel:
     """
     import torch
 
-    from adapters import pooling, shortening
+    from adapters import pooling, sharded, shortening
 
+    sharded.refuse_divided(adapted, "merge into it")
     state = {name: tensor.clone() for name, tensor in adapted.state().items()}
     if adapted.storage.quantization is not None:
         raise RequestError(

@@ -29,6 +29,7 @@ from adapters import (
     quantize,
     ranks,
     readout,
+    sharded,
     shares,
     throughput,
     vocabulary,
@@ -124,7 +125,11 @@ class ObjectiveTrainer(transformers.Trainer):
             self.add_callback(pace.Joining(self._paces))
         self._own = own
         # Each process holds the whole model, alone or beside others: then a pass through it is its own affair.
-        self._undivided = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self._undivided = not self.is_fsdp_enabled
+        self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
+        if not self._undivided:
+            sharded.refuse(adapted, self.accelerator.mixed_precision)
+            self._say(sharded.WITHOUT)
         alone = tasks_loss and self.args.n_gpu <= 1 and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
         self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
@@ -144,6 +149,21 @@ class ObjectiveTrainer(transformers.Trainer):
         self._batch_keys: tuple[torch.Tensor, int, list[bytes]] | None = None  # of the batch that was prepared last
         self.epochs = Epochs(self._draw)
         self.add_callback(self.epochs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' accelerator, with the engine that divides the model where that is asked for."""
+        with sharded.own_engine():
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = sharded.engage(self.accelerator, self.args)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' preparation; the parameters of a model that is divided are others afterwards."""
+        if self._undivided:
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        with sharded.ready(self.adapted, self.args.device):
+            prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._training = sharded.settle(self.adapted)
+        return prepared
 
     # ------------------------------------------------------------------ rows
 
@@ -347,7 +367,7 @@ class ObjectiveTrainer(transformers.Trainer):
         if not wanted or args.n_gpu > 1 or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()
-        if wanted != "float32" and not (args.bf16 or args.fp16):
+        if wanted != "float32" and not (args.bf16 or args.fp16) and self._undivided:
             how = fused.plan(self.adapted.model, args.device)
         if how.why:
             self._say(how.why)

@@ -52,7 +52,13 @@ class Storage:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear map is stored in 4 bits."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    return packing(module) is not None
+
+
+def packing(module: nn.Module) -> Any:
+    """How a linear map is packed, None where it is not; of divided bytes the layer knows it, whatever holds them."""
+    held = getattr(getattr(module, "weight", None), "quant_state", None)
+    return held if held is not None else vars(module).get("quant_state")
 
 
 def is_rearranged(module: nn.Module) -> bool:

@@ -171,6 +171,23 @@ def divided(tensor: Tensor) -> bool:
     return getattr(tensor, "full_tensor", None) is not None
 
 
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which may be nothing; any other tensor as it is."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+def laid(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, known to every process, in the parts of another; as it is where that is no divided one."""
+    if not divided(like) or divided(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    shape: Any = like
+    placed = tensor.to(part(like).device)
+    return distribute_tensor(placed, shape.device_mesh, shape.placements, src_data_rank=None)  # each takes its own
+
+
 def _same(name: str, text: str) -> AdaptersError:
     """The first process's fault, as this one raises it."""
     kind = getattr(errors, name, None)

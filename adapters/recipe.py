@@ -327,7 +327,7 @@ def _steps(
     # Trainer imports it with bitsandbytes.
     with progress.Job("importing torch"):
         deferred.import_peft()
-        from adapters import census, course, machine, narration, report
+        from adapters import census, course, machine, narration, report, sharded
         from adapters.arguments import check_fields
         from adapters.trainer import Trainer
 
@@ -394,7 +394,10 @@ def _steps(
             say(remark)
         events.write("note", text=remark)
     with events.phase("saving"):
-        ranks.by_first(lambda: storage.save(adapted, output))
+        if sharded.is_divided(adapted):  # each process has a part of what is written
+            storage.save(adapted, output)
+        else:
+            ranks.by_first(lambda: storage.save(adapted, output))
     events.write("end")
 
     def finish() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from adapters import checkpoints, facts, manifest, randomness, ranks, shards
+from adapters import checkpoints, facts, manifest, randomness, ranks, sharded, shards
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.fingerprint import Fingerprint
@@ -28,7 +28,7 @@ _IDLE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "project", "debug", "skip_memory_metrics"),
     *("log_", "logging_", "save_", "hub_", "push_to_hub", "trackio_", "do_", "ddp_", "include_", "past_index"),
     *("per_device_eval_batch_size", "eval_accumulation_steps", "dataloader_", "resume_from_checkpoint"),
-    *("restore_callback_states_from_checkpoint", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "fsdp", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
 )
 # What no override changes: the tensors, their optimizer's state, and the position in the data would not fit.
 _FIXED = ("backbone", "strategy", "task", "quantization", "optim", "optimizers", "rows", "rows_per_step")
@@ -287,6 +287,12 @@ def write_state(folder: Path, state: TrainerState, best: Mapping[str, torch.Tens
         shards.save_tensors(folder / manifest.BEST / manifest.WEIGHTS, best, {"format": "pt"})
 
 
+def write_moments(folder: Path, state: Mapping[str, Any], schedule: Any) -> None:
+    """Write an optimizer's state, put together, and the schedule into a checkpoint, as one process writes its own."""
+    torch.save(dict(state), folder / OPTIMIZER)
+    torch.save(schedule.state_dict(), folder / SCHEDULER)
+
+
 def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
     """The best weights that a run had when it wrote a checkpoint; None where it had not evaluated.
 
@@ -333,7 +339,10 @@ def retune(
             )
         )
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    sharded.load_moments(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    if not override:
+        schedule.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        return
     for group, values in zip(optimizer.param_groups, fresh, strict=True):
         group.update(values if changed else {name: value for name, value in values.items() if name != "lr"})
     if not changed:

@@ -12,12 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, marks, pooling, progress, shards
+from adapters import bare, disk, facts, marks, pooling, progress, ranks, sharded, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
 from adapters.backbones import MAX_CONFIG, PROCESSORS, live_model, local_folder, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
-from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
+from adapters.errors import (
+    AdaptersError,
+    BackboneError,
+    ContractError,
+    FolderError,
+    NumbersError,
+    RequestError,
+    message,
+)
 from adapters.manifest import (
     CARD,
     FORMAT,
@@ -57,7 +65,8 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
     """Write an adapter folder: trained tensors, manifest, processor, model card.
 
     Works at any time, trained or not. A folder that holds an adapter of ours is replaced whole; anything else that
-    is already there is refused.
+    is already there is refused. Where the model is divided over processes (FSDP), all of them call this: the trained
+    tensors are gathered, and the first process writes.
 
     Returns:
         The folder.
@@ -70,16 +79,36 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
     target = Path(folder).expanduser()
     refuse_foreign(target)
     adapted.state()  # a spent adapter speaks before anything is written
+    if sharded.is_divided(adapted):
+        with sharded.gathered(adapted):
+            ranks.by_first(lambda: _save(adapted, target))
+    else:
+        _save(adapted, target)
+    return target
+
+
+def _save(adapted: Adapted, target: Path) -> None:
     with progress.Job("saving the adapter"), disk.writing(target), disk.staged(target) as stage:
         write(adapted, stage)
-    return target
 
 
 def write(adapted: Adapted, folder: Path) -> None:
     """Write an adapter's files into an existing, empty folder; manifest last, then everything is read back."""
     import torch
 
-    state = {name: tensor.contiguous().cpu() for name, tensor in sorted(adapted.state().items())}
+    held = dict(sorted(adapted.state().items()))
+    parts = [name for name, tensor in held.items() if ranks.divided(tensor)]
+    if parts:
+        raise ContractError(
+            message(
+                "a process holds parts of the trained tensors, which are no adapter",
+                where=str(folder),
+                expected=f"{len(held)} whole tensors",
+                found=f"{len(parts)} parts, {parts[0]} first",
+                remedy="Let all processes call adapters.save.",
+            )
+        )
+    state = {name: tensor.contiguous().cpu() for name, tensor in held.items()}
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumbersError(
@@ -381,7 +410,7 @@ def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
         for name, tensor in tensors.items():
             live, axis = places[name]
             if axis is None:
-                live.copy_(tensor)
+                live.copy_(ranks.laid(tensor, live))
             else:
                 live.index_copy_(axis, adapted.added_ids(live), tensor.to(live))
 

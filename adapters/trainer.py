@@ -38,6 +38,7 @@ from adapters import (
     ranks,
     restarts,
     runs,
+    sharded,
     storage,
     unison,
     vocabulary,
@@ -85,6 +86,7 @@ class Trainer(ObjectiveTrainer):
         self._best: dict[str, torch.Tensor] | None = None
         self._stage: Path | None = None
         self._random: list[Any] = []  # the state of every process, while a checkpoint is written
+        self._moments: dict[str, Any] | None = None  # the optimizer's state put together, likewise
         self._run = secrets.token_hex(8)
         optimizers, handler = others.get("optimizers", (None, None)), self.callback_handler
         self._terms = functools.partial(
@@ -156,12 +158,17 @@ class Trainer(ObjectiveTrainer):
             model = self.model  # past the wrap, whose first pass holds an exchange
         with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
             accord.taken(
-                lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
+                lambda: float(self._passed(model, inputs, items)),
+                self._check_gradients if self._undivided else lambda: None,  # parts are looked at together, below
+                blank=self._blank,
+                last=last,
             )
         self._blank = False
         if not last:
             return torch.zeros((), device=self.args.device)
         loss, self.stops.number = accord.reached(self.stops.came)
+        if not self._undivided:
+            self._check_gradients()
         self._count(loss)
         return torch.tensor(loss, device=self.args.device)
 
@@ -174,8 +181,10 @@ class Trainer(ObjectiveTrainer):
         self._part = part
         loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
-            with self._readout.whole():
-                layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
+            layer = ""
+            if self._undivided:  # no pass through a divided model is one process's own
+                with self._readout.whole():
+                    layer = finite.first_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
             raise NumbersError(
                 message(
                     f"the loss is {float(loss)}",
@@ -279,13 +288,21 @@ class Trainer(ObjectiveTrainer):
             storage.put(self.adapted, self._best, "best weights")
         record, self._best = self.adapted.record, None
         self._compare_baseline()
-        ranks.by_first(lambda: fidelity.reopened(self.adapted, self.train_dataset, self.data_collator, run))
+        self._reopen(run)
         record.notes += [remark for remark in self.remarks if remark not in record.notes]
         seconds = float(result.metrics.get("train_runtime", 0.0))
         facts.trained(record, self.state, float(result.training_loss), seconds, self._throughput.totals())
         if self.state.best_metric is not None:
             record.metrics["validation"] = {str(self.args.metric_for_best_model): float(self.state.best_metric)}
         return result
+
+    def _reopen(self, run: Path) -> None:
+        """The saved adapter answers as the trained model does, by the word of one process or of all."""
+        asked = (self.adapted, self.train_dataset, self.data_collator, run)
+        if self._undivided:
+            ranks.by_first(lambda: fidelity.reopened(*asked))
+        else:
+            fidelity.reopened(*asked)
 
     def _solve(self, start: headstart.Start) -> TrainOutput:
         """A run without steps: the output layer takes its solved values, and is evaluated as after an epoch."""
@@ -323,7 +340,7 @@ class Trainer(ObjectiveTrainer):
 
     def _put_back(self, start: dict[str, torch.Tensor]) -> None:
         """After a stop on bad numbers: the best weights of the validation rows; else the last, if they are finite."""
-        if self._best is not None or not all(bool(torch.isfinite(t).all()) for t in self.adapted.state().values()):
+        if self._best is not None or not finite.all_finite(self.adapted.state()):
             storage.put(self.adapted, self._best or start, "last good weights")
 
     def _compare_baseline(self) -> None:
@@ -349,7 +366,7 @@ class Trainer(ObjectiveTrainer):
         if self._stage is not None and folder.parent == self._stage:
             folder.mkdir()
             storage.write(self.adapted, folder)
-        elif ranks.first():
+        elif ranks.first() or not self._undivided:
             storage.save(self.adapted, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -360,7 +377,16 @@ class Trainer(ObjectiveTrainer):
         unison.check_weights(self.adapted, f"the checkpoint of step {self.state.global_step}")
         self.store_flos()
         self._random = ranks.gathered(randomness.state()) if self._accord is not None else []
-        ranks.by_first(lambda: self._write_checkpoint(model, trial))
+        if self._undivided:
+            ranks.by_first(lambda: self._write_checkpoint(model, trial))
+        else:
+            self._moments, mine = sharded.moments(self.optimizer), self._best
+            self._best = sharded.together(mine)
+            try:
+                with sharded.gathered(self.adapted):
+                    ranks.by_first(lambda: self._write_checkpoint(model, trial))
+            finally:
+                self._moments, self._best = None, mine
         self.state.best_model_checkpoint = ranks.told(self.state.best_model_checkpoint)
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
@@ -391,6 +417,12 @@ class Trainer(ObjectiveTrainer):
         """transformers' sum over all processes; while one of them writes there is nothing to add."""
         if self._stage is None:
             super().store_flos()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._moments is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            runs.write_moments(Path(output_dir), self._moments, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The random state of every process, which they have told the one that writes."""
@@ -425,7 +457,7 @@ class Trainer(ObjectiveTrainer):
             super()._load_callback_state()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._override:
+        if checkpoint is None or (self._undivided and not self._override):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         steps = self.state.global_step

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
-from adapters import fitness, manifest, settings
+from adapters import fitness, manifest, processes, settings
 from adapters.adapt import Row, row_of, task_class
 from adapters.errors import AdaptersError, RequestError, message, nearest, unquoted
 from adapters.options import divide_options, field_names, make
@@ -46,6 +46,7 @@ class Report:
         remarks: what a run would not stop at, but its owner should know.
         fine: what is in order: name -> in words.
         rows: part -> number of rows, as a run would have them.
+        launch: what starts the processes of a run that divides the model over several; empty for one process.
     """
 
     recipe: str
@@ -53,6 +54,7 @@ class Report:
     remarks: tuple[Fault, ...]
     fine: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    launch: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -69,7 +71,12 @@ class Report:
             "remarks": [vars(fault) for fault in self.remarks],
             "fine": dict(self.fine),
             "rows": dict(self.rows),
+            "next": self.command(),
         }
+
+    def command(self) -> str:
+        """How a run of it is started."""
+        return f"{self.launch} -m adapters train {self.recipe}" if self.launch else f"adapters train {self.recipe}"
 
     def lines(self) -> list[str]:
         """For people: the faults by number, what is worth a look, what is fine, and what to type next."""
@@ -83,7 +90,7 @@ class Report:
         if self.faults:
             found.append(f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''} in {self.recipe}")
         else:
-            found.append(f"next      adapters train {self.recipe}")
+            found.append(f"next      {self.command()}")
         return found
 
 
@@ -119,6 +126,7 @@ def validate(file: str | Path, changes: Mapping[str, Any] | None = None) -> Repo
     except AdaptersError as fault:
         backbone = None
         faults.append(Fault("recipe", places.of("model"), str(fault)))
+    launch = processes.command(_section(said, "train"))
     task, row = _known(said)
     if backbone is not None and task is not None and row is not None:
         found = list(fitness.faults(backbone, task, row, _section(said, "options"), _section(said, "load")))
@@ -131,8 +139,8 @@ def validate(file: str | Path, changes: Mapping[str, Any] | None = None) -> Repo
         faults += [Fault(kind, where, what) for kind, where, what in findings.faults]
         remarks += [Fault(kind, where, what) for kind, where, what in findings.remarks]
         fine |= findings.fine
-        return Report(str(path), tuple(faults), tuple(remarks), fine, findings.rows)
-    return Report(str(path), tuple(faults), tuple(remarks), fine)
+        return Report(str(path), tuple(faults), tuple(remarks), fine, findings.rows, launch)
+    return Report(str(path), tuple(faults), tuple(remarks), fine, launch=launch)
 
 
 @final
@@ -224,6 +232,8 @@ def _recipe_faults(said: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
         for text in settings.faults({str(name): value for name, value in train.items()}):
             if text not in alone:
                 yield ("train",), text.replace("args: ", "").replace(" (args)", "")
+        for text in processes.wrong({str(name): value for name, value in train.items()}):
+            yield ("train", "deepspeed" if "DeepSpeed" in text else "fsdp"), text.replace("train: ", "")
     kind = said.get("quantization")
     if kind is not None and kind not in fitness.QUANTIZATIONS:
         yield ("quantization",), message(f"unknown storage {kind!r}", remedy=nearest(str(kind), fitness.QUANTIZATIONS))

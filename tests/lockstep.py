@@ -87,13 +87,13 @@ def trainer(
         added_tokens=list(case.added),
         **options,
     )
-    given = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-3, "num_train_epochs": 2}
+    given = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-3, "num_train_epochs": 1, "save_strategy": "no"}
     given |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, **case.args}
     given |= {"per_device_eval_batch_size": 2}
     if given["num_train_epochs"] is None:
         del given["num_train_epochs"], given["learning_rate"]
     rows = uneven(case.task, case.rows)
-    return adapters.Trainer(adapted, given, rows, others.pop("held", uneven(case.task, 7, seed=1)), **others)
+    return adapters.Trainer(adapted, given, rows, others.pop("held", uneven(case.task, 5, seed=1)), **others)
 
 
 def told(found: adapters.Trainer) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def short_of_memory(folder: str) -> dict[str, Any]:
 
 def dropped(folder: str) -> dict[str, Any]:
     """What dropout leaves out in each process, and the checkpoints' bits with it."""
-    args = {"save_strategy": "steps", "save_steps": 2, "frozen_dropout": True}
+    args = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "frozen_dropout": True}
     case = Case(options={"lora_dropout": 0.3}, args=args)
     masks: list[Any] = []
 
@@ -208,7 +208,7 @@ def answered(folder: str) -> dict[str, Any]:
         return {"rows": float(len(found.label_ids))}
 
     trainer = lockstep.trainer(Path(folder) / "answered", Case(), 6, compute_metrics=metrics)
-    rows = trainer.prepared(lockstep.uneven("text-classification", 7, seed=1))
+    rows = trainer.prepared(lockstep.uneven("text-classification", 5, seed=1))
     numbers = trainer.evaluate()
     found = trainer.predict(rows)
     trainer = lockstep.trainer(Path(folder) / "answered", Case(), 6)

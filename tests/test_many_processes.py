@@ -19,29 +19,23 @@ from many import Ended
 import adapters
 from adapters.shares import Shares
 
-EPOCHS = {"num_train_epochs": 3}
+EPOCHS = {"num_train_epochs": 2}
 SOLVED = {"num_train_epochs": None}
-SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "num_train_epochs": 2}
 CASES = (
     Case(args=SAVED),
-    Case(strategy="full"),
-    Case(strategy="freeze", options={"layers": 2, "unfreeze_every": 1}, args=EPOCHS),
-    Case(strategy="probe", args=SOLVED, headless=True),
-    Case(headless=True, args={"warm_head": True}),
-    Case(dtype="bfloat16"),
     Case(strategy="full", dtype="float32"),
-    Case(strategy="probe"),
-    Case(strategy="bitfit"),
-    Case(strategy="ia3"),
-    Case(strategy="dora"),
-    Case(strategy="qlora", dtype="float32"),
-    Case(added=("zebra",)),
+    Case(strategy="freeze", options={"layers": 1, "unfreeze_every": 1}, args=EPOCHS),
+    Case(strategy="probe", args=SOLVED, headless=True),
     Case("token-classification"),
-    Case("causal-lm", "gpt2", args={"chunked_loss": True}),
     Case("masked-lm"),
+    Case(strategy="bitfit"),
+    Case(strategy="ia3", dtype="bfloat16"),
+    Case(strategy="qlora", dtype="float32"),
+    Case(strategy="dora", added=("zebra",)),
+    Case("causal-lm", "gpt2", args={"chunked_loss": True}),
     Case("question-answering"),
     Case("seq2seq", "bart", "full"),
-    Case("denoising", "t5"),
     Case("image-classification", "vit"),
     Case("causal-lm", "mixtral", "full", dtype="float32"),
 )
@@ -50,7 +44,7 @@ CASES = (
 # a step of the learning rate's size of a gradient that is nothing but rounding (a key's bias, an unused expert).
 LOSS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": 1e-2}  # logged losses are float32 themselves
 WEIGHT = {"float64": 1e-9, "float32": 5e-3, "bfloat16": 5e-2}
-THREE = [*range(0, len(CASES), 3), 13]  # of the cases, in three processes
+THREE = (0, 1, 4, 5)  # of the cases, in three processes
 
 
 def numbers(gave: dict[str, Any]) -> list[float]:
@@ -224,7 +218,7 @@ def test_each_process_drops_its_own_and_goes_on_with_it(ended: list[dict[str, An
 
 def test_every_row_is_measured_once(ended: list[dict[str, Any]], tmp_path: Path) -> None:
     one = lockstep_faults.answered(str(tmp_path))
-    assert len(one["labels"]) == 7
+    assert len(one["labels"]) == 5
     for gave in (found["answered"] for found in ended):
         for name in ("seen", "predicted", "labels", "rows"):
             assert gave[name] == one[name], name

@@ -280,7 +280,9 @@ def test_every_sharding_setting_is_one() -> None:
     made = TrainingArguments(output_dir="unused", fsdp=True, fsdp_config=dict(config), use_cpu=True)
     assert made.fsdp_plugin_args["fsdp_version"] == 2
     assert made.fsdp_plugin_args["transformer_cls_names_to_wrap"] == "LlamaDecoderLayer"
-    assert "activation_checkpointing" not in ALL[SHARDED].train
+    assert ALL[SHARDED].train["activation_checkpointing"]  # not FSDP's own, which gives the blocks other names
+    assert processes.wrong(ALL[SHARDED].train) == []
+    assert processes.command(ALL[SHARDED].train) == "accelerate launch --num_processes N"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -395,13 +397,13 @@ def test_sharding_in_one_process_says_what_it_needs(monkeypatch: Any, capsys: An
     assert "train: fsdp" in said
     assert "accelerate launch --num_processes N" in said
     assert "found 1 process" in said
-    assert "does not divide a model yet" in said
+    assert "or leave fsdp out" in said
 
 
 def test_the_trainer_refuses_sharding_as_well() -> None:
     from adapters.arguments import check_fields
 
-    with pytest.raises(RequestError, match=r"train: fsdp\).*does not divide a model yet"):
+    with pytest.raises(RequestError, match=r"train: fsdp\).*accelerate launch --num_processes N"):
         check_fields({"fsdp": True, "fsdp_config": {"version": 2}})
 
 

@@ -457,6 +457,22 @@ def test_every_need_of_a_strategy_is_one_that_is_looked_at() -> None:
     assert needs == {"a head", "biases", "own blocks", "linear maps"}
 
 
+def test_a_recipe_that_divides_the_model_says_how_it_is_started(base: str, tmp_path: Path) -> None:
+    file = written(tmp_path, base, train={"fsdp": True, "fsdp_config": {"version": 2}})
+    report = validate(file)
+    assert report.faults == ()
+    assert report.lines()[-1] == f"next      accelerate launch --num_processes N -m adapters train {file}"
+    assert report.to_json()["next"] == report.command()
+    wrong = validate(file, {"train.fsdp_config": {"version": 1, "cpu_offload": True}, "train.optim": "adafactor"})
+    assert len(wrong.faults) == 3
+    assert "--fsdp_version 2" in said(wrong)
+    assert "adamw_torch" in said(wrong)
+    other = validate(written(tmp_path, base, train={"deepspeed": {"zero_optimization": {"stage": 3}}}))
+    assert "Say fsdp: true" in said(other)
+    plain = validate(written(tmp_path, base))
+    assert plain.lines()[-1] == f"next      adapters train {file}"
+
+
 # ---------------------------------------------------------------------- the command
 
 

@@ -37,6 +37,8 @@ def task_of(model: Any) -> str:
     """
     from transformers import PreTrainedModel
 
+    from adapters.anatomy import class_name
+
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
             message(
@@ -46,7 +48,7 @@ def task_of(model: Any) -> str:
                 found=type(model).__name__,
             )
         )
-    name = type(model).__name__
+    name = class_name(model)
     for task in TASKS.values():
         if name in _class_names(_classes_of(task).values()):
             return str(task.name)

@@ -1,0 +1,281 @@
+"""Runs whose model is divided over processes by FSDP, and the same in one process, as plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+import adapters
+from adapters import ranks, sharded, storage
+from adapters.errors import AdaptersError
+from adapters.manifest import WEIGHTS, read_manifest, read_tensors
+
+QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "prefix_cache": False}
+BATCH = 6  # rows of a step, over all processes
+GENERATES = "AutoModelForCausalLM"
+# name -> family, head, strategy
+CASES: dict[str, tuple[str, str, str]] = {
+    "bert full": ("bert", tiny.CLASSIFICATION, "full"),
+    "bert freeze": ("bert", tiny.CLASSIFICATION, "freeze"),
+    "bert lora": ("bert", tiny.CLASSIFICATION, "lora"),
+    "bert bitfit": ("bert", tiny.CLASSIFICATION, "bitfit"),
+    "bert probe": ("bert", tiny.CLASSIFICATION, "probe"),
+    "bert ia3": ("bert", tiny.CLASSIFICATION, "ia3"),
+    "bert dora": ("bert", tiny.CLASSIFICATION, "dora"),
+    "gpt2 full": ("gpt2", GENERATES, "full"),  # its embeddings are its output layer
+    "llama lora": ("llama", GENERATES, "lora"),
+    "llama qlora": ("llama", GENERATES, "qlora"),
+    "t5 lora": ("t5", tiny.CLASSIFICATION, "lora"),  # two stacks, one table of embeddings
+    "vit full": ("vit", "AutoModelForImageClassification", "full"),
+}
+STILL = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop")
+STILL += ("attn_pdrop", "dropout_rate")
+
+
+def adapted(case: str, dtype: Any = None, **options: Any) -> Any:
+    """A model without dropout, which would be drawn for other rows in other processes, and a strategy on it."""
+    family, auto, strategy = CASES[case]
+    known = vars(tiny.config(family))
+    net = tiny.model(family, auto=auto, dtype=dtype, **{name: 0.0 for name in STILL if name in known})
+    options |= {"task": "causal-lm"} if auto == GENERATES else {"labels": list(tiny.LABELS)}
+    return adapters.adapt(net, strategy, processor=tiny.processor(family), **options)
+
+
+def rows(case: str, n: int, seed: int = 0) -> Any:
+    found = tiny.rows(n, seed=seed)
+    if CASES[case][0] == "vit":
+        from PIL import Image
+
+        draw = torch.Generator().manual_seed(seed)
+        values = torch.randint(0, 256, (n, 16, 16, 3), generator=draw, dtype=torch.uint8).numpy()
+        return [{"image": Image.fromarray(v), "label": row["label"]} for v, row in zip(values, found, strict=True)]
+    return [{"text": row["text"]} for row in found] if CASES[case][1] == GENERATES else found
+
+
+def trainer(folder: str | Path, case: str, one: Any = None, callbacks: Any = None, **args: Any) -> adapters.Trainer:
+    """The same steps of the same rows in any number of processes; divided in more than one.
+
+    `parts` is in how many passes each process takes its rows of a step.
+    """
+    count = ranks.count()
+    parts = min(args.pop("parts", 1), BATCH // count)
+    given: dict[str, Any] = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-2, "num_train_epochs": 1}
+    given |= {"per_device_train_batch_size": BATCH // count // parts, "gradient_accumulation_steps": parts}
+    given |= {"optim": "sgd", "warmup_steps": 0, "max_grad_norm": 0.5}
+    given |= {"lr_scheduler_type": "constant", "save_strategy": "no", "warm_head": False, "chunked_loss": False}
+    given |= {"fsdp": True} if count > 1 else {}
+    held = rows(case, 7, seed=1)
+    return adapters.Trainer(one or adapted(case), given | args, rows(case, 24), held, callbacks=callbacks)
+
+
+def told(found: adapters.Trainer, folder: Path) -> dict[str, Any]:
+    """Losses, metrics, and what was saved."""
+    adapters.save(found.adapted, folder)
+    timed = ("_runtime", "_per_second", "flos")
+    log = [{n: v for n, v in entry.items() if not n.endswith(timed)} for entry in found.state.log_history]
+    tensors = read_tensors(folder, read_manifest(folder))
+    return {
+        "log": log,
+        "state": {name: tensor.double().flatten().tolist() for name, tensor in tensors.items()},
+        "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
+        "divided": sharded.is_divided(found.adapted),
+        "notes": found.adapted.record.notes,
+        "model": read_manifest(folder)["backbone"]["model_class"],
+    }
+
+
+def learnt(folder: str, cases: list[str], dtype: str = "float32", args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a run of each case comes to."""
+    ranks.join()
+    given = {}
+    for case in cases:
+        place = Path(folder) / case.replace(" ", "-")
+        one = trainer(place, case, adapted(case, getattr(torch, dtype)), **(args or {}))
+        one.train()
+        given[case] = told(one, place / "adapter")
+    return given
+
+
+# ---------------------------------------------------------------------- what crosses, what is kept, what is refused
+
+
+class Crossing(TorchDispatchMode):
+    """Counts the bytes that are gathered as tensors while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "_c10d_functional.all_gather" in str(func):
+            self.bytes += found.numel() * found.element_size()
+        return found
+
+
+def afterwards(folder: str) -> dict[str, Any]:
+    """A divided model after its run: what a save gathers, what one process alone may do, and what it answers."""
+    ranks.join()
+    found = trainer(Path(folder) / "run", "bert lora")
+    found.train()
+    one = found.adapted
+    with Crossing() as crossing:
+        adapters.save(one, Path(folder) / "adapter")
+    answers = adapters.predict(one, [row["text"] for row in rows("bert lora", 5, seed=2)])
+    held = [(str(type(t).__name__), list(t.shape), list(ranks.part(t).shape)) for t in one.state().values()]
+    (alone := Path(folder) / f"alone{ranks.rank()}").mkdir()
+    return {
+        "crossed": crossing.bytes,
+        "trained": one.adapter_bytes,
+        "backbone": sum(p.numel() * p.element_size() for p in one.model.parameters()),
+        "file": (Path(folder) / "adapter" / WEIGHTS).stat().st_size,
+        "answers": answers,
+        "held": held,
+        "alone": refusal(lambda: storage.write(one, alone)),
+        "merge": refusal(lambda: adapters.merge(one)),
+        "evaluated": adapters.evaluate(one, rows("bert lora", 7, seed=1))["accuracy"],
+    }
+
+
+def opened(folder: str) -> dict[str, Any]:
+    """What the saved adapter answers in one process."""
+    base = tiny.model("bert", auto=tiny.CLASSIFICATION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    one = adapters.load(folder, base)
+    return {
+        "answers": adapters.predict(one, [row["text"] for row in rows("bert lora", 5, seed=2)]),
+        "evaluated": adapters.evaluate(one, rows("bert lora", 7, seed=1))["accuracy"],
+    }
+
+
+def refusal(act: Any) -> list[str]:
+    """The class and the words of what an act is refused with."""
+    try:
+        act()
+    except AdaptersError as fault:
+        return [type(fault).__name__, str(fault)]
+    return []
+
+
+class Writes(TrainerCallback):
+    """Writes to a frozen tensor in one process, or to a trained one what is no number."""
+
+    def __init__(self, case: str) -> None:
+        self.case = case
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2 and ranks.rank() == 1:
+            name = "word_embeddings.weight" if self.case == "frozen" else "lora_B.default.weight"
+            parameter = next(p for n, p in model.named_parameters() if n.endswith(name))
+            with torch.no_grad():
+                ranks.part(parameter).view(-1)[0] += 1 if self.case == "frozen" else float("nan")
+
+
+def refused(folder: str) -> dict[str, Any]:
+    """What ends a run in all processes, with its words."""
+    ranks.join()
+    place = Path(folder)
+    half = {"dtype": torch.bfloat16}
+    mixed = adapted("bert freeze", **half)
+    first = next(p for n, p in mixed.model.named_parameters() if n == mixed.trained[0])
+    first.data = first.data.float()
+    CASES["albert lora"] = ("albert", tiny.CLASSIFICATION, "lora")
+    tokens = adapted("bert lora", added_tokens=["<order>"])
+    runs: dict[str, Any] = {
+        "frozen": lambda: trainer(place / "1", "bert lora", callbacks=[Writes("frozen")]).train(),
+        "numbers": lambda: trainer(place / "2", "bert lora", callbacks=[Writes("nan")]).train(),
+        "half": lambda: trainer(place / "3", "bert full", adapted("bert full", **half), bf16=True),
+        "mixed": lambda: trainer(place / "4", "bert freeze", mixed),
+        "tokens": lambda: trainer(place / "5", "bert lora", tokens),
+        "shared": lambda: trainer(place / "6", "albert lora"),
+        "units": lambda: trainer(
+            place / "7", "bert lora", fsdp_config={"transformer_layer_cls_to_wrap": ["BertSelfAttention"]}
+        ),
+        "version": lambda: trainer(place / "8", "bert lora", fsdp_config={"version": 1}),
+        "optimizer": lambda: trainer(place / "9", "bert lora", optim="adafactor"),
+    }
+    return {name: refusal(run) for name, run in runs.items()}
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+class Cut(TrainerCallback):
+    """Ends a run early, as whoever stops it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
+ADAM: dict[str, Any] = {
+    "parts": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2,
+    "save_total_limit": 5,
+}
+ADAM |= {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+
+
+def whole(folder: str) -> dict[str, Any]:
+    """A run to its end, with checkpoints on the way."""
+    ranks.join()
+    one = trainer(folder, "bert lora", **ADAM)
+    one.train()
+    return told(one, Path(folder) / "adapter")
+
+
+def resumed(folder: str, step: int) -> dict[str, Any]:
+    """The same run from one of its checkpoints, in any number of processes."""
+    ranks.join()
+    one = trainer(folder, "bert lora", **ADAM)
+    one.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{step}"))
+    return told(one, Path(folder) / f"adapter-{ranks.count()}")
+
+
+def left_out(folder: str) -> list[str]:
+    """A run on the CPU of a machine that has GPUs, as torch says here."""
+    ranks.join()
+    kept, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try:
+        return refusal(lambda: trainer(folder, "bert lora", use_cpu=True, dataloader_pin_memory=False))
+    finally:
+        torch.cuda.is_available = kept
+
+
+# ---------------------------------------------------------------------- the plain stack
+
+
+def plain(folder: str) -> dict[str, Any]:
+    """peft's factors in a model that torch has divided: their shapes, what this process holds, and files of both."""
+    import peft
+    from safetensors.torch import save_file
+    from torch.distributed.fsdp import fully_shard
+
+    ranks.join()
+    wrapped: Any = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(r=1, target_modules=["query", "value"]))
+    for layer in wrapped.base_model.model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(wrapped)
+    state = peft.get_peft_model_state_dict(wrapped)
+    held = {name: ranks.part(tensor).contiguous() for name, tensor in state.items() if "lora_" in name}
+    place = Path(folder) / f"part{ranks.rank()}.safetensors"
+    save_file(held, place)
+    try:
+        wrapped.save_pretrained(Path(folder) / f"peft{ranks.rank()}")
+        refused = ""
+    except Exception as fault:
+        refused = type(fault).__name__
+    return {
+        "shapes": {name: list(state[name].shape) for name in held},
+        "held": {name: list(tensor.shape) for name, tensor in held.items()},
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held.values()),
+        "peft": refused,
+    }
