@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, heads, processes, reading, rounding
+from adapters import deferred, devices, heads, processes, reading, rounding
 from adapters.backbones import live_model, local_folder, opened, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -300,8 +300,7 @@ def assemble(
     from adapters.recognition import identify, packed_kind
 
     storage = Storage(quantization)
-    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # they are seeded with the rest
-    with torch.random.fork_rng(devices=list(cards)), contextlib.ExitStack() as undone:
+    with torch.random.fork_rng(devices=devices.started()), contextlib.ExitStack() as undone:
         torch.manual_seed(seed)
         try:
             net, new, processor, later = opened(model, task, quantization, load, processor)

@@ -63,9 +63,10 @@ class Later:
 
 def _divided() -> bool:
     """Whether transformers gives each process a part of what it loads, or nothing."""
-    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
 
-    return bool(is_fsdp_enabled() or is_deepspeed_zero3_enabled())
+    return bool(is_fsdp_enabled() or is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
 
 
 def device_of(load: Mapping[str, Any]) -> torch.device | None:

@@ -412,8 +412,8 @@ class Adapted:
         if self.vocabulary is not None and axes:
             own = {own_name(name): tensor.detach() for name, tensor in tensors.items()}
             found += [(self.vocabulary.key(self.strategy, name), own[name], axis) for name, axis in axes.items()]
-        whole = self.record.gathered or {}
-        return [(key, whole.get(key, tensor), axis) for key, tensor, axis in found]
+        gathered = self.record.gathered or {}
+        return [(key, gathered.get(key, tensor), axis) for key, tensor, axis in found]
 
     def added_ids(self, like: Tensor) -> Tensor:
         """The ids of the added tokens, on the device of a tensor."""

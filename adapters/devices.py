@@ -168,3 +168,10 @@ def _cpu_bfloat16() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def started() -> list[int]:
+    """The numbers of the GPUs that this process has begun to use: a seed reaches their generators as well."""
+    from torch import cuda
+
+    return list(range(cuda.device_count())) if cuda.is_initialized() else []  # type: ignore[no-untyped-call]
