@@ -13,11 +13,11 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
 
-from adapters import exchange, locks, neighbours, processes, ranks, remarks, shards
+from adapters import exchange, identity, locks, neighbours, processes, ranks, remarks, shards
 from adapters.places import cache_folder
 
 if TYPE_CHECKING:
@@ -42,18 +42,23 @@ class Dividing(Protocol):
         ...
 
 
-def prepared(rows: Dataset, adapted: Adapted) -> tuple[Dataset, list[str]]:
+def prepared(rows: Dataset, adapted: Adapted, data: Mapping[str, Any] | None = None) -> tuple[Dataset, list[str]]:
     """Model inputs and labels of all rows, as one process would have them, and what is to be said of them.
 
     Args:
         rows: raw, the same in every process.
         adapted: whose task prepares them.
+        data: their fingerprint, where it has been taken.
 
     Raises:
+        RequestError: the processes have other rows, or another task.
         AdaptersError: rows that cannot be prepared; in all processes.
     """
     ranks.join()
     task = adapted.task
+    if ranks.joined():
+        facts = {**(data or identity.fingerprint(rows)), "task": task.name}
+        exchange.alike(facts, "rows that are prepared", "Start every process with the same rows and settings.")
 
     def prepare(some: Dataset) -> tuple[Dataset, list[str]]:
         return task.prepare(some, adapted.processor, adapted.model, labelled=True)

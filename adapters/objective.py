@@ -84,7 +84,7 @@ class ObjectiveTrainer(DividedTrainer):
         elif train_dataset is not None:
             rows = self._rows_of(train_dataset)
             adapted.record.data = self._data["data"] = identity.fingerprint(rows)
-            train_dataset = self._inputs(rows)
+            train_dataset = self._inputs(rows, self._data["data"])
             task = task.with_data(rows)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._validation(part, f".{name}") for name, part in eval_dataset.items()}
@@ -162,14 +162,14 @@ class ObjectiveTrainer(DividedTrainer):
 
     def _validation(self, source: Any, name: str = "") -> Dataset:
         rows = self._rows_of(source)
-        self._data[f"validation_data{name}"] = identity.fingerprint(rows)
-        return self._inputs(rows)
+        self._data[f"validation_data{name}"] = data = identity.fingerprint(rows)
+        return self._inputs(rows, data)
 
-    def _inputs(self, rows: Dataset) -> Dataset:
+    def _inputs(self, rows: Dataset, data: Mapping[str, Any] | None = None) -> Dataset:
         if is_prepared(rows):
             return rows
         with Job("preparing", len(rows), "rows"):
-            prepared, remarks = jointly.prepared(rows, self.adapted)
+            prepared, remarks = jointly.prepared(rows, self.adapted, data)
         for remark in remarks:
             self._say(remark)
         return prepared
@@ -322,6 +322,8 @@ class ObjectiveTrainer(DividedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Loss items of the global batch, as the task counts them."""
+        if self._evaluation is not None and self.args.world_size > 1:
+            return None  # an evaluated batch is this process' own: its mean, which no number of processes scales
         if not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         batch_samples = [b for n, b in enumerate(batch_samples) if True not in self._blanks[n : n + 1]]

@@ -99,7 +99,7 @@ def trainer(
 
 def told(found: adapters.Trainer) -> dict[str, Any]:
     """What a run logged, without what tells the time, and its trained tensors."""
-    timed = ("_runtime", "_per_second", "flos")
+    timed = ("_runtime", "_time", "_per_second", "flos")
     log = [{n: v for n, v in entry.items() if not n.endswith(timed)} for entry in found.state.log_history]
     state = {name: tensor.double().tolist() for name, tensor in found.adapted.state().items()}
     return {"log": log, "state": state, "notes": found.remarks, "tokens": found._throughput.totals().get("tokens")}

@@ -90,7 +90,7 @@ def others(folder: str) -> dict[str, Any]:
     odd = ranks.rank() == 1
     found = {
         "seed": ending(made(folder, "seed", Case(args={"seed": 7 + odd})).train),
-        "rows": ending(made(folder, "rows", Case(rows=13 - odd)).train),
+        "rows": ending(lambda: made(folder, "rows", Case(rows=13 - odd)).train()),
         "strategy": ending(made(folder, "strategy", Case(strategy="bitfit" if odd else "lora")).train),
     }
     trainer = made(folder, "weights")
