@@ -142,7 +142,7 @@ def test_a_fault_in_one_process_stops_all_and_what_cannot_be_divided_is_refused(
         "mixed": ("RequestError", "bfloat16 and float32"),
         "tokens": ("RequestError", "added tokens"),
         "shared": ("RequestError", "one set of weights"),
-        "units": ("RequestError", "expected BertLayer, found BertSelfAttention"),
+        "units": ("RequestError", "expected BertLayer; found BertSelfAttention"),
         "version": ("RequestError", "--fsdp_version 2"),
         "optimizer": ("RequestError", "does not step on the parts"),
     }
