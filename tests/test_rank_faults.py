@@ -289,7 +289,7 @@ def test_torchrun_starts_it_again_and_it_goes_on(ends: Callable[[str], Any], tmp
     where = environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2"]
-    command += ["--master_port", "0", "--monitor_interval", "0.1", str(script), str(folder), str(result)]
+    command += ["--standalone", "--monitor_interval", "0.1", str(script), str(folder), str(result)]
     done = subprocess.run(command, env=where, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"started again by the launcher: goes on from {folder}/checkpoint-3" in done.stderr
