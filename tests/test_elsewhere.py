@@ -2,11 +2,14 @@
 
 The device's memory is this process's (see `elsewhere`), so numbers can be compared with the processor's. 4-bit weights
 are not tried: bitsandbytes' parameter is a class of its own, which cannot stand around such a tensor.
+
+Autograd counts devices when a process takes its first gradients, so each run has a process of its own, which knows the
+device before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import elsewhere
 import pytest
 import tiny
 import torch
+from many import Ended
 
 import adapters
 
@@ -30,13 +34,9 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def swapped() -> Iterator[None]:
-    """A model that moves keeps its very parameters, as between a processor and a graphics card."""
-    before = torch.__future__.get_swap_module_params_on_conversion()
+def swapped() -> None:
+    """From here on a model that moves keeps its very parameters, as between a processor and a graphics card."""
     torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def alike(found: Sequence[dict[str, torch.Tensor]]) -> None:
         torch.testing.assert_close(there[name], tensor, atol=CLOSE, rtol=CLOSE, msg=name)
 
 
-def test_the_device_refuses_what_a_graphics_card_refuses() -> None:
+def refusing() -> None:
+    swapped()
     with elsewhere.training_on(elsewhere.NAME):
         there, here = torch.ones(3, device=elsewhere.NAME), torch.ones(3)
         assert (there + 1).device.type == elsewhere.NAME
@@ -86,18 +87,10 @@ def test_the_device_refuses_what_a_graphics_card_refuses() -> None:
         assert torch.equal((there + here.to(there)).cpu(), here + 1)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [
-        ("freeze", {"layers": 1}),
-        ("probe", {}),
-        ("pissa", {}),
-        ("lora", {"added_tokens": ["zonk"]}),
-    ],
-    ids=["freeze", "probe", "pissa", "lora"],
-)
-def test_a_whole_run(strategy: str, options: dict[str, Any], folders: dict[str, str], tmp_path: Path) -> None:
+def whole(strategy: str, options: dict[str, Any], folders: dict[str, str], place: str) -> None:
     """Trained, evaluated, asked, saved, opened and merged on the device; the numbers are the processor's."""
+    swapped()
+    tmp_path = Path(place)
     found, answers, rows = [], [], tiny.rows(18)
     options = {**options, "labels": list(tiny.LABELS)}
     for device in PLACES:
@@ -119,8 +112,10 @@ def test_a_whole_run(strategy: str, options: dict[str, Any], folders: dict[str, 
     assert answers[0] == answers[1]
 
 
-def test_language_models(folders: dict[str, str], tmp_path: Path) -> None:
+def languages(folders: dict[str, str], place: str) -> None:
     """Losses in chunks, kept prefixes, texts that go on, encoders with decoders."""
+    swapped()
+    tmp_path = Path(place)
     rows = [{"prompt": row["text"], "completion": " parcel late"} for row in tiny.rows(12)]
     pairs = [{"source": row["text"], "target": "parcel late"} for row in tiny.rows(12)]
     chunked, once = {"chunked_loss": True}, {"num_train_epochs": 1}
@@ -141,7 +136,10 @@ def test_language_models(folders: dict[str, str], tmp_path: Path) -> None:
     alike(second)
 
 
-def test_a_run_goes_on_from_its_middle(folders: dict[str, str], tmp_path: Path) -> None:
+def onward(folders: dict[str, str], place: str) -> None:
+    """A run that goes on from its first checkpoint ends as it would have."""
+    swapped()
+    tmp_path = Path(place)
     rows, labels = tiny.rows(18), list(tiny.LABELS)
     with elsewhere.training_on(elsewhere.NAME):
         whole = trained(folders["bert"], tmp_path / "run", "lora", rows, labels=labels)
@@ -151,3 +149,35 @@ def test_a_run_goes_on_from_its_middle(folders: dict[str, str], tmp_path: Path) 
         found = state(adapted, elsewhere.NAME), state(whole, elsewhere.NAME)
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+Launch = Callable[..., list[Ended]]
+ANY = {"ACCELERATE_USE_CPU": "false"}
+
+
+def test_the_device_refuses_what_a_graphics_card_refuses(many: Launch) -> None:
+    many("test_elsewhere:refusing", 1, more=ANY)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("freeze", {"layers": 1}),
+        ("probe", {}),
+        ("pissa", {}),
+        ("lora", {"added_tokens": ["zonk"]}),
+    ],
+    ids=["freeze", "probe", "pissa", "lora"],
+)
+def test_a_whole_run(
+    many: Launch, strategy: str, options: dict[str, Any], folders: dict[str, str], tmp_path: Path
+) -> None:
+    many("test_elsewhere:whole", 1, strategy, options, folders, tmp_path, more=ANY)
+
+
+def test_language_models(many: Launch, folders: dict[str, str], tmp_path: Path) -> None:
+    many("test_elsewhere:languages", 1, folders, tmp_path, more=ANY)
+
+
+def test_a_run_goes_on_from_its_middle(many: Launch, folders: dict[str, str], tmp_path: Path) -> None:
+    many("test_elsewhere:onward", 1, folders, tmp_path, more=ANY)

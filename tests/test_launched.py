@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from many import Ended
+from test_docs import launches
 from test_recipes_folder import FOLDER, ROOT, both, places, words
 
 import adapters
@@ -153,8 +154,9 @@ def test_many_processes_give_the_adapter_of_one(
 def test_accelerate_launches_two_processes_on_the_cpu(
     keys: dict[str, Any], alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The command itself. It starts one process, which becomes torchrun's two."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    """The command itself, as the page on scale has it. It starts one process, which becomes torchrun's two."""
+    page = next(words for where, _, words in launches() if "scale.md" in where and "--cpu" in words)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *page[: page.index("-m")]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     arguments = [str(CLASSIFICATION), *words(keys | {"output": "out"})]
     ran = subprocess.run(
@@ -166,7 +168,7 @@ def test_accelerate_launches_two_processes_on_the_cpu(
     assert ran.stderr.count("epoch 1 of 3") == 1
     same_adapter(alone[0], tmp_path / "out")
     begun = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-    assert "accelerate.commands.launch --num_processes 2 --cpu" in begun["command"]
+    assert "accelerate.commands.launch --cpu --num_processes 2" in begun["command"]
 
 
 @pytest.mark.parametrize("name", ["named_entities", "translation"])

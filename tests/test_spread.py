@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 import tiny
 from many import Ended
 from typer.testing import CliRunner
-from warm_host import ROOT, environment
 
 import adapters
 from adapters import cli, engines
@@ -106,33 +102,6 @@ def test_the_command_plans_for_several_processes(tmp_path: Path) -> None:
     assert [line["engine"] for line in document["lines"]] == ["ddp", "fsdp"]
     assert document["cheapest"] == "lora/ddp"
     assert document["processes"] == 2
-
-
-SCRIPT = """
-import json, sys
-from lockstep import classify
-gave = classify(sys.argv[1], "lora", 4)
-with open(f"{sys.argv[1]}.{gave['rank']}.json", "w") as file:
-    json.dump(gave["state"], file)
-"""
-
-
-def test_the_launch_of_the_page_runs_two_processes(tmp_path: Path) -> None:
-    """`accelerate launch --cpu --num_processes 2`, as the page has it, with a free port."""
-    from test_docs import launches
-
-    words = next(words for where, _, words in launches() if "scale.md" in where and "--cpu" in words)
-    options = words[: words.index("-m")]
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT, "utf-8")
-    where = environment() | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
-    command += ["--main_process_port", "0", str(script), str(tmp_path / "out")]
-    ended = subprocess.run(command, env=where, timeout=200, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    states = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1)]
-    assert states[0] == states[1]
 
 
 def test_the_arithmetic_of_the_page_is_that_of_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
