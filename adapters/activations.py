@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 from adapters import fused, prefix, readout
-from adapters.anatomy import never_saved, own_name, skeleton
+from adapters.anatomy import block_lists, never_saved, own_name, skeleton
 from adapters.contracts import Task
 from adapters.devices import Device
+from adapters.engines import Phases
 from adapters.footprint import Footprint
 from adapters.modes import evaluating
 from adapters.order import frozen_below, frozen_within
@@ -206,36 +207,44 @@ class Imitation:
 
     def step(self, batch: Batch) -> int:
         """The most bytes at once in an optimizer step over batches of this size."""
-        return max(self.phases(batch))
+        found = self.phases(batch)
+        return max(found.passes, found.update)
 
-    def phases(self, batch: Batch, released: bool = False) -> tuple[int, int, int]:
-        """The most bytes at once in an optimizer step: until the first gradient is there, from then on, in the update.
+    def phases(self, batch: Batch, released: bool = False) -> Phases:
+        """The most bytes at once in an optimizer step.
 
         Args:
             batch: the size of the batches.
             released: a gradient goes elsewhere as soon as it is there, as it does where it is divided; the update's
-                gradients are counted whole all the same. Else the first number is that of all passes.
+                gradients are counted whole all the same.
         """
         self._learn()
         self._foot.mark()
-        before: list[int] = []
+        learnt: list[tuple[str, int]] = []
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        forward: list[int] = []
+
+        def ended(*_: Any) -> None:
+            if not forward:  # a block that is computed anew ends again
+                forward.append(self._foot.peak)
+                self._foot.mark()
 
         def let_go(parameter: Tensor) -> None:
             parameter.grad = None
-            before.append(self._foot.peak)
-            if len(before) == 1:
-                self._foot.mark()
+            learnt.append((names[id(parameter)], self._foot.peak))
+            self._foot.mark()
 
         with contextlib.ExitStack() as hooks:
             if released:
+                last = self.model.get_submodule(block_lists(self.model)[-1].names()[-1])
+                hooks.callback(last.register_forward_hook(ended).remove)
                 for parameter in self.trained.values():
-                    handle = parameter.register_post_accumulate_grad_hook(let_go)  # type: ignore[no-untyped-call]
-                    hooks.callback(handle.remove)
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(let_go).remove)  # type: ignore[no-untyped-call]
             try:
                 for _ in range(1 if released else min(2, self._how.args.gradient_accumulation_steps)):
                     self._passed(batch)
-                passes = self._foot.peak
-                return (*before, passes)[0], passes, self._updated() if self.trained else 0
+                passes = max(self._foot.peak, *forward, *(size for _, size in learnt), 0)
+                return Phases(passes, (*forward, passes)[0], tuple(learnt), self._updated() if self.trained else 0)
             finally:
                 for parameter in self.trained.values():
                     parameter.grad = None

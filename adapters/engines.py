@@ -7,7 +7,7 @@ above the blocks, and what is left.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -57,6 +57,7 @@ class Unit:
         gradients: of their gradients, unsharded; reduced: of one process's part of them, as they are summed.
         kept: it stays gathered from forward to backward.
         again: backward needs it, after it has been let go.
+        names: of its trained parameters.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Unit:
     reduced: int
     kept: bool
     again: bool
+    names: tuple[str, ...] = ()
 
 
 def units(
@@ -140,7 +142,8 @@ def _unit(
             learnt += tensor.numel() * size
             gradients += tensor.numel() * passed
             reduced += part * (REDUCED if mixed else size)
-    return Unit(name, shard, whole, gathered, held, learnt, gradients, reduced, kept, again)
+    names = tuple(own for own in parameters if own in trained)
+    return Unit(name, shard, whole, gathered, held, learnt, gradients, reduced, kept, again, names)
 
 
 def _part(tensor: Tensor, processes: int) -> int:
@@ -148,6 +151,25 @@ def _part(tensor: Tensor, processes: int) -> int:
     if not tensor.ndim or not tensor.numel():
         return tensor.numel()
     return -(-tensor.shape[0] // processes) * (tensor.numel() // tensor.shape[0])
+
+
+@final
+@dataclass(frozen=True)
+class Phases:
+    """The most bytes at once in the parts of an optimizer step.
+
+    Attributes:
+        passes: of forward and backward.
+        forward: of forward up to the last block's end, where gradients are let go.
+        learnt: of the trained tensors whose gradient is let go, in the order of their gradients: name, and the bytes
+            since the one before, or since the last block's forward.
+        update: of clipping and the optimizer's step.
+    """
+
+    passes: int
+    forward: int
+    learnt: tuple[tuple[str, int], ...]
+    update: int
 
 
 @final
@@ -163,6 +185,8 @@ class Share:
         shards: bytes of its shards.
         buffers: bytes that a step needs beside all else, to gather and to sum up; read: to compute without learning.
         wire: bytes that it sends in an optimizer step.
+        units: that are gathered, bottom to top.
+        waiting: bytes of gradients that stay whole from batch to batch.
     """
 
     engine: str
@@ -173,11 +197,41 @@ class Share:
     buffers: int
     read: int
     wire: int
+    units: tuple[Unit, ...] = ()
+    waiting: int = 0
 
     @property
     def weights(self) -> int:
         """Bytes of weights in each process."""
         return self.whole + self.shards
+
+    def backward(self, learnt: Sequence[tuple[str, int]]) -> int:
+        """The most bytes of a divided model's backward pass, beside its shards.
+
+        While a unit computes it is gathered, and the one below beside it; its gradients are whole until all of them
+        are there, and are then laid out once more to be summed, when the unit itself has been let go. Of the gradients
+        above there are parts.
+
+        Args:
+            learnt: the trained tensors in the order of their gradients, and what computing each of them holds.
+        """
+        place = {name: number for number, unit in enumerate(self.units) for name in unit.names}
+        left = [len(unit.names) for unit in self.units]
+        staying = sum(unit.gathered for unit in self.units if unit.kept) + self.waiting
+        whole = [0] * len(self.units)
+        parts = most = 0
+        for name, size in learnt:
+            number = place[name]
+            unit = self.units[number]
+            ahead = next((below.gathered for below in reversed(self.units[:number]) if below.again), 0)
+            now = size + staying + ahead + parts + whole[number]
+            most = max(most, now + (0 if unit.kept else unit.gathered))
+            left[number] -= 1
+            whole[number] = unit.gradients * (len(unit.names) - left[number]) // len(unit.names)
+            if not left[number]:
+                most = max(most, now + unit.reduced * self.processes)
+                parts += unit.trained
+        return most
 
 
 def alone(weights: int) -> Share:
@@ -223,4 +277,6 @@ def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: 
         AHEAD * passing + staying + summed + waiting,
         AHEAD * passing + staying,
         wire,
+        tuple(parts),
+        waiting,
     )

@@ -288,10 +288,13 @@ def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
     rest = share.weights + copies + optimizer + run.cast
 
     def step(rows: int) -> int:
-        before, passes, update = (size - run.resting for size in counts.phases(rows, share.engine == FSDP))
+        found = counts.phases(rows, share.engine == FSDP)
+        passes, update = found.passes - run.resting, found.update - run.resting
         if share.engine == FSDP:
-            return rest + max(before + share.read, passes + gradients + share.buffers, round(part * update))
-        return rest + share.buffers + max(before, passes, update)
+            learnt = [(name, size - run.resting) for name, size in found.learnt]
+            forward = found.forward - run.resting
+            return rest + max(forward + share.read, share.backward(learnt), round(part * update))
+        return rest + share.buffers + max(passes, update)
 
     def evaluation(rows: int) -> int:
         resting: int = counts.evaluation(rows) - run.resting

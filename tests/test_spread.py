@@ -19,9 +19,9 @@ from adapters.budget import MARGIN, Line
 
 Launch = Callable[..., list[Ended]]
 ROWS, LENGTH = 4, 24
-# How far a plan may lie above a run. FSDP's counts the buffer of a second unit, which is gathered ahead; on models of
-# three blocks that is a tenth of everything, and on the CPU it is not there at the peak of backward.
-MOST = {"ddp": MARGIN, "fsdp": 0.15}
+# How far a plan may lie above a run. FSDP's counts the buffer of a second unit, which is gathered ahead: on models of
+# three blocks that is a twentieth of everything, and on the CPU it is not there at the peak of backward.
+MOST = {"ddp": MARGIN, "fsdp": 0.12}
 
 
 def planned(case: str, engine: str, processes: int) -> Line:
@@ -39,7 +39,7 @@ def planned(case: str, engine: str, processes: int) -> Line:
     ("engine", "processes", "cases"),
     [
         ("ddp", 2, ["bert full", "llama lora"]),
-        ("fsdp", 2, ["llama lora"]),
+        ("fsdp", 2, ["llama lora", "gpt2 full"]),
     ],
 )
 def test_law_08_a_plan_is_what_each_process_holds_and_sends(
