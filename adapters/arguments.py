@@ -154,6 +154,19 @@ def settings(
     return made(kind, merged), own
 
 
+def one_gpu(arguments: TrainingArguments) -> str:
+    """Keep a run of one process to one GPU, and say what leaves the others idle; empty where there are no others.
+
+    transformers would let torch's DataParallel divide every batch among all of them, and multiply the rows of a step by
+    their number: another run than was asked for, and slower than a process for each.
+    """
+    several = arguments.n_gpu
+    if several <= 1:
+        return ""
+    arguments._n_gpu = 1
+    return f"one of {several} GPUs is used; accelerate launch --num_processes {several} takes all of them"
+
+
 def asks_for_steps(args: TrainingArguments | Mapping[str, Any] | None) -> bool:
     """Whether the caller says how many steps are taken, or how long they are: then a probe is stepped, not solved."""
     named = ("num_train_epochs", "max_steps", "learning_rate")

@@ -36,7 +36,7 @@ from adapters import (
     vocabulary,
 )
 from adapters.accord import Accord
-from adapters.arguments import asks_for_steps, complaints, settings
+from adapters.arguments import asks_for_steps, complaints, one_gpu, settings
 from adapters.contracts import Adapted, Draw
 from adapters.dividing import DividedTrainer
 from adapters.epochs import Epochs, Longest, ordered
@@ -75,6 +75,8 @@ class ObjectiveTrainer(DividedTrainer):
         arguments, own = settings(
             adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
         )
+        if idle := one_gpu(arguments):
+            self._say(idle)
         task = adapted.task
         self._data: dict[str, dict[str, Any]] = {}
         self._draw = Draw(arguments.seed)
@@ -123,10 +125,10 @@ class ObjectiveTrainer(DividedTrainer):
             self.add_callback(pace.Joining(self._paces))
         self._own = own
         self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
-        alone = tasks_loss and self.args.n_gpu <= 1 and self._undivided and not self.args.torch_compile
+        alone = tasks_loss and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
         self._stepped = asks_for_steps(args) or others.get("optimizers", (None, None))[0] is not None
-        self._plain = tasks_loss and self._draws and self.args.n_gpu <= 1 and self._undivided
+        self._plain = tasks_loss and self._draws and self._undivided
         self._readout = readout.Readout(adapted.model, task, adapted.processor, self._say, wanted=wanted)
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
@@ -352,7 +354,7 @@ class ObjectiveTrainer(DividedTrainer):
         wanted, args = self._own.get("fused", True), self.args
         if wanted and args.torch_compile:
             logger.info("torch_compile: the compiler gets peft's own layers, not one function for each (fused)")
-        if not wanted or args.n_gpu > 1 or args.torch_compile:
+        if not wanted or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()
         if wanted != "float32" and not (args.bf16 or args.fp16) and self._undivided:
@@ -392,7 +394,7 @@ class ObjectiveTrainer(DividedTrainer):
         """The frozen prefix of all rows, where they pass more than once and it never changes."""
         draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
         wanted = self._own.get("prefix_cache", True)
-        if not wanted or not self._draws or not self._undivided or args.n_gpu > 1:
+        if not wanted or not self._draws or not self._undivided:
             return None
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         held = [part for part in parts if part is not None]
@@ -437,7 +439,7 @@ class ObjectiveTrainer(DividedTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """transformers' clipping, of what trains alone: its walk through all parameters costs more than the norm."""
-        if not self._undivided or self.args.n_gpu > 1:
+        if not self._undivided:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return self.accelerator.clip_grad_norm_(self._training.values(), self.args.max_grad_norm)
 

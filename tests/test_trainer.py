@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def test_a_dict_is_taken_literally(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, args={"learning_rate": 5e-5, "num_train_epochs": 3})
     assert trainer.args.learning_rate == 5e-5
     assert trainer.args.num_train_epochs == 3
+
+
+def test_one_process_takes_one_gpu_whatever_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers counts GPUs when it looks for the device: here it finds four."""
+    find = TrainingArguments._setup_devices.func  # type: ignore[attr-defined]
+
+    def found(arguments: TrainingArguments) -> Any:
+        device = find(arguments)
+        arguments._n_gpu = 4
+        return device
+
+    once = functools.cached_property(found)
+    once.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", once)
+    args = {"output_dir": str(tmp_path), "per_device_train_batch_size": 3}
+    trainer = adapters.Trainer(adapted_on("bert"), args, tiny.rows(6))
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 3
+    assert trainer.model_wrapped is trainer.model
+    assert "one of 4 GPUs is used; accelerate launch --num_processes 4 takes all of them" in trainer.remarks
 
 
 def test_lora_learns_slower_the_wider_the_model() -> None:
