@@ -306,7 +306,8 @@ def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
     fits: bool | None = None
     if where.room is not None:
         room = int(where.room / (1 + MARGIN))
-        largest = most(step, room, {0: rest + gradients + share.buffers, whole.batch: now})
+        nothing = rest + (share.read if share.engine == FSDP else gradients + share.buffers)
+        largest = most(step, room, {0: nothing, whole.batch: now})
         largest_evaluated = whole.evaluated
         if evaluated > room:
             largest_evaluated = most(evaluation, room, {0: rest + share.read, whole.evaluated: evaluated})
@@ -413,8 +414,9 @@ def most(count: Callable[[int], int], room: int, known: Mapping[int, int]) -> in
         if low < 0 or high - low <= 1 + low // CLOSE:
             return max(0, min(low, MOST))
         near, far = sorted(found, key=lambda rows: (abs(found[rows] - room), rows))[:2]
-        slope = max(1.0, (found[far] - found[near]) / (far - near))
-        guess = near + int((room - found[near]) // slope)
+        slope = (found[far] - found[near]) / (far - near)
+        # A line that does not rise says nothing: then between the two that are known.
+        guess = near + int((room - found[near]) // slope) if slope >= 1 else (low + high) // 2
         if guess == low > 0 and low != min(known):
             return low
         guess = min(max(guess, low + 1), high - 1)

@@ -7,6 +7,7 @@ others wrote. A thread writes and listens, so that a process speaks while it com
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -116,10 +117,14 @@ class Presence:
         """Speak and listen from now on; all have written once by then."""
         self._known = list(self._read())
         self._thread.start()
+        # An interpreter that ends stops such a thread wherever it is; within the store that aborts the process.
+        atexit.register(self.close)
 
     def close(self) -> None:
-        """Speak and listen no more."""
+        """Speak and listen no more; the thread is waited for, which may be in the middle of a word."""
         self._closed.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(LISTENING)
 
     # ------------------------------------------------------------------ what this process says
 

@@ -234,7 +234,7 @@ def test_launches_are_read(where: str, launcher: str, words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
         found = get_args_parser().parse_args(words)
-        processes = int(found.nproc_per_node) * int(found.nnodes)
+        processes = int(found.nproc_per_node) * int(found.nnodes.split(":")[-1])
     else:
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
