@@ -7,22 +7,34 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapters import presence, processes
 from adapters.errors import AdaptersError, RankError, message
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: its own process holds the store, not the first of the run
 _SELF: list[presence.Presence] = []  # the last is this process in the work that goes on
 
 
-def _joined() -> bool:
+def joined() -> bool:
+    """Whether this process has entered the group of the run's processes."""
     if processes.count() == 1:
         return False
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def device() -> torch.device:
+    """Where tensors must lie to cross from process to process: NCCL takes them from a GPU."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -32,7 +44,7 @@ def attending() -> Iterator[None]:
     Raises:
         RankError: in the others, with the words of the one that failed, or with what was last heard of it.
     """
-    if not _joined():
+    if not joined():
         yield
         return
     outermost = not _SELF or not _SELF[-1].inside
@@ -154,9 +166,7 @@ def _begin() -> None:
         _SELF.pop().close()
 
     def meet() -> None:
-        word = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8)
-        if "nccl" in dist.get_backend():
-            word = word.to(torch.device("cuda", torch.cuda.current_device()))
+        word = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8).to(device())
         dist.broadcast(word, src=0)
         text = bytes(word.cpu().tolist()).hex()
         host = None if os.environ.get(AGENT) == "True" else 0
@@ -178,8 +188,8 @@ def _absent(fault: BaseException) -> RankError:
     return RankError(
         message(
             "the processes of the run did not all meet",
-            where=f"rank {os.environ.get('RANK', '0')}",
-            expected=f"{os.environ.get('WORLD_SIZE', '1')} processes",
+            where=f"rank {processes.number()}",
+            expected=f"{processes.count()} processes",
             found=" ".join(str(fault).split())[:200],
             remedy=presence.REMEDY,
         )

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters import errors
-from adapters.errors import AdaptersError, RankError, message
-from adapters.ranks import gathered, joined
+from adapters.attendance import device
+from adapters.errors import AdaptersError, RequestError, message
+from adapters.ranks import end_with, gathered, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def stop_all(fault: Exception | None) -> None:
     for number, one in enumerate(said):
         if one is not None:
             name, text = one
-            raise _same(name, text, number)
+            end_with(name, text, number)
 
 
 def in_all(act: Callable[[], T]) -> T:
@@ -46,16 +46,9 @@ def in_all(act: Callable[[], T]) -> T:
     Raises:
         Exception: as `stop_all` has it.
     """
-    found: T | None = None
-    fault: Exception | None = None
-    try:
+    with agreeing():
         found = act()
-    except Exception as raised:
-        if not joined():
-            raise
-        fault = raised
-    stop_all(fault)
-    return found  # type: ignore[return-value]
+    return found
 
 
 @contextlib.contextmanager
@@ -89,18 +82,18 @@ def alike(facts: Mapping[str, Any], where: str, remedy: str = "") -> None:
         others = [number for number, one in enumerate(said) if one.get(name) != said[0].get(name)]
         if others:
             numbers = ", ".join(map(str, others))
-            found = f"{_short(said[others[0]].get(name))} in process {numbers}"
+            found = f"{short(said[others[0]].get(name))} in process {numbers}"
             faults.append(
                 message(
                     f"the processes of one run differ: {name}",
                     where=where,
-                    expected=f"{_short(said[0].get(name))}, as in process 0",
+                    expected=f"{short(said[0].get(name))}, as in process 0",
                     found=found,
                     remedy=remedy,
                 )
             )
     if faults:
-        fault = errors.RequestError(*faults)
+        fault = RequestError(*faults)
         fault.agreed = True
         raise fault
 
@@ -114,7 +107,7 @@ def told_tensors(tensors: Sequence[Tensor]) -> None:
 
     with torch.no_grad():
         for tensor in tensors:
-            sent = tensor.detach().to(_device()).contiguous()
+            sent = tensor.detach().to(device()).contiguous()
             dist.broadcast(sent, src=0)
             tensor.copy_(sent)
 
@@ -136,7 +129,7 @@ def arrays(found: Any) -> list[Any]:
     padded = np.full(widest, -100 if found.dtype.kind in "if" else 0, dtype=found.dtype)
     padded[tuple(slice(0, length) for length in found.shape)] = found
     sent = torch.frombuffer(bytearray(np.ascontiguousarray(padded).tobytes()) or bytearray(1), dtype=torch.uint8)
-    sent = sent.to(_device())
+    sent = sent.to(device())
     parts = [torch.empty_like(sent) for _ in shapes]
     dist.all_gather(parts, sent)
     whole = []
@@ -146,25 +139,7 @@ def arrays(found: Any) -> list[Any]:
     return whole
 
 
-def _same(name: str, text: str, number: int) -> AdaptersError:
-    """Another process's fault, as this one raises it."""
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        fault: AdaptersError = kind(f"process {number}: {text}" if number else text)
-    else:
-        fault = RankError(message("a process of the run failed", where=f"rank {number}", found=f"{name}: {text}"))
-    fault.agreed = True
-    return fault
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message shows it: a digest by its beginning."""
     text = str(value)
     return f"{text[:12]}..." if len(text) > 60 else text
-
-
-def _device() -> Any:
-    """Where tensors must lie to cross: NCCL takes them from a GPU."""
-    import torch
-    import torch.distributed as dist
-
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")

@@ -123,6 +123,7 @@ class Presence:
     def close(self) -> None:
         """Speak and listen no more; the thread is waited for, which may be in the middle of a word."""
         self._closed.set()
+        atexit.unregister(self.close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(LISTENING)
 

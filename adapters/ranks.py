@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from adapters import attendance, errors, processes
+from adapters.attendance import joined as joined
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
@@ -32,15 +33,6 @@ def rank() -> int:
 def first() -> bool:
     """Whether this is the process that writes, logs and speaks for the run."""
     return rank() == 0
-
-
-def joined() -> bool:
-    """Whether this process has entered the group of the run's processes."""
-    if count() == 1:
-        return False
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
 
 
 def join(seconds: float | None = None) -> None:
@@ -99,7 +91,7 @@ def _gathered(value: Any) -> list[Any]:
     import torch
     import torch.distributed as dist
 
-    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(attendance.device())
     lengths = [torch.zeros(1, dtype=torch.int64, device=said.device) for _ in range(count())]
     dist.all_gather(lengths, torch.tensor([len(said)], device=said.device))
     most = max(int(length) for length in lengths)
@@ -143,7 +135,7 @@ def by_first(act: Callable[[], T]) -> T | None:
     if fault is not None:
         raise fault
     if said is not None:
-        raise _same(*said)
+        end_with(*said)
     return found
 
 
@@ -188,23 +180,26 @@ def laid(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(placed, shape.device_mesh, shape.placements, src_data_rank=None)  # each takes its own
 
 
-def _same(name: str, text: str) -> AdaptersError:
-    """The first process's fault, as this one raises it."""
+def end_with(name: str, text: str, number: int | None = None) -> NoReturn:
+    """Raise here what another process failed with.
+
+    Args:
+        name: of the fault's class.
+        text: its words.
+        number: of the process; None for the first one, in what it does for all.
+
+    Raises:
+        AdaptersError: of that class, where it is one of this library's.
+        RankError: where it is not.
+    """
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, AdaptersError):
-        fault: AdaptersError = kind(text)
+        fault: AdaptersError = kind(f"process {number}: {text}" if number else text)
     else:
-        fault = RankError(message("the first process of the run failed", where="rank 0", found=f"{name}: {text}"))
+        who = "the first process" if number is None else "a process"
+        fault = RankError(message(f"{who} of the run failed", where=f"rank {number or 0}", found=f"{name}: {text}"))
     fault.agreed = True
-    return fault
-
-
-def _device() -> Any:
-    """Where tensors must lie to cross: NCCL takes them from a GPU."""
-    import torch
-    import torch.distributed as dist
-
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    raise fault
 
 
 def _text(part: Tensor, length: int) -> str:

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from adapters import checkpoints, facts, manifest, randomness, ranks, sharded, shards
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
+from adapters.exchange import short
 from adapters.fingerprint import Fingerprint
 from adapters.settings import WATCHING
 
@@ -119,7 +120,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, s
     processes = [int(terms.get("processes", 1)) for terms in (saved, now)]
     idle = _DIVISION if processes[0] != processes[1] else ()
     found = {
-        name: f"{name} was {_short(saved.get(name, nothing))}, is {_short(now.get(name, nothing))}"
+        name: f"{name} was {short(saved.get(name, nothing))}, is {short(now.get(name, nothing))}"
         for name in sorted({*saved, *now} - set(idle))
         if saved.get(name, nothing) != now.get(name, nothing)
     }
@@ -139,11 +140,6 @@ def _fitting(rows: int, now: Mapping[str, Any], processes: int) -> str:
         f"with {processes} processes say per_device_train_batch_size {size} and gradient_accumulation_steps "
         f"{each // size}"
     )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}..." if len(text) > 60 else text
 
 
 def unlike(saved: Mapping[str, Any], now: Mapping[str, Any], override: Sequence[str]) -> str:
