@@ -59,7 +59,7 @@ def opening(request: dict[str, Any], _: Path) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "resident": (status("VmHWM") - before) / 1e6,
-        "anonymous": (anonymous.most - anonymous.first) / 1e6,
+        "anonymous": anonymous.bytes / 1e6,
         "model": sum(nbytes(parameter) for parameter in model.parameters()) / 1e6,
     }
 

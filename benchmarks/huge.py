@@ -153,7 +153,7 @@ def step(request: dict[str, Any], _: Path) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "resident": status("VmHWM") - before,
-        "anonymous": anonymous.most - anonymous.first,
+        "anonymous": anonymous.bytes,
         "threads": torch.get_num_threads(),
         **found,
     }
@@ -200,8 +200,13 @@ class Anonymous:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._over.wait(0.005):
+        while not self._over.wait(0.001):
             self.most = max(self.most, status("RssAnon"))
+
+    @property
+    def bytes(self) -> int:
+        """What came on top."""
+        return self.most - self.first
 
 
 def status(field: str) -> int:

@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,34 +142,40 @@ def kept() -> dict[str, dict[str, Any]]:
     return {row["cell"]: row for row in rows}
 
 
-def memory_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Memory of each GPU and bytes on the wire, as counted."""
-    head = "model | strategy | engine, GPUs | weights | gradients, optimizer, copies | activations | buffers | peak"
-    lines = [f"| {head} | sent a step | adapter |", "|---|---|---|" + "---:|" * 7]
+def table(
+    head: str, found: dict[str, dict[str, Any]], numbers: Callable[[str, str, dict[str, Any]], list[str]]
+) -> list[str]:
+    """A line for each cell that has been counted."""
+    lines = [f"| model | strategy | engine, GPUs | {head} |", "|---|---|---|" + "---:|" * (head.count("|") + 1)]
     for cell in CELLS:
         row = found.get(named(cell))
-        if row is None:
-            continue
-        shape, strategy, engine, processes = cell
+        if row is not None:
+            shape, strategy, engine, processes = cell
+            shown = " | ".join(numbers(shape, strategy, row))
+            lines.append(f"| {shape.upper()} | `{strategy}` | {engine.upper()}, {processes} | {shown} |")
+    return lines
+
+
+def memory_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Memory of each GPU and bytes on the wire, as counted."""
+
+    def numbers(_shape: str, _strategy: str, row: dict[str, Any]) -> list[str]:
         learnt = row["gradients"] + row["optimizer"] + row["copies"]
         sizes = (row["weights"], learnt, row["activations"], row["buffers"], row["peak"], row["wire"], row["file"])
-        numbers = " | ".join(f"{size / 1e9:,.2f}" for size in sizes)
-        lines.append(f"| {shape.upper()} | `{strategy}` | {engine.upper()}, {processes} | {numbers} |")
-    return lines
+        return [f"{size / 1e9:,.2f}" for size in sizes]
+
+    head = "weights | gradients, optimizer, copies | activations | buffers | peak | sent a step | adapter"
+    return table(head, found, numbers)
 
 
 def time_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """The projection: seconds of computing, and of sending over each wire."""
-    lines = [f"| model | strategy | engine, GPUs | computing | {' | '.join(WIRES)} |", "|---|---|---|" + "---:|" * 4]
-    for cell in CELLS:
-        row = found.get(named(cell))
-        if row is None:
-            continue
-        shape, strategy, engine, processes = cell
+
+    def numbers(shape: str, strategy: str, row: dict[str, Any]) -> list[str]:
         times = [flops(shape, strategy) * LENGTH / RATE, *(row["wire"] / speed for speed in WIRES.values())]
-        numbers = " | ".join(f"{seconds:,.2g} s" if seconds < 100 else f"{seconds:,.0f} s" for seconds in times)
-        lines.append(f"| {shape.upper()} | `{strategy}` | {engine.upper()}, {processes} | {numbers} |")
-    return lines
+        return [f"{seconds:,.2g} s" if seconds < 100 else f"{seconds:,.0f} s" for seconds in times]
+
+    return table(f"computing | {' | '.join(WIRES)}", found, numbers)
 
 
 def main() -> int:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_host import ROOT, environment
+from warm_host import ROOT, environment, hosted
 
 HOST = """
 import faulthandler, importlib, json, os, signal, socket, sys, time, traceback
@@ -103,13 +101,6 @@ def host(folder: Path) -> Iterator[Callable[..., list[Ended]]]:
     where = environment()
     where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
     where |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    asking, answers = process.stdin, process.stdout
     launches = 0
 
     def run(
@@ -126,10 +117,9 @@ def host(folder: Path) -> Iterator[Callable[..., list[Ended]]]:
         place.mkdir()
         asked = {"function": function, "processes": processes, "arguments": list(map(plain, arguments))}
         asked |= {"environment": more or {}, "limit": limit, "folder": str(place)}
-        asking.write(json.dumps(asked) + "\n")
-        asking.flush()
+        codes = ask(asked)
         ended = []
-        for rank, code in enumerate(json.loads(answers.readline())):
+        for rank, code in enumerate(codes):
             file = place / f"rank{rank}.json"
             gave = json.loads(file.read_text()) if file.is_file() else None
             streams = [(place / f"rank{rank}.{name}").read_text() for name in ("out", "err")]
@@ -141,11 +131,8 @@ def host(folder: Path) -> Iterator[Callable[..., list[Ended]]]:
             assert not bad, "\n".join(bad)
         return ended
 
-    try:
+    with hosted(HOST, where) as ask:
         yield run
-    finally:
-        asking.close()
-        process.wait(timeout=60)
 
 
 def plain(value: Any) -> Any:

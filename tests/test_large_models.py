@@ -6,8 +6,7 @@ The checkpoints are small; what is counted is bytes.
 from __future__ import annotations
 
 import importlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,49 +15,16 @@ import pytest
 import tiny
 import torch
 import transformers
-from many import Ended, host
+from many import Ended
 from torch import Tensor
 
 import adapters
 from adapters import arrival, exactness, fidelity, quantize, requantize, roundtrip, shards
 from adapters.edits import AddLowRank
 from adapters.shards import Slot
+from benchmarks.huge import Anonymous
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
-
-
-class Peak:
-    """The most anonymous memory of this process within a `with`, above what it had at the beginning."""
-
-    def __enter__(self) -> Peak:
-        self.first = self.most = anonymous()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.001):
-            self.most = max(self.most, anonymous())
-
-    @property
-    def bytes(self) -> int:
-        return self.most - self.first
-
-
-def anonymous() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Ended]]]:
-    with host(tmp_path_factory.mktemp("many")) as run:
-        yield run
 
 
 def written(folder: Path, kind: str, auto: str = "AutoModel", **changes: Any) -> Path:
@@ -159,14 +125,14 @@ def test_what_arrives_is_what_a_whole_load_packs(case: str, tmp_path: Path, monk
 def test_memory_holds_one_weight_unpacked(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cast to float32 as it is read: 406 MB, of which a whole load holds all of them."""
     options: Any = {"task": "causal-lm", "quantization": "nf4", "load": {"dtype": "float32"}}
-    with Peak() as arriving:
+    with Anonymous() as arriving:
         adapted = adapters.adapt(large, "lora", **options)
     held = sum(quantize.nbytes(parameter) for parameter in adapted.model.parameters())
     largest = 4 * 2816 * 1024
     assert arriving.bytes < held + 8 * largest, (arriving.bytes, held, largest)
     del adapted
     whole(monkeypatch)
-    with Peak() as before:
+    with Anonymous() as before:
         adapters.adapt(large, "lora", **options)
     assert before.bytes > 2 * 203e6 > 2 * arriving.bytes, (before.bytes, arriving.bytes)
 

@@ -18,6 +18,7 @@ from adapters.budget import MARGIN, Line, Plan
 from adapters.footprint import Footprint
 from adapters.plan import most
 from adapters.quantize import nbytes
+from benchmarks.scale import SHAPES
 
 LENGTH, ROWS, BATCH = 24, 16, 8
 WIDER: dict[str, dict[str, Any]] = {
@@ -36,25 +37,6 @@ CELLS = [
     *(("vit", strategy) for strategy in ("full", "probe", "lora")),
     *(("t5", strategy) for strategy in ("freeze", "lora")),
 ]
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "dtype": "bfloat16",
-    "tie_word_embeddings": False,
-}
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +123,12 @@ def test_a_config_is_enough_for_a_model_that_nobody_could_hold(tmp_path: Path, m
     monkeypatch.setattr(sys.modules["adapters.plan"], "MOST", 1)  # no larger batch is looked for
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     small = {"task": "causal-lm", "length": 16, "batch": 1, "args": {"per_device_eval_batch_size": 1}}
-    eight = adapters.plan(config_folder(tmp_path / "8b", LLAMA_8B), "qlora", device="rtx 4090", **small).lines[0]  # type: ignore[arg-type]
+    eight = adapters.plan(config_folder(tmp_path / "8b", SHAPES["8b"]), "qlora", device="rtx 4090", **small).lines[0]  # type: ignore[arg-type]
     assert eight.fits
     assert 5.5e9 < eight.weights < 6.0e9  # 7 of 8 billion in 4.13 bits, the embeddings in bf16
     assert eight.loading == 2 * 8_030_261_248
     assert eight.total == 8_030_261_248 + eight.trained
-    found = adapters.plan(config_folder(tmp_path / "70b", LLAMA_70B), "probe", device="rtx 4090", **small).lines[0]  # type: ignore[arg-type]
+    found = adapters.plan(config_folder(tmp_path / "70b", SHAPES["70b"]), "probe", device="rtx 4090", **small).lines[0]  # type: ignore[arg-type]
     assert "output layer belongs to the backbone" in found.refused
     from adapters.adapt import requested
     from adapters.blueprint import drawn

@@ -81,6 +81,34 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def hosted(program: str, where: dict[str, str]) -> Iterator[Callable[[Any], Any]]:
+    """A program that says it is ready and then answers each line of JSON by one; it ends with its input.
+
+    Args:
+        program: its source.
+        where: its environment.
+    """
+    host = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where
+    )
+    assert host.stdin is not None
+    assert host.stdout is not None
+    assert host.stdout.readline() == "ready\n"
+    asking, answers = host.stdin, host.stdout
+
+    def ask(asked: Any) -> Any:
+        asking.write(json.dumps(asked) + "\n")
+        asking.flush()
+        return json.loads(answers.readline())
+
+    try:
+        yield ask
+    finally:
+        asking.close()
+        host.wait(timeout=60)
+
+
+@contextlib.contextmanager
 def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Runs commands one by one; each gives its exit code, its standard output and its standard error.
 
@@ -90,13 +118,6 @@ def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
     Args:
         streams: a folder for the streams; also where commands run unless another is given.
     """
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    assert host.stdin is not None
-    assert host.stdout is not None
-    assert host.stdout.readline() == "ready\n"
-    asking, answers = host.stdin, host.stdout
 
     def run(
         *arguments: Any,
@@ -112,14 +133,11 @@ def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
         asked = {"arguments": [str(argument) for argument in arguments], "folder": str(folder or streams)}
         asked |= {"out": str(out), "err": str(err), "environment": more or {}}
         asked |= {"said": said, "place": place, "after": after, "signal": int(number)}
-        asking.write(json.dumps(asked) + "\n")
-        asking.flush()
-        code = int(answers.readline())
+        code = int(ask(asked))
         return code, out.read_text(), err.read_text()
 
-    yield run
-    host.stdin.close()
-    host.wait(timeout=60)
+    with hosted(HOST, environment()) as ask:
+        yield run
 
 
 COMPARING = """
@@ -158,26 +176,15 @@ def comparing(streams: Path) -> Iterator[Callable[[str, str], subprocess.Complet
     Args:
         streams: a folder for the streams.
     """
-    hosts: list[subprocess.Popen[str]] = []
+    with contextlib.ExitStack() as stack:
+        hosts: list[Callable[[Any], Any]] = []
 
-    def launched(room: str, text: str) -> subprocess.CompletedProcess[str]:
-        if not hosts:
-            command = [sys.executable, "-c", COMPARING]
-            hosts.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
-            )
-            assert hosts[0].stdout is not None
-            assert hosts[0].stdout.readline() == "ready\n"
-        asking, answers = hosts[0].stdin, hosts[0].stdout
-        assert asking is not None
-        assert answers is not None
-        out, err = streams / "out", streams / "err"
-        asked = {"room": room, "text": text, "folder": os.getcwd(), "environment": dict(os.environ)}
-        asking.write(json.dumps({**asked, "out": str(out), "err": str(err)}) + "\n")
-        asking.flush()
-        code = int(answers.readline())
-        return subprocess.CompletedProcess([room], code, out.read_text(), err.read_text())
+        def launched(room: str, text: str) -> subprocess.CompletedProcess[str]:
+            if not hosts:
+                hosts.append(stack.enter_context(hosted(COMPARING, environment())))
+            out, err = streams / "out", streams / "err"
+            asked = {"room": room, "text": text, "folder": os.getcwd(), "environment": dict(os.environ)}
+            code = int(hosts[0]({**asked, "out": str(out), "err": str(err)}))
+            return subprocess.CompletedProcess([room], code, out.read_text(), err.read_text())
 
-    yield launched
-    for host in hosts:
-        host.communicate(timeout=60)
+        yield launched
