@@ -29,6 +29,12 @@ class DividedTrainer(transformers.Trainer):
     _training: dict[str, Any]
     _undivided: bool  # each process holds the whole model: then a pass through it is its own affair
 
+    def _say(self, remark: str) -> None:
+        """A remark for the run's notes, which the first process says, once."""
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+            logger.log(logging.WARNING if ranks.first() else logging.DEBUG, remark)
+
     def create_accelerator_and_postprocess(self) -> None:
         """transformers' accelerator, with the engine that divides the model where that is asked for."""
         with sharded.own_engine():
@@ -37,8 +43,7 @@ class DividedTrainer(transformers.Trainer):
         self._undivided = not self.is_fsdp_enabled
         if not self._undivided:
             sharded.refuse(self.adapted, self.accelerator.mixed_precision)
-            self.remarks.append(sharded.WITHOUT)
-            logger.log(logging.WARNING if ranks.first() else logging.DEBUG, sharded.WITHOUT)
+            self._say(sharded.WITHOUT)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' preparation; the parameters of a model that is divided are others afterwards."""

@@ -352,7 +352,7 @@ def launched(gpus: int | None) -> Iterator[Finding]:
     several = processes.count()
     if several == 1:
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", several))
+    here = processes.here()
     said = f"{several} started, {here} of them on this machine; this is number {processes.number()}"
     crowded = bool(gpus) and here > int(gpus or 0)
     remedy = f"Start {gpus} on this machine: one a GPU." if crowded else ""

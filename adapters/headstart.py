@@ -294,14 +294,12 @@ def _told(made: tuple[Start | None, str] | None, layer: nn.Linear) -> tuple[Star
     if start is not None:
         parts = [start.choice.layer.weight.double(), start.choice.layer.bias.double()]
     exchange.told_tensors(parts)
-    kept, choice = facts, facts["choice"]
     weight, bias = (part.to(layer.weight) for part in parts)
-    found = solve.Choice(
-        **{**choice, "layer": solve.Solved(weight, bias, kept["penalty"])},
-    )
-    found = replace(found, tried=tuple(solve.Tried(**one) for one in choice["tried"]))
-    places = tuple(Reading(**one) for one in kept["readings"])
-    return Start(layer, found, places, kept["probe"], kept["seconds"], kept["strain"]), remark
+    tried = tuple(solve.Tried(**one) for one in facts["choice"]["tried"])
+    solution = solve.Solved(weight, bias, facts["penalty"])
+    choice = solve.Choice(**{**facts["choice"], "layer": solution, "tried": tried})
+    places = tuple(Reading(**one) for one in facts["readings"])
+    return Start(layer, choice, places, facts["probe"], facts["seconds"], facts["strain"]), remark
 
 
 def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> tuple[Start | None, str]:

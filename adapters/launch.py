@@ -27,11 +27,10 @@ def again(own: Sequence[str]) -> list[str]:
         return launched
     if processes.count() == 1:
         return list(own)
-    here = os.environ.get("LOCAL_WORLD_SIZE", str(processes.count()))
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
     several = [] if nodes == "1" else ["--nnodes", nodes]
     words = sys.orig_argv[1:]  # an installed command's is its file
-    return ["torchrun", *several, "--nproc_per_node", here, *words]
+    return ["torchrun", *several, "--nproc_per_node", str(processes.here()), *words]
 
 
 def onward(own: Sequence[str]) -> list[str]:
@@ -47,8 +46,7 @@ def unstarted() -> int:
     Raises:
         RequestError: several machines, of which each would be a run of its own.
     """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if processes.count() > 1 or not on_cpu or "MASTER_ADDR" not in os.environ:
+    if processes.count() > 1 or not processes.yes(processes.CPU) or "MASTER_ADDR" not in os.environ:
         return 0
     words = _launched()
     if _option(words, "num_machines") > 1:

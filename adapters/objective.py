@@ -176,11 +176,6 @@ class ObjectiveTrainer(DividedTrainer):
             self._say(remark)
         return prepared
 
-    def _say(self, remark: str) -> None:
-        if remark not in self.remarks:
-            self.remarks.append(remark)
-            logger.log(logging.WARNING if ranks.first() else logging.DEBUG, remark)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

@@ -64,6 +64,7 @@ LAUNCHED = {
 }
 OTHERS = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+CPU = "ACCELERATE_USE_CPU"
 
 
 def count() -> int:
@@ -130,7 +131,7 @@ def fsdp(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     asked = settings.get("fsdp")
     if not asked:
-        return _launched() if _yes("ACCELERATE_USE_FSDP") else None
+        return _launched() if yes("ACCELERATE_USE_FSDP") else None
     given = settings.get("fsdp_config") or {}
     if isinstance(given, str | Path):
         given = json.loads(Path(given).read_text(encoding="utf-8"))
@@ -156,7 +157,8 @@ def _launched() -> dict[str, Any]:
     return {"version": int(version) if version.isdigit() else version, **plain}
 
 
-def _yes(name: str) -> bool:
+def yes(name: str) -> bool:
+    """Whether a launcher's variable says yes, as accelerate reads it."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
@@ -195,7 +197,7 @@ def wrong(settings: Mapping[str, Any]) -> list[str]:
         settings: training settings by transformers' names.
     """
     asked = {name for name in ("deepspeed", "parallelism_config") if settings.get(name)}
-    asked |= {name for variable, name in OTHERS.items() if _yes(variable)}
+    asked |= {name for variable, name in OTHERS.items() if yes(variable)}
     found = [
         message(
             SHARDING[name],

@@ -49,9 +49,9 @@ def join(seconds: float | None = None) -> None:
     from accelerate import PartialState
     from torch import cuda
 
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not cuda.is_available()
+    cpu = processes.yes(processes.CPU) or not cuda.is_available()
     if cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # transformers asks again, and would take each process for a run
+        os.environ[processes.CPU] = "true"  # transformers asks again, and would take each process for a run
     remedy = "Start all of them by one command: accelerate launch, torchrun; or unset WORLD_SIZE for a run of one."
     found = ""
     try:

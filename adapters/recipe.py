@@ -298,10 +298,11 @@ def _steps(
     import sys
 
     from adapters import deferred, hardware, journal, launch, manifest, processes, progress, ranks, restarts, shards
-    from adapters import storage, team  # isort: skip
     from adapters.adapt import adapt
     from adapters.exchange import agreeing
     from adapters.predict import measure
+    from adapters.storage import save
+    from adapters.team import divided, drawn
 
     started = time.monotonic()
 
@@ -322,7 +323,7 @@ def _steps(
 
     again = restarts.restarted()  # by its launcher: what is there is what this very launch has saved
     interrupted: bool = ranks.told(ranks.by_first(begun))
-    splits, task, options, remarks = team.drawn(recipe, say)
+    splits, task, options, remarks = drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
     # Trainer imports it with bitsandbytes.
     with progress.Job("importing torch"):
@@ -361,7 +362,7 @@ def _steps(
     record.notes += remarks
     record.recipe = recipe.model_dump(exclude_defaults=True) | {"output": recipe.output}
     checkpoints = {"output_dir": str(work), "disable_tqdm": not progress.shown()}
-    checkpoints |= team.divided(recipe.train, processes.count())
+    checkpoints |= divided(recipe.train, processes.count())
     with events.phase("preparing the rows"), agreeing():
         trainer = Trainer(adapted, checkpoints, splits["train"], splits.get("validation"))
         prepared = trainer.prepared(splits["test"]) if "test" in splits else None  # once, for all that measures it
@@ -395,9 +396,9 @@ def _steps(
         events.write("note", text=remark)
     with events.phase("saving"):
         if sharded.is_divided(adapted):  # each process has a part of what is written
-            storage.save(adapted, output)
+            save(adapted, output)
         else:
-            ranks.by_first(lambda: storage.save(adapted, output))
+            ranks.by_first(lambda: save(adapted, output))
     events.write("end")
 
     def finish() -> dict[str, Any]:
