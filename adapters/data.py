@@ -54,13 +54,8 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
             opened by the task.
         RequestError: a source that is not there.
     """
-    from datasets import Dataset
-
     say = say or logger.info
-
-    if isinstance(source, Dataset):
-        splits = {"train": source}
-    elif isinstance(source, Mapping):
+    if isinstance(source, Mapping):
         splits = {}
         for name, part in source.items():
             if _split_name(str(name)) in splits:
@@ -72,14 +67,18 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     elif isinstance(source, Sequence):
         splits = {"train": tables.from_dicts([_plain(row) for row in source], "list of rows")}
     else:
-        raise RequestError(
-            message(
-                "not a source of rows",
-                where="data",
-                expected="a file, folder, id, Dataset or list of dicts",
-                found=type(source).__name__,
+        from datasets import Dataset
+
+        if not isinstance(source, Dataset):
+            raise RequestError(
+                message(
+                    "not a source of rows",
+                    where="data",
+                    expected="a file, folder, id, Dataset or list of dicts",
+                    found=type(source).__name__,
+                )
             )
-        )
+        splits = {"train": source}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise DataError(message("the data is empty", where=f"split {name!r}", found="0 rows"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -28,22 +29,29 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Commands and comparisons in children of a process that has imported torch; see `warm_host.Warm`."""
+    from warm_host import Warm
+
+    with contextlib.closing(Warm(tmp_path_factory.mktemp("warm"))) as host:
+        yield host
+
+
 @pytest.fixture(scope="session", autouse=True)
-def comparisons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Comparisons in processes of their own come from one that has imported torch; commands start theirs as users' do.
+def comparisons(warm: Any) -> Iterator[None]:
+    """Comparisons in processes of their own come from the warm one; commands start theirs as users' do.
 
     A test that takes the interpreter away gets what is there without one.
     """
-    from warm_host import comparing
-
     from adapters import aside
 
     real, interpreter = aside.launched, sys.executable
-    with comparing(tmp_path_factory.mktemp("comparing")) as warm, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             aside,
             "launched",
-            lambda room, text: (warm if sys.executable == interpreter else real)(room, text),
+            lambda room, text: (warm.launched if sys.executable == interpreter else real)(room, text),
         )
         yield
 
@@ -57,12 +65,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
         yield run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share what they made, so they run in one process; cells of the matrix go by backbone."""
-    for item in items:
-        cell = getattr(item, "callspec", None) and item.callspec.params.get("cell")
-        by_backbone = item.path.name == "test_matrix.py" and cell is not None
-        item.add_marker(pytest.mark.xdist_group(cell[1] if by_backbone else item.path.name))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of one file share what they made, so they run in one process; cells of the matrix go by backbone.
+
+    Here and no later: what runs the tests reads the groups before `pytest_collection_modifyitems` comes to this file.
+    """
+    cell = getattr(item, "callspec", None) and item.callspec.params.get("cell")
+    by_backbone = item.path.name == "test_matrix.py" and cell is not None
+    item.add_marker(pytest.mark.xdist_group(cell[1] if by_backbone else item.path.name))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -14,14 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from warm_host import environment, serving
+from warm_host import Warm, environment
 
 import adapters
 
@@ -69,15 +69,14 @@ def alone(*arguments: Any, folder: Path | None = None, options: tuple[str, ...] 
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
+@pytest.fixture
+def quick(warm: Warm) -> Callable[..., Done]:
     """The same in a child of a process that has imported torch."""
-    with serving(tmp_path_factory.mktemp("streams")) as serve:
 
-        def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
-            return Done(*serve(*arguments, folder=folder, said=interrupt, number=number))
+    def run(*arguments: Any, folder: Path | None = None, interrupt: str = "", number: int = signal.SIGINT) -> Done:
+        return Done(*warm.command(*arguments, folder=folder, said=interrupt, number=number))
 
-        yield run
+    return run
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -274,7 +273,7 @@ def test_a_damaged_folder_is_refused_without_torch(place: Place, tmp_path: Path)
 # ---------------------------------------------------------------------- good input
 
 
-def test_train_takes_every_main_option(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_train_takes_every_main_option(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     rows = [{"review": row["text"], "stars": row["label"]} for row in tiny.rows(60)]
     write_rows(tmp_path / "reviews.csv", rows)
     settings = {
@@ -288,7 +287,7 @@ def test_train_takes_every_main_option(place: Place, warm: Callable[..., Done], 
         "validation": "0.2",
         "seed": "3",
     }
-    done = warm(
+    done = quick(
         *("train", "--model", place.base, "--data", "reviews.csv", "--task", "text-classification"),
         *("--strategy", "lora", "--output", "out", "--column", "text=review", "--column", "label=stars", "--json"),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),
@@ -320,10 +319,10 @@ QUICK = ["--set", "train.num_train_epochs=1", "--set", "train.per_device_train_b
 
 @pytest.mark.parametrize("strategy", ["freeze", "qlora"])
 def test_every_strategy_trains_from_the_command_line(
-    strategy: str, place: Place, warm: Callable[..., Done], tmp_path: Path
+    strategy: str, place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     arguments = ["train", "--model", place.base, "--data", place.rows, "--output", "out", "--strategy", strategy]
-    done = warm(*arguments, *QUICK, folder=tmp_path)
+    done = quick(*arguments, *QUICK, folder=tmp_path)
     assert done.code == 0, done.err
     assert re.search(r"^saved +out \(", done.out, re.MULTILINE)
     assert re.search(r"^test +accuracy \d\.\d{4} \(majority 0\.3333, untrained \d\.\d{4}\)$", done.out, re.MULTILINE)
@@ -333,45 +332,45 @@ def test_every_strategy_trains_from_the_command_line(
     assert found["backbone"]["quantization"] == ("nf4" if strategy == "qlora" else None)
 
 
-def test_a_recipe_runs_and_options_go_over_it(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_recipe_runs_and_options_go_over_it(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         f"model: {place.base}\ndata: {place.rows}\noutput: first\nstrategy: probe\n"
         "train:\n  num_train_epochs: 1\n  learning_rate: 1e-2\n"
     )
-    assert warm("train", "run.yaml", "--json", folder=tmp_path).document()["output"] == "first"
-    again = warm("train", "run.yaml", "--output", "second", "--set", "test=0", "--json", folder=tmp_path).document()
+    assert quick("train", "run.yaml", "--json", folder=tmp_path).document()["output"] == "first"
+    again = quick("train", "run.yaml", "--output", "second", "--set", "test=0", "--json", folder=tmp_path).document()
     assert again["output"] == "second"
     assert "test" not in again
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["first", "run.yaml", "second"]
 
 
-def test_evaluate_measures_labelled_rows(place: Place, warm: Callable[..., Done]) -> None:
-    found = warm("evaluate", place.saved, "--data", place.rows, "--json").document()
+def test_evaluate_measures_labelled_rows(place: Place, quick: Callable[..., Done]) -> None:
+    found = quick("evaluate", place.saved, "--data", place.rows, "--json").document()
     assert found["rows"] == 60
     wanted = adapters.evaluate(adapters.load(place.saved), str(place.rows))
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
-    done = warm("evaluate", place.saved, "--data", place.rows)
+    done = quick("evaluate", place.saved, "--data", place.rows)
     assert re.search(rf"^accuracy +{wanted['accuracy']:.4f}$", done.out, re.MULTILINE)
 
 
-def test_evaluate_takes_the_test_part_and_says_so(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_evaluate_takes_the_test_part_and_says_so(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     write_rows(tmp_path / "train.csv", tiny.rows(12))
     write_rows(tmp_path / "test.csv", [{"review": r["text"], "stars": r["label"]} for r in tiny.rows(9, seed=1)])
     options = ["--column", "text=review", "--column", "label=stars", "--json"]
-    found = warm("evaluate", place.saved, "--data", tmp_path, *options).document()
+    found = quick("evaluate", place.saved, "--data", tmp_path, *options).document()
     assert (found["rows"], found["split"]) == (9, "test")
 
 
-def test_predict_answers_texts_and_files(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_predict_answers_texts_and_files(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     texts = [row["text"] for row in tiny.rows(5)]
     wanted = adapters.predict(adapters.load(place.saved), texts)
     write_rows(tmp_path / "rows.csv", [{"review": text} for text in texts])
-    one = warm("predict", place.saved, *texts, "--json").document()
-    two = warm("predict", place.saved, "--data", tmp_path / "rows.csv", "--column", "text=review", "--json").document()
+    one = quick("predict", place.saved, *texts, "--json").document()
+    two = quick("predict", place.saved, "--data", tmp_path / "rows.csv", "--column", "text=review", "--json").document()
     assert one == two
     assert [entry["label"] for entry in one["predictions"]] == [entry["label"] for entry in wanted]
     assert [e["score"] for e in one["predictions"]] == pytest.approx([e["score"] for e in wanted], rel=1e-5)
-    done = warm("predict", place.saved, *texts)
+    done = quick("predict", place.saved, *texts)
     assert done.code == 0
     cells = [line.split("\t") for line in done.out.splitlines()]
     assert [cell[0] for cell in cells] == [entry["label"] for entry in wanted]
@@ -379,28 +378,28 @@ def test_predict_answers_texts_and_files(place: Place, warm: Callable[..., Done]
 
 
 def test_predict_takes_another_place_of_the_same_backbone(
-    place: Place, warm: Callable[..., Done], tmp_path: Path
+    place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     moved = shutil.copytree(place.base, tmp_path / "moved")
-    one = warm("predict", place.saved, "the parcel", "--model", moved, "--json").document()
-    assert one == warm("predict", place.saved, "the parcel", "--json").document()
+    one = quick("predict", place.saved, "the parcel", "--model", moved, "--json").document()
+    assert one == quick("predict", place.saved, "the parcel", "--json").document()
 
 
 def test_answers_and_numbers_of_other_tasks_are_readable(
-    place: Place, warm: Callable[..., Done], tmp_path: Path
+    place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     base = tiny.folder("bert", tmp_path / "base", auto="AutoModelForMaskedLM")
     adapters.save(adapters.adapt(base, "lora", task="masked-lm"), tmp_path / "fill")
     for text in ("my [MASK]\nis [MASK]", "my [MASK] is late"):  # a list of fillings for each mask, or for the one
-        done = warm("predict", tmp_path / "fill", text)
+        done = quick("predict", tmp_path / "fill", text)
         assert done.code == 0, done.err
         (line,) = done.out.splitlines()
         answer, row = line.split("\t")
         assert (row, len(json.loads(answer))) == (" ".join(text.split()), 2 if "\n" in text else 5)
-    lines = warm("evaluate", tmp_path / "fill", "--data", place.rows).out.splitlines()
+    lines = quick("evaluate", tmp_path / "fill", "--data", place.rows).out.splitlines()
     assert {len(line) for line in lines} == {len(lines[0])}
     assert all(len(line.split()) == 2 for line in lines)
-    merged = warm("merge", tmp_path / "fill", tmp_path / "merged").out
+    merged = quick("merge", tmp_path / "fill", tmp_path / "merged").out
     assert f"next      transformers.pipeline('fill-mask', '{(tmp_path / 'merged').as_posix()}')" in merged
     tags = {"id2label": {0: "O", 1: "B-X", 2: "I-X"}}
     live = tiny.model("bert", auto="AutoModelForTokenClassification", **tags)
@@ -410,18 +409,18 @@ def test_answers_and_numbers_of_other_tasks_are_readable(
     adapters.save(adapted, tmp_path / "tags")
     words = tmp_path / "words.jsonl"
     words.write_text('{"tokens": ["my", "parcel"]}\n')
-    done = warm("predict", tmp_path / "tags", "--data", words)
+    done = quick("predict", tmp_path / "tags", "--data", words)
     assert done.out.rstrip().endswith("\tmy parcel"), done.err
 
 
-def test_rows_for_another_task_name_the_others(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_rows_for_another_task_name_the_others(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("my parcel\n\nis late\n")
     for data, task in ((texts, "masked-lm"), (_pictures(tmp_path / "pictures"), "image-classification")):
-        line = warm("train", "--model", place.base, "--data", data, "--output", tmp_path / "out").fault()
+        line = quick("train", "--model", place.base, "--data", data, "--output", tmp_path / "out").fault()
         assert "No task was named, so it is text-classification; the others are " in line
         assert task in line
-        named = warm(
+        named = quick(
             "train",
             "--model",
             place.base,
@@ -444,8 +443,8 @@ def _pictures(folder: Path) -> Path:
     return folder
 
 
-def test_a_remark_is_said_once(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
-    done = warm(
+def test_a_remark_is_said_once(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
+    done = quick(
         *("train", "--model", place.base, "--data", place.rows, "--output", tmp_path / "out"),
         *("--set", "options.max_length=4", "--set", "train.num_train_epochs=1"),
     )
@@ -457,10 +456,10 @@ def test_a_remark_is_said_once(place: Place, warm: Callable[..., Done], tmp_path
     assert "attention_mask" not in done.err
 
 
-def test_merge_writes_a_plain_model_and_reports(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_merge_writes_a_plain_model_and_reports(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     from transformers import pipeline
 
-    found = warm("merge", place.saved, tmp_path / "merged", "--json").document()
+    found = quick("merge", place.saved, tmp_path / "merged", "--json").document()
     assert found["output"] == str(tmp_path / "merged")
     assert found["logits_checked"] is True
     assert found["agreement"] == 1.0
@@ -530,10 +529,10 @@ BAD: dict[str, tuple[int, str | list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_with_the_right_code_and_leaves_nothing(
-    name: str, place: Place, warm: Callable[..., Done], tmp_path: Path
+    name: str, place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     code, arguments, said = BAD[name]
-    done = warm(*place.filled(arguments, tmp_path / "out"), folder=tmp_path)
+    done = quick(*place.filled(arguments, tmp_path / "out"), folder=tmp_path)
     fault = done.fault()
     assert done.code == code
     for words in said:
@@ -562,10 +561,10 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_bad_rows_are_one_line_with_code_3(name: str, place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_bad_rows_are_one_line_with_code_3(name: str, place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     file, content, said = FILES[name]
     (tmp_path / file).write_bytes(content)
-    done = warm("evaluate", place.saved, "--data", file, "--json", folder=tmp_path)
+    done = quick("evaluate", place.saved, "--data", file, "--json", folder=tmp_path)
     fault = done.fault()
     assert done.code == 3
     for words in said:
@@ -574,11 +573,11 @@ def test_bad_rows_are_one_line_with_code_3(name: str, place: Place, warm: Callab
 
 @pytest.mark.parametrize("name", ["empty", "ragged", "latin-1", "broken line", "misspelt key"])
 def test_a_training_run_on_bad_rows_leaves_nothing(
-    name: str, place: Place, warm: Callable[..., Done], tmp_path: Path
+    name: str, place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     file, content, said = FILES[name]
     (tmp_path / file).write_bytes(content)
-    done = warm("train", "--model", place.base, "--data", file, "--output", "out", folder=tmp_path)
+    done = quick("train", "--model", place.base, "--data", file, "--output", "out", folder=tmp_path)
     fault = done.fault()
     assert done.code == 3
     for words in said:
@@ -586,22 +585,22 @@ def test_a_training_run_on_bad_rows_leaves_nothing(
     assert [entry.name for entry in tmp_path.iterdir()] == [file]
 
 
-def test_another_backbone_is_refused_with_its_tensors(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_another_backbone_is_refused_with_its_tensors(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     other = tiny.folder("bert", tmp_path / "other", seed=7)
     for arguments in (
         ["predict", place.saved, "a text", "--model", other],
         ["evaluate", place.saved, "--data", place.rows, "--model", other],
         ["merge", place.saved, "out", "--base", other],
     ):
-        done = warm(*arguments, folder=tmp_path)
+        done = quick(*arguments, folder=tmp_path)
         assert "embeddings.weight" in done.fault()
         assert "not the backbone" in done.fault()
         assert done.code == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
 
 
-def test_a_packed_merge_says_what_it_did(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
-    said = warm("merge", place.saved, tmp_path / "merged", "--quantization", "int8").out
+def test_a_packed_merge_says_what_it_did(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
+    said = quick("merge", place.saved, tmp_path / "merged", "--quantization", "int8").out
     for line in (
         "onto      the weights that the adapter was trained on, the checkpoint's own",
         " weights as int8; ",
@@ -614,7 +613,7 @@ def test_a_packed_merge_says_what_it_did(place: Place, warm: Callable[..., Done]
 
 
 def test_an_output_that_holds_something_else_is_refused(
-    place: Place, warm: Callable[..., Done], tmp_path: Path
+    place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -622,7 +621,7 @@ def test_an_output_that_holds_something_else_is_refused(
         ["train", "--model", place.base, "--data", place.rows, "--output", "out"],
         ["merge", place.saved, "out"],
     ):
-        done = warm(*arguments, folder=tmp_path)
+        done = quick(*arguments, folder=tmp_path)
         assert "already holds something else" in done.fault()
         assert "thesis.txt" in done.fault()
         assert done.code == 2
@@ -630,9 +629,9 @@ def test_an_output_that_holds_something_else_is_refused(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-def test_numbers_that_go_bad_have_a_code_of_their_own(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_numbers_that_go_bad_have_a_code_of_their_own(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     arguments = ["--data", place.rows, "--output", "out", "--strategy", "full", "--set", "train.learning_rate=1e38"]
-    done = warm("train", "--model", place.base, *arguments, folder=tmp_path)
+    done = quick("train", "--model", place.base, *arguments, folder=tmp_path)
     assert done.code == 4, done.err
     assert "Traceback" not in done.err
     assert done.err.splitlines()[-1].startswith("adapters: ")
@@ -642,11 +641,11 @@ def test_numbers_that_go_bad_have_a_code_of_their_own(place: Place, warm: Callab
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_run_saves_its_step_and_goes_on(
-    name: str, code: int, place: Place, warm: Callable[..., Done], tmp_path: Path
+    name: str, code: int, place: Place, quick: Callable[..., Done], tmp_path: Path
 ) -> None:
     arguments = ["train", "--model", place.base, "--data", place.rows, "--output", "out", "--strategy", "probe"]
     settings = ["--set", "train.num_train_epochs=200", "--set", "train.early_stopping_patience=null"]
-    done = warm(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ", number=signal.Signals[name])
+    done = quick(*arguments, *settings, folder=tmp_path, interrupt="epoch 2 ", number=signal.Signals[name])
     assert done.code == code, done.err
     assert "Traceback" not in done.err
     command = shlex.join(["adapters", *map(str, [*arguments, *settings]), "--resume"])
@@ -655,17 +654,17 @@ def test_an_interrupted_run_saves_its_step_and_goes_on(
     step = int(said[0].split("after step ")[1].split(",")[0])
     assert (tmp_path / ".out.run" / f"checkpoint-{step}").is_dir()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.run"]
-    again = warm(*arguments, *settings, folder=tmp_path)
+    again = quick(*arguments, *settings, folder=tmp_path)
     assert again.code == 2
     assert "--resume" in again.fault()
     fewer = ["--set", "train.num_train_epochs=4", "--set", "train.early_stopping_patience=null"]
-    again = warm(*arguments, *fewer, "--resume", folder=tmp_path)
+    again = quick(*arguments, *fewer, "--resume", folder=tmp_path)
     assert again.code == 2
     assert "num_train_epochs was 200, is 4. Go on with the old values" in again.fault()
     if name == "SIGINT":
-        done = warm(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
+        done = quick(*arguments, *fewer, "--no-resume", "--json", folder=tmp_path)
     else:
-        done = warm(*arguments, *fewer, "--resume", "--override", "num_train_epochs", "--json", folder=tmp_path)
+        done = quick(*arguments, *fewer, "--resume", "--override", "num_train_epochs", "--json", folder=tmp_path)
     assert done.document()["output"] == "out"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -701,8 +700,8 @@ def test_columns_are_spoken_of_as_the_command_line_takes_them(text: str, said: s
     assert spoken(text) == said
 
 
-def test_a_column_that_is_missing_names_the_option(place: Place, warm: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_column_that_is_missing_names_the_option(place: Place, quick: Callable[..., Done], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "odd.csv", [{"words": "a", "label": tiny.LABELS[0]}] * 4)
-    done = warm("evaluate", place.saved, "--data", rows)
+    done = quick("evaluate", place.saved, "--data", rows)
     assert done.code == 3
     assert "--column text=YOUR_COLUMN" in done.fault()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import warm_host
 from safetensors.torch import load_file
+from warm_host import Warm
 
 import adapters
 from adapters import changes, factorfiles, gguffile, lint, lowrank, readback, served, shards
@@ -44,16 +44,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("export")
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    with warm_host.serving(tmp_path_factory.mktemp("streams")) as run:
-        yield run
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The logits are compared in this process, but where the command is run."""
-    if "host" not in request.fixturenames:
+    if request.function is not test_the_command:
         monkeypatch.setattr(
             readback,
             "compared",
@@ -520,23 +514,23 @@ def test_lint_reads_no_weight_and_writes_nothing(place: Path, monkeypatch: pytes
         assert all(finding.remedy for finding in first if finding.done == REFUSED)
 
 
-def test_the_command(place: Path, tmp_path: Path, host: Callable[..., Any]) -> None:
+def test_the_command(place: Path, tmp_path: Path, warm: Warm) -> None:
     folder, _ = made(place, "llama", "rslora")
-    code, text, said = host("export", folder, "-o", tmp_path / "out", "--to", "llama.cpp")
+    code, text, said = warm.command("export", folder, "-o", tmp_path / "out", "--to", "llama.cpp")
     assert code == 0, said
     assert "rewritten the scale" in text
     assert "logits within" in text
     assert f"--lora {tmp_path}/out/adapter.gguf" in text
-    code, text, _ = host("export", folder, "--to", "vllm", "--check")
+    code, text, _ = warm.command("export", folder, "--to", "vllm", "--check")
     assert code == 0
     assert text.splitlines()[-1].split() == ["vllm", "takes", "it"]
     bert, _ = made(place, "bert", "lora")
-    code, text, _ = host("export", bert, "--to", "tgi", "--check", "--json")
+    code, text, _ = warm.command("export", bert, "--to", "tgi", "--check", "--json")
     assert code == 0
     assert {finding["done"] for finding in json.loads(text)["findings"]} >= {"refused"}
-    code, _, said = host("export", bert, "-o", tmp_path / "no", "--to", "tgi")
+    code, _, said = warm.command("export", bert, "-o", tmp_path / "no", "--to", "tgi")
     assert code == 2
     assert "tgi cannot take a trained head" in said
-    code, _, said = host("export", bert, "--to", "tgi")
+    code, _, said = warm.command("export", bert, "--to", "tgi")
     assert code == 2
     assert "Give -o FOLDER" in said

@@ -12,36 +12,50 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-WATCHED = pytest.mark.skipif(
-    sys.platform != "linux" or os.uname().machine != "x86_64", reason="system calls are watched on Linux, x86-64, alone"
-)
+POSSIBLE = sys.platform == "linux" and os.uname().machine == "x86_64"
+WATCHED = pytest.mark.skipif(not POSSIBLE, reason="system calls are watched on Linux, x86-64, alone")
+WATCHING = ("writes", "folders")  # parts that watch them
 
 
-def quick(parts: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], list[dict[str, object]]]:
+def results_in(folder: Path) -> list[dict[str, object]]:
+    """What the runs in a folder have found."""
+    results = folder / "results.jsonl"
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+
+
+def quick(parts: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], list[dict[str, object]]]:
     """A quick run of some parts in a process of its own, which forks: nothing else may have run in it."""
-    results = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "benchmarks.faults", "--quick", "--only", parts]
-    command += ["--results", str(results), "--folder", str(tmp_path)]
+    command += ["--results", str(folder / "results.jsonl"), "--folder", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    lines = results.read_text().splitlines() if results.is_file() else []
-    return done, [json.loads(line) for line in lines]
+    return done, results_in(folder)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """All parts that can be measured here, in one run, and its folder."""
+    folder = tmp_path_factory.mktemp("faults")
+    return quick("kills,states,flips" + (",".join(("", *WATCHING)) if POSSIBLE else ""), folder)[0], folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["kills,states,flips", pytest.param("writes,folders", marks=WATCHED)])
-def test_ours_stands_every_fault(parts: str, tmp_path: Path) -> None:
-    done, results = quick(parts, tmp_path)
+@pytest.mark.parametrize("part", ["kills", "states", "flips", *(pytest.param(p, marks=WATCHED) for p in WATCHING)])
+def test_ours_stands_every_fault(part: str, measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = measured
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    for part in parts.split(","):
-        assert f"### {part}" in done.stdout
-        for side in ("ours", "plain"):
-            assert any((result["part"], result["side"]) == (part, side) for result in results)
+    assert f"### {part}" in done.stdout
+    for side in ("ours", "plain"):
+        assert any((result["part"], result["side"]) == (part, side) for result in results_in(folder))
 
 
 @pytest.mark.slow
-def test_a_run_of_the_benchmark_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    first = quick("flips", tmp_path)
-    assert quick("flips", tmp_path)[1] == first[1]
+def test_a_run_of_the_benchmark_goes_on_where_it_stopped(
+    measured: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    _, folder = measured
+    first = results_in(folder)
+    assert first
+    assert quick("flips", folder)[1] == first
 
 
 def test_what_ours_may_not_come_to_is_counted_and_ends_with_a_status(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as Feature
 from PIL import Image
+from warm_host import Warm
 
 import adapters
 from adapters import cli, data, division, fidelity, formats, identity, pixels
@@ -659,24 +658,16 @@ def test_a_backbone_with_a_pooler_is_adapted_without_it(tmp_path: Path) -> None:
     assert found.config.id2label == {0: "blue", 1: "green", 2: "red"}
 
 
-def test_a_new_process_answers_the_same(tmp_path: Path) -> None:
+def test_a_new_process_answers_the_same(warm: Warm, tmp_path: Path) -> None:
     base = backbone("vit", tmp_path / "base")
     adapted = adapters.adapt(base, "lora", task="image-classification", labels=LABELS)
     tiny.shake(adapted, 0.5)
     picture("green", 7).save(tmp_path / "one.png")
     wanted = adapters.predict(adapted, [tmp_path / "one.png"])
     adapters.save(adapted, tmp_path / "out")
-    program = (
-        "import json, sys, adapters\nprint(json.dumps(adapters.predict(adapters.load(sys.argv[1]), [sys.argv[2]])))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out"), str(tmp_path / "one.png")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(adapters.__file__).parents[1],
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+    code, out, err = warm.command("predict", tmp_path / "out", tmp_path / "one.png", "--json")
+    assert code == 0, err
+    assert json.loads(out)["predictions"] == wanted
 
 
 def test_the_logits_check_needs_no_pictures_and_takes_no_live_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from typer.testing import CliRunner
-from warm_host import environment
+from warm_host import Warm, environment
 
 from adapters import adapt, drafting, manifest
 from adapters.cli import app
@@ -249,7 +249,7 @@ def test_strategies_and_models_of_a_draft_are_there() -> None:
     assert drafting.MODELS.keys() == TASKS.keys()
 
 
-def test_from_a_csv_to_a_merged_model_by_the_lines_that_each_command_says(tmp_path: Path) -> None:
+def test_from_a_csv_to_a_merged_model_by_the_lines_that_each_command_says(warm: Warm, tmp_path: Path) -> None:
     """A new user's first hour: every next command is the one that the last one printed."""
     reviews(tmp_path / "reviews.csv")
     base = tiny.folder("bert", tmp_path / "base")
@@ -258,17 +258,10 @@ def test_from_a_csv_to_a_merged_model_by_the_lines_that_each_command_says(tmp_pa
     kinds = []
     while command:
         kinds.append(command[0])
-        done = subprocess.run(
-            [sys.executable, "-m", "adapters", *command, *(quick if command[0] == "train" else [])],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=environment(),
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        following = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("next ")]
-        assert len(following) == 1, done.stdout
+        code, out, err = warm.command(*command, *(quick if command[0] == "train" else []), folder=tmp_path)
+        assert code == 0, err[-2000:]
+        following = [line for line in (out + err).splitlines() if line.startswith("next ")]
+        assert len(following) == 1, out
         words = shlex.split(following[0])[1:]
         command = words[1:] if words[0] == "adapters" else []
     assert kinds == ["init", "validate", "train", "predict", "merge"]

@@ -10,7 +10,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import adapters
 from adapters import disk, interrupts
 from tests import tiny
 from tests.test_cli import write_rows
-from tests.warm_host import environment, serving
+from tests.warm_host import Warm, environment
 
 pytestmark = pytest.mark.xdist_group("interrupts")  # one host process serves the whole file
 
@@ -47,15 +47,13 @@ class Left:
         return lines[0]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Left]]:
-    with serving(tmp_path_factory.mktemp("streams")) as serve:
+@pytest.fixture
+def run(warm: Warm) -> Callable[..., Left]:
+    def asked(folder: Path, *arguments: Any, place: str = "", after: int = 1, number: int = signal.SIGINT) -> Left:
+        more = {"XDG_CACHE_HOME": f"{folder}/cache"}
+        return Left(*warm.command(*arguments, folder=folder, place=place, after=after, number=number, more=more))
 
-        def asked(folder: Path, *arguments: Any, place: str = "", after: int = 1, number: int = signal.SIGINT) -> Left:
-            more = {"XDG_CACHE_HOME": f"{folder}/cache"}
-            return Left(*serve(*arguments, folder=folder, place=place, after=after, number=number, more=more))
-
-        yield asked
+    return asked
 
 
 @dataclass(frozen=True)

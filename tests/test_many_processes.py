@@ -63,6 +63,8 @@ def assert_one_run(one: dict[str, Any], other: dict[str, Any], case: Case) -> No
     assert other["tokens"] == one["tokens"]
     assert other["state"].keys() == one["state"].keys()
     for name, values in one["state"].items():
+        if name.endswith("qa_outputs.bias"):  # shifts all places alike, which softmax ignores: its gradient is rounding
+            continue
         want, found = torch.tensor(values).double(), torch.tensor(other["state"][name]).double()
         apart = float((found - want).abs().max() / want.abs().max().clamp_min(1e-3))
         assert apart <= WEIGHT[case.dtype], (case, name, apart)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.nn import functional
+from warm_host import Warm
 
 import adapters
 from adapters import corruption, frames, likelihood, tokens
@@ -478,42 +477,21 @@ def test_a_text_without_a_mask_is_refused() -> None:
         adapters.predict(adapted, ["the " * 40 + "[MASK]"])
 
 
-def test_a_recipe_runs_and_a_fresh_process_answers(tmp_path: Path) -> None:
+def test_a_recipe_runs_and_another_process_answers(warm: Warm, tmp_path: Path) -> None:
     base = folder(tmp_path / "base", headless=True)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [
-        sys.executable,
-        "-m",
-        "adapters",
-        "train",
-        "--task",
-        "masked-lm",
-        "--model",
-        base,
-        "--data",
-        str(data),
-        "--output",
-        str(tmp_path / "out"),
-        "--set",
-        "train.num_train_epochs=1",
-        "--set",
-        "options.packing=true",
-        "--set",
-        "options.max_length=16",
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout)
+    command = ["train", "--task", "masked-lm", "--model", base, "--data", data, "--output", tmp_path / "out"]
+    for setting in ("train.num_train_epochs=1", "options.packing=true", "options.max_length=16"):
+        command += ["--set", setting]
+    code, out, err = warm.command(*command, "--json")
+    assert code == 0, err
+    numbers = json.loads(out)
     assert numbers["metric"] == "perplexity"
     assert numbers["test"]["perplexity"] == pytest.approx(math.exp(numbers["test"]["loss"]))
-    command = [sys.executable, "-m", "adapters", "predict", str(tmp_path / "out"), "the [MASK] is late", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["predictions"] == adapters.predict(
-        adapters.load(tmp_path / "out"), ["the [MASK] is late"]
-    )
+    code, out, err = warm.command("predict", tmp_path / "out", "the [MASK] is late", "--json")
+    assert code == 0, err
+    assert json.loads(out)["predictions"] == adapters.predict(adapters.load(tmp_path / "out"), ["the [MASK] is late"])
 
 
 def test_tokens_are_learnt_from_their_neighbours(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from warm_host import Warm
 
 import adapters
 from adapters import metrics, windows
@@ -458,7 +458,7 @@ def test_the_baseline_is_the_best_constant_of_the_training_rows() -> None:
 # ---------------------------------------------------------------------- the whole way
 
 
-def test_a_recipe_learns_saves_answers_and_merges(tmp_path: Path) -> None:
+def test_a_recipe_learns_saves_answers_and_merges(warm: Warm, tmp_path: Path) -> None:
     base = tiny.folder("bert", tmp_path / "base")
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(r) for r in rows(200, without=0.2)), encoding="utf-8")
@@ -480,16 +480,8 @@ def test_a_recipe_learns_saves_answers_and_merges(tmp_path: Path) -> None:
     asked = [{name: r[name] for name in ("question", "context")} for r in rows(12, seed=9, without=0.3)]
     wanted = adapters.predict(loaded, asked)
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "adapters",
-        "predict",
-        str(tmp_path / "out"),
-        "--data",
-        str(tmp_path / "asked.jsonl"),
-    ]
-    shown = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    code, shown, err = warm.command("predict", tmp_path / "out", "--data", tmp_path / "asked.jsonl", "--json")
+    assert code == 0, err
     theirs = json.loads(shown)["predictions"]
     assert [{**a, "score": 0} for a in theirs] == [{**a, "score": 0} for a in wanted]
     report = adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.nn import functional
+from warm_host import Warm
 
 import adapters
 from adapters import metrics, tags, words
@@ -487,7 +487,7 @@ def folder(path: Path, kind: str = "bert") -> str:
     return str(path)
 
 
-def test_a_recipe_learns_saves_answers_and_merges(tmp_path: Path) -> None:
+def test_a_recipe_learns_saves_answers_and_merges(warm: Warm, tmp_path: Path) -> None:
     base = folder(tmp_path / "base")
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in sentences(120)), encoding="utf-8")
@@ -503,11 +503,9 @@ def test_a_recipe_learns_saves_answers_and_merges(tmp_path: Path) -> None:
     loaded = adapters.load(tmp_path / "out")
     assert loaded.task.labels == ("O", "B-LOC", "B-PER", "I-LOC", "I-PER")
     wanted = adapters.predict(loaded, TEXTS)
-    child = subprocess.run(
-        [sys.executable, "-m", "adapters", "predict", str(tmp_path / "out"), *TEXTS, "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    same_groups(json.loads(child.stdout)["predictions"], wanted)
+    code, out, err = warm.command("predict", tmp_path / "out", *TEXTS, "--json")
+    assert code == 0, err
+    same_groups(json.loads(out)["predictions"], wanted)
     report = adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged")
     assert report.logits_checked
     assert report.agreement == 1.0

@@ -1,4 +1,4 @@
-"""`python -m adapters` in children of one process that has imported torch, and the environment that commands run in."""
+"""Commands and comparisons in children of one process that has imported torch, and the environment they run in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import adapters
 ROOT = Path(adapters.__file__).parents[1]
 HOST = """
 import functools, importlib, json, os, runpy, signal, sys, time, traceback
-import adapters, datasets, pandas, scipy.stats, sklearn.metrics
+import torch
+import adapters, adapters.fidelity, adapters.readback
+import datasets, pandas, peft, scipy.stats, sklearn.metrics
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
 for name in adapters.__all__:
     getattr(adapters, name)
@@ -50,10 +52,13 @@ for line in sys.stdin:
                 os.dup2(handle, number)
             os.chdir(asked["folder"])
             os.environ.update(asked["environment"])
-            sys.argv = ["adapters", *asked["arguments"]]
             if asked["place"]:
                 armed(asked["place"], asked["after"], asked["signal"])
-            runpy.run_module("adapters", run_name="__main__", alter_sys=True)
+            if asked["room"]:
+                importlib.import_module("adapters." + asked["room"]).main(*asked["arguments"])
+            else:
+                sys.argv = ["adapters", *asked["arguments"]]
+                runpy.run_module("adapters", run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -108,18 +113,24 @@ def hosted(program: str, where: dict[str, str]) -> Iterator[Callable[[Any], Any]
         host.wait(timeout=60)
 
 
-@contextlib.contextmanager
-def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Runs commands one by one; each gives its exit code, its standard output and its standard error.
-
-    A signal comes when the command has said something, or the `after`-th time that the function `place` ("module.name"
-    or "module:class.name") is called: so a moment is a moment, on any machine.
+class Warm:
+    """The process, started when it is first asked for; it serves one thing at a time.
 
     Args:
         streams: a folder for the streams; also where commands run unless another is given.
     """
 
-    def run(
+    def __init__(self, streams: Path) -> None:
+        self._streams = streams
+        self._stack = contextlib.ExitStack()
+        self._ask: Callable[[Any], Any] | None = None
+
+    def close(self) -> None:
+        """End it."""
+        self._stack.close()
+
+    def command(
+        self,
         *arguments: Any,
         folder: Path | None = None,
         said: str = "",
@@ -128,63 +139,31 @@ def serving(streams: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
         number: int = signal.SIGINT,
         more: dict[str, str] | None = None,
     ) -> tuple[int, str, str]:
-        out, err = streams / "out", streams / "err"
+        """`python -m adapters`: its exit code, its standard output and its standard error.
+
+        A signal comes when the command has said something, or the `after`-th time that the function `place`
+        ("module.name" or "module:class.name") is called: so a moment is a moment, on any machine.
+        """
+        return self._child(
+            arguments=[str(argument) for argument in arguments],
+            folder=str(folder or self._streams),
+            environment=more or {},
+            said=said,
+            place=place,
+            after=after,
+            signal=int(number),
+        )
+
+    def launched(self, room: str, text: str) -> subprocess.CompletedProcess[str]:
+        """What `adapters.aside.launched` is: a comparison in a process of its own."""
+        code, out, err = self._child(room=room, arguments=[text], folder=os.getcwd(), environment=dict(os.environ))
+        return subprocess.CompletedProcess([room], code, out, err)
+
+    def _child(self, **asked: Any) -> tuple[int, str, str]:
+        if self._ask is None:
+            self._ask = self._stack.enter_context(hosted(HOST, environment()))
+        out, err = self._streams / "out", self._streams / "err"
         err.unlink(missing_ok=True)
-        asked = {"arguments": [str(argument) for argument in arguments], "folder": str(folder or streams)}
-        asked |= {"out": str(out), "err": str(err), "environment": more or {}}
-        asked |= {"said": said, "place": place, "after": after, "signal": int(number)}
-        code = int(ask(asked))
+        plain = {"room": "", "said": "", "place": "", "after": 1, "signal": int(signal.SIGINT)}
+        code = int(self._ask({**plain, **asked, "out": str(out), "err": str(err)}))
         return code, out.read_text(), err.read_text()
-
-    with hosted(HOST, environment()) as ask:
-        yield run
-
-
-COMPARING = """
-import importlib, json, os, sys, traceback
-import torch, transformers, peft, datasets
-import adapters.fidelity, adapters.readback
-print("ready", flush=True)
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for number, stream in ((1, asked["out"]), (2, asked["err"])):
-                os.dup2(os.open(stream, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-            os.chdir(asked["folder"])
-            os.environ.update(asked["environment"])
-            importlib.import_module("adapters." + asked["room"]).main(asked["text"])
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-@contextlib.contextmanager
-def comparing(streams: Path) -> Iterator[Callable[[str, str], subprocess.CompletedProcess[str]]]:
-    """`adapters.aside.launched` in children of one process, started when it is first asked for.
-
-    Args:
-        streams: a folder for the streams.
-    """
-    with contextlib.ExitStack() as stack:
-        hosts: list[Callable[[Any], Any]] = []
-
-        def launched(room: str, text: str) -> subprocess.CompletedProcess[str]:
-            if not hosts:
-                hosts.append(stack.enter_context(hosted(COMPARING, environment())))
-            out, err = streams / "out", streams / "err"
-            asked = {"room": room, "text": text, "folder": os.getcwd(), "environment": dict(os.environ)}
-            code = int(hosts[0]({**asked, "out": str(out), "err": str(err)}))
-            return subprocess.CompletedProcess([room], code, out.read_text(), err.read_text())
-
-        yield launched
