@@ -290,7 +290,7 @@ def copied(model: PreTrainedModel, stand_in: Callable[[Tensor], Tensor]) -> PreT
     # What follows is `copy.deepcopy`, without the detour that it takes for each of a module's many empty dicts.
     plain: list[Any] = [module for module in model.modules() if not _copies_itself(type(module))]
     for module in plain:
-        memo[id(module)] = type(module).__new__(type(module))
+        memo[id(module)] = object.__new__(type(module))
     for module in plain:
         state = {name: _beside(value, memo) for name, value in module.__getstate__().items()}
         memo[id(module)].__setstate__(state)

@@ -25,8 +25,6 @@ from warm_host import Warm, environment
 
 import adapters
 
-pytestmark = pytest.mark.xdist_group("cli")  # one host process serves the whole file
-
 ROOT = Path(adapters.__file__).parents[1]
 HEAVY = {"torch", "transformers", "datasets", "pandas", "peft", "numpy", "accelerate", "sklearn"}
 

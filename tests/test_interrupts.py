@@ -23,8 +23,6 @@ from tests import tiny
 from tests.test_cli import write_rows
 from tests.warm_host import Warm, environment
 
-pytestmark = pytest.mark.xdist_group("interrupts")  # one host process serves the whole file
-
 ROOT = Path(adapters.__file__).parents[1]
 
 
