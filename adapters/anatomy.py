@@ -299,12 +299,14 @@ def copied(model: PreTrainedModel, stand_in: Callable[[Tensor], Tensor]) -> PreT
 
 def _copies_itself(kind: type[nn.Module]) -> bool:
     """Whether a class has its own way to be copied; any other module is what its state says."""
-    own = (kind.__reduce_ex__, kind.__reduce__)
-    return hasattr(kind, "__deepcopy__") or own != (nn.Module.__reduce_ex__, nn.Module.__reduce__)
+    ways = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+    return any(getattr(kind, way, None) is not getattr(nn.Module, way, None) for way in ways)
 
 
 def _beside(value: Any, memo: dict[int, Any]) -> Any:
-    return type(value)() if not value and type(value) in (dict, OrderedDict) else copy.deepcopy(value, memo)
+    if not value and type(value) in (dict, OrderedDict):
+        return memo.setdefault(id(value), type(value)())  # what several hold stays one
+    return copy.deepcopy(value, memo)
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -122,3 +125,33 @@ def test_a_model_with_an_adapter_is_refused() -> None:
     adapters.adapt(model)
     with pytest.raises(adapters.RequestError, match="carries an adapter already"):
         adapters.adapt(model)
+
+
+def test_a_copied_graph_is_a_deep_copy_with_other_tensors() -> None:
+    class Own(torch.nn.Module):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+            return Own()
+
+    model = tiny.model("gpt2", auto="AutoModelForCausalLM")  # its output layer is its embeddings
+    shared: dict[str, int] = {}
+    model.transformer.cache, model.lm_head.cache, model.own = shared, shared, Own()
+    seen = model.transformer.register_forward_hook(lambda *_: None)
+    found: Any = anatomy.copied(model, lambda tensor: torch.full_like(tensor, 0.5))
+    wanted = copy.deepcopy(model)
+    assert [(name, type(part)) for name, part in found.named_modules()] == [
+        (name, type(part)) for name, part in wanted.named_modules()
+    ]
+    originals = set(map(id, model.modules()))
+    assert not any(id(part) in originals for part in found.modules())
+    assert found.own is not model.own
+    assert found.lm_head.weight is found.transformer.wte.weight
+    assert all(bool((tensor == 0.5).all()) for tensor in (*found.parameters(), *found.buffers()))
+    assert found.config == model.config
+    assert found.config is found.transformer.config
+    assert found.config is not model.config
+    found.transformer.cache["a"] = 1
+    assert found.lm_head.cache == {"a": 1}
+    assert shared == {}
+    assert len(found.transformer._forward_hooks) == 1
+    seen.remove()
+    assert len(found.transformer._forward_hooks) == 1
