@@ -7,7 +7,8 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="holdfast-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 sys.path.insert(0, str(Path(__file__).parent))
+LONG = 0.2  # seconds
 
 # The same examples in every run: what is new is looked for by `python -m benchmarks.fuzz`.
 settings.register_profile("same", derandomize=True)
@@ -82,6 +84,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What the imports made stays: a run ends with a full collection, which would look at all of it each time."""
+    """What the imports made stays."""
+    _keep()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """So does what a test of some length has left: models that its file shares, modules of transformers."""
+    begin = time.monotonic()
+    try:
+        return (yield)
+    finally:
+        if time.monotonic() - begin > LONG:
+            _keep()
+
+
+def _keep() -> None:
+    """Leave what there is now out of later collections: each run begins with one of everything, 0.1 to 0.3 s long."""
     gc.collect()
     gc.freeze()
