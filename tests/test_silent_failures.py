@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -973,41 +975,32 @@ def test_finding_02_gradient_accumulation_multiplies_loss_and_gradient(tmp_path:
     assert seen["ours"][1] == pytest.approx(seen["ours"][0], rel=1e-4)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[3])
-import tiny, torch, transformers
-import test_silent_failures as here
-who, path = sys.argv[1:3]
-written = []
-inner = torch.save
-def save(what, file, *args, **kwargs):  # the optimizer's file of the third checkpoint is the last that is begun
-    written.append(file)
-    if str(file).endswith("optimizer.pt") and sum(str(name).endswith("optimizer.pt") for name in written) == 3:
-        with open(file, "wb") as stream:
-            stream.write(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    inner(what, file, *args, **kwargs)
-torch.save = save
-steps = {"save_strategy": "steps", "save_steps": 1}
-if who == "plain":
-    here.plain_trainer(path, tiny.model("bert"), tiny.rows(24), **steps).train()
-else:
-    here.trainer_on(path, here.adapted_on(), **steps).train()
-"""
+def killed(who: str, path: str) -> None:
+    """A run in a process of its own: the optimizer's file of the third checkpoint is the last that is begun."""
+    inner, begun = torch.save, 0
+
+    def save(what: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal begun
+        begun += str(file).endswith("optimizer.pt")
+        if begun == 3:
+            Path(file).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(what, file, *args, **kwargs)
+
+    torch.save = save
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    if who == "plain":
+        plain_trainer(Path(path), tiny.model("bert"), tiny.rows(24), **steps).train()
+    else:
+        trainer_on(Path(path), adapted_on(), **steps).train()
 
 
-def test_finding_03_killed_while_saving(tmp_path: Path) -> None:
+def test_finding_03_killed_while_saving(many: Callable[..., Any], tmp_path: Path) -> None:
     """Killed while a checkpoint is written, the stock Trainer takes the broken newest one when asked to resume, and
     dies; it never falls back to the whole one beside it."""
     for who in ("plain", "ours"):
-        child = subprocess.run(
-            [sys.executable, "-c", KILLED, who, str(tmp_path / who), str(Path(__file__).parent)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert child.returncode == -9, child.stderr[-2000:]
+        (child,) = many("test_silent_failures:killed", 1, who, tmp_path / who, fails=True)
+        assert child.code == -signal.SIGKILL, child.err[-2000:]
     steps = {"save_strategy": "steps", "save_steps": 1}
     with pytest.raises(Exception, match=r"checkpoint|trainer_state"):
         plain_trainer(tmp_path / "plain", tiny.model("bert"), tiny.rows(24), **steps).train(resume_from_checkpoint=True)
