@@ -24,7 +24,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="holdfast-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 sys.path.insert(0, str(Path(__file__).parent))
-LONG = 0.2  # seconds
+LONG = 0.2  # seconds of a test that may have left much in memory
 
 # The same examples in every run: what is new is looked for by `python -m benchmarks.fuzz`.
 settings.register_profile("same", derandomize=True)

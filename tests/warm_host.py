@@ -121,7 +121,7 @@ class Warm:
     """
 
     def __init__(self, streams: Path) -> None:
-        self._streams = streams
+        self._streams, self._where = streams, environment()  # as it is now: the first to ask may have changed it
         self._stack = contextlib.ExitStack()
         self._ask: Callable[[Any], Any] | None = None
 
@@ -161,7 +161,7 @@ class Warm:
 
     def _child(self, **asked: Any) -> tuple[int, str, str]:
         if self._ask is None:
-            self._ask = self._stack.enter_context(hosted(HOST, environment()))
+            self._ask = self._stack.enter_context(hosted(HOST, self._where))
         out, err = self._streams / "out", self._streams / "err"
         err.unlink(missing_ok=True)
         plain = {"room": "", "said": "", "place": "", "after": 1, "signal": int(signal.SIGINT)}
