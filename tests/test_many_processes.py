@@ -34,7 +34,8 @@ CASES = (
     Case(strategy="qlora", dtype="float32"),
     Case(strategy="dora", added=("zebra",)),
     Case("causal-lm", "gpt2", args={"chunked_loss": True}),
-    Case("question-answering"),
+    # Its bias shifts all places alike, which softmax ignores: of that gradient, mere rounding, Adam makes whole steps.
+    Case("question-answering", args={"optim": "sgd", "learning_rate": 0.03}),
     Case("seq2seq", "bart", "full"),
     Case("image-classification", "vit"),
     Case("causal-lm", "mixtral", "full", dtype="float32"),
@@ -63,8 +64,6 @@ def assert_one_run(one: dict[str, Any], other: dict[str, Any], case: Case) -> No
     assert other["tokens"] == one["tokens"]
     assert other["state"].keys() == one["state"].keys()
     for name, values in one["state"].items():
-        if name.endswith("qa_outputs.bias"):  # shifts all places alike, which softmax ignores: its gradient is rounding
-            continue
         want, found = torch.tensor(values).double(), torch.tensor(other["state"][name]).double()
         apart = float((found - want).abs().max() / want.abs().max().clamp_min(1e-3))
         assert apart <= WEIGHT[case.dtype], (case, name, apart)
