@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
-from adapters import fused, prefix, readout
+from adapters import fused, order, prefix, readout
 from adapters.anatomy import block_lists, never_saved, own_name, skeleton
 from adapters.contracts import Task
 from adapters.devices import Device
 from adapters.engines import Phases
-from adapters.footprint import Footprint
+from adapters.footprint import Footprint, grouped_product
 from adapters.modes import evaluating
-from adapters.order import frozen_below, frozen_within
 from adapters.quantize import Storage, hollow
 
 if TYPE_CHECKING:
@@ -113,6 +112,7 @@ class Imitation:
                 aten.index.Tensor: self._index,
                 aten.unique_consecutive.default: lambda x, *a, **k: (x.new_empty(1), x.new_empty(0), x.new_empty(0)),
                 aten.equal.default: lambda *_: True,
+                aten._grouped_mm.default: grouped_product,
             }
         )
         self.weights = self.gradients = self.optimizer = self.copies = self.cast = 0
@@ -127,9 +127,8 @@ class Imitation:
         live = {n for n, _ in ghost.named_parameters() if own_name(n) in self._trial.names | self._drawn.head}
         trained = sorted(n for n in live - never_saved(ghost) if own_name(n) not in unread)
         asked = bool(self._how.args.activation_checkpointing)
-        quiet = [*frozen_below(ghost, trained), *frozen_within(ghost, trained, recomputed=asked)]
-        if self._how.own.get("frozen_dropout"):
-            quiet = [module for module in quiet if getattr(module, "running_mean", None) is not None]
+        dropout = bool(self._how.own.get("frozen_dropout"))
+        quiet = order.quiet(ghost, trained, recomputed=asked, dropout=dropout)
         paths = {id(module): path for path, module in ghost.named_modules()}
         self._quiet_paths = [paths[id(module)] for module in quiet]
         cut = prefix.cut_of(ghost, trained) if self._keeps_prefix() else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import deferred, devices, heads, processes, reading, rounding
+from adapters import deferred, devices, heads, loadoptions, processes, reading, rounding
 from adapters.backbones import live_model, local_folder, opened, plan_padding
 from adapters.contracts import Adapted, Record, Strategy, Task
 from adapters.errors import RequestError, message, nearest
@@ -247,7 +247,7 @@ def adapt(
         task: a name in `TASKS` or a task object; None reads it off a live model's class.
         labels: the label names; None takes a live model's own.
         quantization: "nf4" or "fp4" packs the frozen matmuls to 4 bits.
-        load: what `from_pretrained` takes (dtype, device_map, revision, token, attn_implementation ...).
+        load: what `from_pretrained` takes (dtype, device_map, offload_folder, revision, token ...).
         processor: the tokenizer or image processor; None loads the backbone's own; options such as {"size": ...} go
             over those of the backbone's own image processor.
         seed: of every new tensor: a new head, the adapters.
@@ -294,7 +294,7 @@ def assemble(
     """
     import torch
 
-    from adapters import pooling, trial
+    from adapters import arrival, experts, offload, pooling, trial
     from adapters.anatomy import backbone_state, never_saved, own_name, saved_names
     from adapters.quantize import Storage, pack, packed_modules, refuse_foreign, refuse_unlike
     from adapters.recognition import identify, packed_kind
@@ -310,22 +310,22 @@ def assemble(
         _refuse_adapted(net)
         refuse_foreign(net, live=live_model(model))
         folder = local_folder(net.name_or_path or "", load)
-        task, remark = task.complete(net), ""
+        task, remark, other = task.complete(net), "", ""
         if accept is None:  # a saved adapter brings its head
             live = live_model(model)
             task, begun, remark = heads.fitted(task, net, new, heads.own_labels(net, load, live=live), live=live)
             new |= begun
+            other = loadoptions.said_of(net, folder, task.config()) if live else ""
         head = frozenset(task.head(net)) | frozenset(new)
         unread = undone.enter_context(pooling.tried(net, reading.of(task)))
 
         # Tried without memory first: every check speaks before the first module changes.
         found = trial.tried(net, strategy, head, unread, reading.of(task), storage)
         strategy, ghost, chosen, maps = found.strategy, found.ghost, found.names, found.maps
+        offload.refuse_trained(net, chosen - head, grows=bool(added_tokens))
+        offload.refuse_folded(net, experts.adapted(ghost))
         if packed_modules(net):
             refuse_unlike(net, maps, quantization)
-        own = {name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16}
-        if own & (chosen | head):
-            _refuse_half(net)
 
         spelt = planned(net, processor, added_tokens, again=accept is not None) if added_tokens else {}
         padding = plan_padding(net, processor)
@@ -346,7 +346,8 @@ def assemble(
             }
             accept(strategy, fingerprint, shapes)
         names, _ = saved_names(net, {**state, **backbone_state(net, ())})
-        pack(net, maps, storage, later.bring if later is not None else None)
+        keep = undone.enter_context(arrival.keeping(load))
+        pack(net, maps, storage, later.bring if later is not None else None, keep)
         if later is not None:
             later.bring_all()
         vocabulary = extend(net, processor, spelt) if spelt else None
@@ -359,6 +360,7 @@ def assemble(
             vocabulary = vocabulary.beside({own_name(name) for name in trained})
             trained |= live_names(net, vocabulary.axes)
             configured["vocab_size"] = vocabulary.size
+        offload.settle(net, trained)
     record = Record(
         backbone=net.name_or_path or "",
         revision=str(getattr(net.config, "_commit_hash", None) or ""),
@@ -366,7 +368,7 @@ def assemble(
         unread=unread,
         new=tuple(sorted(new)),
         first=heads.first_values(net, head & new) if accept is None else {},
-        load={name: str(value) for name, value in load.items() if name != "token"},
+        load={name: str(value) for name, value in load.items() if name != "token" and not isinstance(value, Mapping)},
         config=configured,
     )
     adapted = Adapted(
@@ -374,7 +376,8 @@ def assemble(
     )
     set_gradients(adapted)
     rounded = rounding.said(adapted) if accept is None else ""
-    for note in filter(None, (remark, padding.note if padding else "", rounded)):
+    frozen = experts.left_out(net, trained) if accept is None else ""
+    for note in filter(None, (remark, other, padding.note if padding else "", rounded, frozen)):
         record.notes.append(note)
         logger.warning(note)
     net.train(False)
@@ -410,16 +413,6 @@ def _refuse_adapted(model: PreTrainedModel) -> None:
                 remedy="Merge it first (adapters.merge), or load the backbone again.",
             )
         )
-
-
-def _refuse_half(model: PreTrainedModel) -> None:
-    raise RequestError(
-        message(
-            "fp16 weights cannot train: their gradients overflow and the optimizer's steps vanish",
-            where=type(model).__name__,
-            remedy="Load the backbone with load={'dtype': 'bfloat16'} or 'float32'.",
-        )
-    )
 
 
 def _configure(model: PreTrainedModel, task: Task) -> None:

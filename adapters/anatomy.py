@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -62,8 +62,15 @@ class LinearMap:
 
 
 def own_name(name: str) -> str:
-    """The backbone's own name of a tensor, whatever peft has wrapped around its module."""
-    return name.replace(".base_layer.", ".")
+    """The backbone's own name of a tensor, whatever peft has wrapped around its module, even twice."""
+    while ".base_layer." in name:
+        name = name.replace(".base_layer.", ".")
+    return name
+
+
+def own_path(path: str) -> str:
+    """The backbone's own path of a module, whatever peft has wrapped around it."""
+    return own_name(f"{path}.").rstrip(".")
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -72,6 +79,24 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
     layers = sys.modules.get("peft.tuners.tuners_utils")  # nothing of peft's stands in a model before peft is imported
     return layers is not None and isinstance(module, layers.BaseTunerLayer)
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers that peft has put around modules, by path; of those that stand in each other the outermost.
+
+    Around a module of which several parameters are adapted (experts) peft puts one layer each, one in the other.
+    """
+    found = {path: module for path, module in model.named_modules() if is_tuner_layer(module)}
+    inner = {f"{path}.base_layer" for path in found}
+    return [(path, module) for path, module in found.items() if path not in inner]
+
+
+def brought_by_peft(name: str, tuners: Collection[str]) -> bool:
+    """Whether a tensor is peft's own, from its name and the paths of all of peft's layers."""
+    path = owner(name)
+    while path and path not in tuners:
+        path = owner(path)
+    return bool(path) and not name.startswith(f"{path}.base_layer.")
 
 
 def class_name(model: nn.Module) -> str:
@@ -260,6 +285,14 @@ def owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def put(net: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Let a tensor stand in a model under these names, several where it is tied: a parameter, or a buffer."""
+    for name in names:
+        module, leaf = net.get_submodule(owner(name)), name.rpartition(".")[2]
+        held: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+        held[leaf] = tensor
+
+
 def longest_input(processor: Any, model: PreTrainedModel) -> int:
     """The number of tokens that tokenizer and model both take."""
     limits = [processor.model_max_length, 1 << 20]
@@ -328,15 +361,13 @@ def backbone_state(model: PreTrainedModel, head: Iterable[str]) -> dict[str, Ten
     Of tied tensors the first name stands for all; what no checkpoint holds is left out.
     """
     left_out = set(head) | never_saved(model)
-    tuners = tuple(f"{path}." for path, module in model.named_modules() if is_tuner_layer(module))
+    tuners = {path for path, module in model.named_modules() if is_tuner_layer(module)}
     saved = set(model.state_dict())
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        # Below a tuner layer only its base layer is the backbone's.
-        foreign = name.startswith(tuners) and ".base_layer." not in name if tuners else False
-        if not foreign and own_name(name) not in left_out:
+        if not (tuners and brought_by_peft(name, tuners)) and own_name(name) not in left_out:
             state[own_name(name)] = tensor
     return state
 

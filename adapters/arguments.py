@@ -35,6 +35,14 @@ HOUSE: Mapping[str, object] = {
     "save_strategy": "epoch",
     "restore_callback_states_from_checkpoint": True,  # a resumed run goes on counting its patience
 }
+# On top of it where a recipe's rows are a stream, an epoch of which may be longer than the run; below 1: a share of all
+# steps. A stream of the caller's own is evaluated and saved once an epoch, as any other rows.
+STREAMED: Mapping[str, object] = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+}
 _PLAIN: dict[str, dict[str, Any]] = {}
 
 
@@ -104,6 +112,7 @@ def settings(
     evaluated: bool,
     own_metrics: bool,
     parts: Sequence[str] = (),
+    streamed: bool = False,
 ) -> tuple[TrainingArguments, dict[str, Any]]:
     """The training arguments of a run, and our own settings beside them.
 
@@ -114,6 +123,7 @@ def settings(
         evaluated: there are validation rows: evaluate and save once an epoch, keep the best, stop early.
         own_metrics: the caller computes metrics: the loss chooses the best weights unless said otherwise.
         parts: names of the validation sets where there are several; the first chooses unless said otherwise.
+        streamed: the training rows are a recipe's stream: evaluate and save after a share of the steps.
 
     Raises:
         RequestError: settings that do not exist, cannot be, or would do nothing here.
@@ -128,6 +138,8 @@ def settings(
     for name, value in adapted.strategy.defaults.items():
         merged[name] = value(adapted.model) if callable(value) else value
     merged["dataloader_pin_memory"] = torch.cuda.is_available()
+    if streamed:
+        merged |= STREAMED
     if not evaluated:
         merged["eval_strategy"] = "no"
     filled = {name: value for name, value in merged.items() if name not in literal}

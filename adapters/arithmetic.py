@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from adapters.edits import Edit
+from adapters.edits import Edit, by_rows
 from adapters.errors import RequestError, message
 
 SPREAD: Final = 0.1  # DELLA's epsilon: how far the chance to stay lies apart between the smallest and largest of a row
@@ -159,6 +159,27 @@ METHODS: Final[Mapping[str, Method]] = {
 
 @final
 @dataclass(frozen=True)
+class Matrix:
+    """Rows of one matrix of a stack that a method takes as a tensor of its own: an expert's.
+
+    Attributes:
+        entry: which of the stack's matrices.
+        start, stop: its rows.
+        name: what is drawn for it hangs on this, wherever it lies.
+    """
+
+    entry: int
+    start: int
+    stop: int
+    name: str
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Its values, where they lie in the stack."""
+        return stack[self.entry, self.start : self.stop]
+
+
+@final
+@dataclass(frozen=True)
 class Fused:
     """old + what a method makes of several edits' deltas; a `Blend` for the methods that are no sums.
 
@@ -168,6 +189,7 @@ class Fused:
         total: the magnitudes of all adapters' weights, summed.
         edits: weight, edit and seed of each adapter that changes the tensor.
         added: axis and ids of entries that the edits bring anew (added tokens); there the weighted mean stands.
+        matrices: of a stack of experts, the tensors that it is made of; each is put together by itself.
     """
 
     method: Method
@@ -175,6 +197,7 @@ class Fused:
     total: float
     edits: Sequence[tuple[float, Edit, int]]
     added: tuple[int, tuple[int, ...]] | None = None
+    matrices: tuple[Matrix, ...] = ()
 
     def __call__(self, old: Tensor | None) -> Tensor:
         if old is None:
@@ -190,8 +213,43 @@ class Fused:
             grown.narrow(axis, 0, start.shape[axis]).copy_(start)
             start = grown.index_copy_(axis, places, rows)
             # What lies between the old entries and the added ones is padding of the training's: it stays the first's.
+        if self.matrices:
+            return self._by_matrix(start, made)
         terms = [Term(weight, new - start, seed) for (weight, _, seed), new in zip(self.edits, made, strict=True)]
         return start + self.method(terms, self.density, self.total)
+
+    def _by_matrix(self, start: Tensor, made: Sequence[Tensor]) -> Tensor:
+        result = start.clone()
+        for matrix in self.matrices:
+            old, news = matrix.of(start), [matrix.of(new) for new in made]
+            terms = [
+                Term(weight, new - old, seeded(seed, matrix.name))
+                for (weight, _, seed), new in zip(self.edits, news, strict=True)
+            ]
+            matrix.of(result).add_(self.method(terms, self.density, self.total))
+        return result
+
+    def alone(self, matrix: Matrix, edits: Sequence[Edit]) -> Fused:
+        """What it does to one matrix; `edits` are what the adapters do to that one."""
+        parts = [
+            (weight, edit, seeded(seed, matrix.name)) for (weight, _, seed), edit in zip(self.edits, edits, strict=True)
+        ]
+        return Fused(self.method, self.density, self.total, parts)
+
+    def by_entries(self, shape: tuple[int, ...]) -> Callable[[int, int], Edit] | None:
+        """The same edit for some matrices of a stack at a time, as `edits.by_rows`; None where it has no matrices."""
+        parts = [by_rows(edit, shape, shape) for _, edit, _ in self.edits]
+        rows = [part for part in parts if part is not None]
+        if not self.matrices or len(rows) < len(parts):
+            return None
+
+        def some(start: int, stop: int) -> Fused:
+            each = zip(self.edits, rows, strict=True)
+            edits = [(weight, part(start, stop), seed) for (weight, _, seed), part in each]
+            here = [replace(one, entry=one.entry - start) for one in self.matrices if start <= one.entry < stop]
+            return replace(self, edits=edits, matrices=tuple(here))
+
+        return some
 
 
 def mean(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:

@@ -8,8 +8,10 @@ blocks arrive later, one at a time, each to be packed or kept. So memory never h
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters import shards
-from adapters.anatomy import owner
-from adapters.errors import FolderError, message
-from adapters.quantize import packable
+from adapters.anatomy import owner, put
+from adapters.errors import FolderError
+from adapters.pages import Files
+from adapters.quantize import Keep, packable
 from adapters.shards import Slot
 
 if TYPE_CHECKING:
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
 
 Place = tuple[str, Slot]  # a tensor's name in the checkpoint, and where it lies
 
+FOLDER = "offload_folder"  # where transformers keeps weights that are to be pages of files; here the packed ones, too
 # What may be said of a load that is streamed; anything else may change what transformers makes of a checkpoint.
-KNOWN = {"dtype", "device_map", "revision", "token", "cache_dir", "attn_implementation", "local_files_only"}
+KNOWN = {"dtype", "device_map", "revision", "token", "cache_dir", "attn_implementation", "local_files_only", FOLDER}
 
 
 @final
@@ -51,14 +55,15 @@ class Later:
             return
         old = self._model.get_parameter(name)
         value = shards.read_tensor(place[1]).to(self._device, old.dtype)
-        _put(self._model, [name], _loaded(value, old))
+        put(self._model, [name], _loaded(value, old))
 
     def bring_all(self) -> None:
         """Read what is left, as transformers would."""
-        with _Files() as files:
+        with Files() as files:
             for name in list(self._places):
                 old = self._model.get_parameter(name)
-                _put(self._model, [name], _loaded(files.read(*self._places.pop(name), old, self._device), old))
+                key, slot = self._places.pop(name)
+                put(self._model, [name], _loaded(files.read(key, slot.file).to(self._device, old.dtype), old))
 
 
 def _divided() -> bool:
@@ -93,7 +98,25 @@ def device_of(load: Mapping[str, Any]) -> torch.device | None:
     return torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked)
 
 
-def filled(net: PreTrainedModel, folder: Path | None, device: torch.device, before: Tensor) -> Later:
+@contextlib.contextmanager
+def keeping(load: Mapping[str, Any]) -> Iterator[Keep | None]:
+    """Within it, what makes packed tensors pages of files in the folder that a load names; None where it names none."""
+    folder = _folder(load)
+    if folder is None:
+        yield None
+        return
+    with Files() as files:
+        yield functools.partial(files.kept, folder)
+
+
+def _folder(load: Mapping[str, Any]) -> Path | None:
+    said = load.get(FOLDER)
+    return Path(said).expanduser() if said else None
+
+
+def filled(
+    net: PreTrainedModel, folder: Path | None, device: torch.device, before: Tensor, load: Mapping[str, Any]
+) -> Later:
     """Fill a model in but for its blocks' linear maps; what the checkpoint lacks gets its first values.
 
     Args:
@@ -101,6 +124,7 @@ def filled(net: PreTrainedModel, folder: Path | None, device: torch.device, befo
         folder: its checkpoint.
         device: where it is to be.
         before: torch's random state before it was opened, from which a load would have drawn.
+        load: what `from_pretrained` took.
 
     Raises:
         FolderError: what the model holds is not what the checkpoint's tensors say one to one.
@@ -117,26 +141,33 @@ def filled(net: PreTrainedModel, folder: Path | None, device: torch.device, befo
     missing = state.keys() - fitting.keys()
     weights = {f"{found.path}.weight" for found in packable(net)} - tied
     later = {name: place for name, place in fitting.items() if name in weights and len(held[id(state[name])]) == 1}
-    with _Files() as files:
+    with Files() as files:
         for names in held.values():
             old = _at(net, names[0])
             source = next((name for name in names if name in fitting), None)
             if names[0] in later:
                 vars(old)["_is_hf_initialized"] = True
             elif source is not None:
-                value = files.read(*fitting[source], old, device)
-                _put(net, names, _loaded(value, old))
+                key, slot = fitting[source]
+                put(net, names, _loaded(_read(files, key, slot, old, device, _folder(load)), old))
             elif any(name in tied for name in names) and len(names) > 1:
                 raise FolderError(f"tied weights that the checkpoint does not hold: {names[0]}")
             else:
                 empty = torch.empty_like(old, device=device)
-                _put(net, names, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
+                put(net, names, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
     for module in net.modules():
         vars(module).pop("_is_hf_initialized", None)
     with torch.no_grad():
         net.initialize_weights()  # type: ignore[no-untyped-call]
     net.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     return Later(net, later, device)
+
+
+def _read(files: Files, key: str, slot: Slot, old: Tensor, device: torch.device, folder: Path | None) -> Tensor:
+    """A tensor of the checkpoint in the dtype of another; on the processor as pages of a file, where it may be."""
+    if folder is not None and device.type == "cpu":
+        return files.paged(key, slot.file, old.dtype, folder)
+    return files.read(key, slot.file).to(device, old.dtype)
 
 
 def _places(net: PreTrainedModel, folder: Path | None) -> dict[str, Place]:
@@ -182,43 +213,6 @@ def _at(net: nn.Module, name: str) -> Tensor:
     module, leaf = net.get_submodule(owner(name)), name.rpartition(".")[2]
     found = module._parameters.get(leaf)
     return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
-
-
-def _put(net: nn.Module, names: list[str], value: Tensor) -> None:
-    for name in names:
-        module, leaf = net.get_submodule(owner(name)), name.rpartition(".")[2]
-        where: Any = module._parameters if isinstance(value, nn.Parameter) else module._buffers
-        where[leaf] = value
-
-
-@final
-class _Files:
-    """Safetensors files that are mapped: a tensor that is taken as it lies there is pages of the file, not a copy."""
-
-    def __enter__(self) -> _Files:
-        self._open: dict[Path, Any] = {}
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        for file in self._open.values():
-            file.__exit__(*fault)
-
-    def read(self, key: str, slot: Slot, old: Tensor, device: torch.device) -> Tensor:
-        """A tensor of the checkpoint, on a device, in the dtype of what it is for.
-
-        Raises:
-            FolderError: the file is not what its header said a moment ago.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            if slot.file not in self._open:
-                opener: Callable[..., Any] = safe_open
-                self._open[slot.file] = opener(slot.file, framework="pt", device="cpu")
-            value: Tensor = self._open[slot.file].get_slice(key)[...]
-        except SafetensorError as fault:
-            raise FolderError(message("a tensor cannot be read", where=f"{slot.file}: {key}", found=fault)) from fault
-        return value.to(device, old.dtype)
 
 
 def keep_shared(model: nn.Module, trained: Collection[str]) -> None:

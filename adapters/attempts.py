@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
-from adapters import identity, manifest, portions, progress, shards, storage, trials, watermark
+from adapters import identity, kept, manifest, portions, progress, shards, storage, trials, watermark
 from adapters.adapt import adapt, row_of, task_class
 from adapters.backbones import local_folder, open_model
 from adapters.errors import RequestError, message, nearest
+from adapters.featurestore import Known
 from adapters.lent import Lent
 from adapters.options import field_names
-from adapters.predict import evaluate
+from adapters.predict import evaluate, measure
 from adapters.recipe import Recipe
 from adapters.trainer import Trainer
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 ADAPTER: Final = "adapter"  # folders and files of a trial
 RUN: Final = "run"
 SPENT: Final = "spent.json"
-BESIDE: Final = ("pooling", "layer", "class_weights")  # options of tasks that model inputs do not depend on
+# Options of tasks that model inputs do not depend on.
+BESIDE: Final = ("pooling", "layer", "class_weights", "label_smoothing", "threshold")
 
 
 @final
@@ -38,6 +40,10 @@ class Ground:
     Args:
         base: the recipe that all settings began with.
         say: takes a line of progress.
+
+    Attributes:
+        remarks: on the rows, as every record has them.
+        known: features and solutions, for trials over the same rows.
     """
 
     def __init__(self, base: Recipe, say: Callable[[str], None]) -> None:
@@ -49,6 +55,7 @@ class Ground:
         self._lent: dict[str, Lent] = {}
         self._said: set[str] = set()
         self.remarks: list[str] = []
+        self.known = Known(keeps=True)
 
     # ------------------------------------------------------------------ rows
 
@@ -76,9 +83,10 @@ class Ground:
 
     def inputs(self, one: Recipe, part: str, adapted: Adapted) -> tuple[Dataset, list[str]]:
         """Model inputs of a part, and remarks on them; made once for each task and backbone."""
-        fields = field_names(type(adapted.task))
         plain: Any = adapted.task
-        plain = dataclasses.replace(plain, **{name: None for name in BESIDE if name in fields})
+        plain = dataclasses.replace(
+            plain, **{entry.name: entry.default for entry in dataclasses.fields(plain) if entry.name in BESIDE}
+        )
         key = (part, str(_division(one)), repr(plain), _backbone_key(one))
         if key not in self._inputs:
             rows = self.parts(one)[part]
@@ -206,6 +214,7 @@ def trained(ground: Ground, one: Recipe, folder: Path, onward: str) -> dict[str,
             trainer = Trainer(adapted, settings, rows, held)
             trainer.remove_callback(PrinterCallback)
             trainer.stops.onward = onward
+            trainer.known = ground.known
             adapted.record.data = dict(identity.fingerprint(ground.parts(one)["train"]))
             adapted.record.notes += [note for note in [*remarks, *more] if note not in adapted.record.notes]
             begin = time.monotonic()
@@ -239,14 +248,23 @@ def trained(ground: Ground, one: Recipe, folder: Path, onward: str) -> dict[str,
     return found
 
 
-def tested(ground: Ground, one: Recipe, folder: Path) -> dict[str, float]:
-    """The metrics of a trial's saved adapter on the test rows; the adapter is loaded as any other is."""
+def tested(ground: Ground, one: Recipe, folder: Path, others: int) -> dict[str, float]:
+    """The metrics of a trial's saved adapter on the test rows; the adapter is loaded as any other is.
+
+    Args:
+        ground: what it stands on.
+        one: its recipe.
+        folder: of the trial.
+        others: how many adapters more are tested; what is frozen in them too is kept for them.
+    """
     backbone = ground.lent(one)
     adapted: Adapted | None = None
     try:
         adapted = storage.load(folder / ADAPTER, cast(Any, backbone))
         rows, _ = ground.inputs(one, "test", adapted)
-        return evaluate(adapted, rows)
+        keeps, gigabytes = one.train.get("prefix_cache", True), one.train.get("prefix_cache_gb")
+        prefix = kept.of_rows(adapted, rows, 1 + others, gigabytes, ground.known.names) if keeps else None
+        return measure(adapted, rows, prefix=prefix).numbers
     finally:
         ground.back(one, backbone, adapted)
 

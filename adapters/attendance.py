@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: its own process holds the store, not the first of the run
 _SELF: list[presence.Presence] = []  # the last is this process in the work that goes on
 
 
@@ -169,7 +167,7 @@ def _begin() -> None:
         word = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8).to(device())
         dist.broadcast(word, src=0)
         text = bytes(word.cpu().tolist()).hex()
-        host = None if os.environ.get(AGENT) == "True" else 0
+        host = None if processes.outlived() else 0
         own = presence.Presence(_get_default_store(), text, dist.get_rank(), dist.get_world_size(), host)
         dist.barrier()
         own.begin()

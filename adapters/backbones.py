@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import bars, places, processes, progress, shards
+from adapters import bars, loadoptions, places, processes, progress, shards
 from adapters.contracts import Task
 from adapters.errors import FolderError, MissingPackageError, RequestError, message, nearest
-from adapters.lent import Lent
+from adapters.lent import Lent, first_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,42 +62,57 @@ def opened(
     from adapters import arrival
 
     if isinstance(model, Lent):
-        return *model.begin(), None
+        return *model.begin(None if isinstance(processor, Mapping) else processor), None
     if quantization is None or live_model(model):
-        return *_here(open_model(model, task, load, processor)), None
+        return *_here(open_model(model, task, load, processor), quantization), None
+    loadoptions.check_packing(load, quantization)
     device, before = arrival.device_of(load), torch.get_rng_state()
     why = f"load={load}, or the run divides it"
     if device is not None:
         net, new, own = open_model(model, task, {**load, "device_map": {"": "meta"}}, processor)
         try:
-            later = arrival.filled(net, local_folder(net.name_or_path or "", load), device, before)
+            later = arrival.filled(net, local_folder(net.name_or_path or "", load), device, before, load)
         except FolderError as fault:
             why = str(fault)
             torch.set_rng_state(before)
         else:
             return net, new, own, later
     logger.info("%s is read whole before it is packed: %s", model, why)
-    return *_here(open_model(model, task, load, processor)), None
+    return *_here(open_model(model, task, load, processor), quantization), None
 
 
-def _here(found: tuple[PreTrainedModel, set[str], Any]) -> tuple[PreTrainedModel, set[str], Any]:
-    """What was opened, if all of it is in memory.
+def _here(
+    found: tuple[PreTrainedModel, set[str], Any], quantization: str | None
+) -> tuple[PreTrainedModel, set[str], Any]:
+    """What was opened, if all of it has values, and nothing of it is offloaded that is to be packed.
 
     Raises:
-        RequestError: weights that accelerate keeps elsewhere, and brings for the length of a pass.
+        RequestError: weights that stand in the model without memory; packing of what is offloaded.
     """
+    from adapters import onload
+
     net = found[0]
-    away = [name for name, parameter in net.named_parameters() if parameter.is_meta]
-    if away:
+    where = f"{net.name_or_path or type(net).__name__}, device_map"
+    empty = [name for name, parameter in net.named_parameters() if parameter.is_meta]
+    if empty:
         raise RequestError(
             message(
-                "parts of the model are offloaded: they are there while a pass goes through them, and no longer",
-                where=f"{net.name_or_path or type(net).__name__}, device_map",
-                expected="every weight on a device: what is put beside a weight, merged into it or compared needs it",
-                found=f"{len(away)} parameters elsewhere, {away[0]} first",
-                remedy="Leave device_map out: on the CPU weights are pages of the checkpoint, which the system takes "
-                "back when memory runs short. On a GPU take quantization='nf4' with device_map='cuda', which never "
-                "holds more than one weight unpacked, or divide the model over several processes.",
+                "parts of the model have no values",
+                where=where,
+                expected="every weight on a device, in the processor's memory, or offloaded by from_pretrained",
+                found=f"{len(empty)} parameters on the meta device, {empty[0]} first",
+                remedy="Open it with from_pretrained(..., device_map=..., offload_folder=...), or give its name.",
+            )
+        )
+    away = onload.placed(net)
+    if away is not None and quantization is not None:
+        raise RequestError(
+            message(
+                "what is packed to 4 bits is not offloaded",
+                where=where,
+                expected=f"one device for all of it, or no quantization={quantization!r}",
+                found=f"{len(away.names)} parameters elsewhere, {min(away.names, default='')} first",
+                remedy=loadoptions.PACKED,
             )
         )
     return found
@@ -105,6 +120,8 @@ def _here(found: tuple[PreTrainedModel, set[str], Any]) -> tuple[PreTrainedModel
 
 def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> tuple[PreTrainedModel, set[str], Any]:
     """The model, the parameters that loading made new, and the processor.
+
+    What accelerate has offloaded has its values again; what is new then begins as in a load that offloads nothing.
 
     Args:
         model: a live model, a folder or an id.
@@ -114,18 +131,23 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
     """
     from pickle import UnpicklingError  # raised for what torch refuses to unpickle
 
+    import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+
+    from adapters import offload
 
     changes: Mapping[str, Any] = processor if isinstance(processor, Mapping) else {}
     own = None if isinstance(processor, Mapping) else processor
     if live_model(model):
         if own is None:
             own = _processor_of(task, model.name_or_path, load, changes, quiet=not changes)
+        offload.taken_over(model)
         return model, set(), own
-    trusted = _trusted(load)
     name = str(model)
+    loadoptions.check(load, name)
+    trusted = _trusted(load)
     path = Path(name).expanduser()
     if not path.is_dir() and (isinstance(model, Path) or places.is_path(name)):
         raise RequestError(
@@ -138,6 +160,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         check_folder(path)
     auto: Any = getattr(transformers, task.auto_class)
     options = {"dtype": "auto", **load, **task.config(), "trust_remote_code": trusted}
+    before = torch.get_rng_state()
     try:
         with _loading(name, local=path.is_dir()), processes.reading_all():
             options |= {"tqdm_class": bars.Bar}
@@ -156,6 +179,7 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
                 else "Check the id or folder; offline, only local folders and cached ids open.",
             )
         ) from fault
+    loadoptions.check_settings(net, local_folder(name, load), load, task.config())
     parameters = {parameter_name for parameter_name, _ in net.named_parameters()}
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     new = (set(info["missing_keys"]) | mismatched) & parameters
@@ -165,6 +189,9 @@ def open_model(model: Any, task: Task, load: dict[str, Any], processor: Any) -> 
         raise RequestError(
             message("the checkpoint does not fit its own config", where=name, found=", ".join(sorted(foreign)[:3]))
         )
+    if offload.taken_over(net):
+        torch.set_rng_state(before)
+        first_values(net, new)
     return net, new, own if own is not None else _processor_of(task, name, load, changes, quiet=False)
 
 
@@ -229,16 +256,21 @@ def _loading(name: str, *, local: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it."""
+    """transformers reports a new head as a fault of the checkpoint; here it is the plan, and `Adapted` tells it.
+
+    accelerate says of what it offloads that it is without values, which it has again before anybody looks.
+    """
     from transformers.utils import logging as hub_logging
 
-    level = hub_logging.get_verbosity()
+    level, spreading = hub_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     bars = hub_logging.is_progress_bar_enabled()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    before, spreading.disabled = spreading.disabled, True
     hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
+        spreading.disabled = before
         hub_logging.set_verbosity(level)
         if bars:
             hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
@@ -326,6 +358,18 @@ def open_processor(kind: str, name: str, options: Mapping[str, Any]) -> Any:
                 remedy='For pictures: pip install "holdfast[vision]".',
             )
         ) from fault
+
+
+def config_at_hand(base: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a backbone: a live model's, or the file of one that lies on this machine; empty elsewhere."""
+    if live_model(base):
+        found: Mapping[str, Any] = base.config.to_dict()
+        return found
+    place = local_folder(str(base), options) if isinstance(base, str | Path) else None
+    if place is None or not (place / "config.json").is_file():
+        return {}
+    config = shards.read_json(place / "config.json", MAX_CONFIG)
+    return config if isinstance(config, dict) else {}
 
 
 def local_folder(name: str, load: Mapping[str, Any]) -> Path | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "adapter_config.json"
+SWAPPED = "0.19.1"  # from this peft on, A reads what experts read; before, of most families, what they write
 
 
 def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -48,6 +49,12 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     return config, {name: finite_tensor(slot, name) for name, slot in slots.items()}
 
 
+def digest(folder: Path) -> str:
+    """What tells this adapter from others: config and tensors, as the files have them."""
+    options = shards.read_json(folder / CONFIG, MAX_SETTINGS)
+    return shards.digest_of({"config": options, "weights": shards.sha256(folder / WEIGHTS)})
+
+
 def _config(file: Path) -> Any:
     """peft's config from its file, of which peft itself would drop what it does not know.
 
@@ -75,9 +82,38 @@ def _config(file: Path) -> Any:
                 remedy="Install the peft that wrote it, or take them out if they change nothing.",
             )
         )
+    if options.get("target_parameters"):
+        _refuse_turned(options.get("peft_version"), file)
     try:
         return kinds[kind](**options)
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise FolderError(
             message("peft refuses the config", where=str(file), found=" ".join(str(fault).split())[:200])
         ) from fault
+
+
+def _refuse_turned(version: object, file: Path) -> None:
+    """Refuse factors of experts from a time when peft laid them out the other way round.
+
+    Where an expert's matrix is square no shape would tell.
+
+    Raises:
+        FolderError: an older peft wrote them, or none that says which it is.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        new = Version(str(version).partition("@")[0]) >= Version(SWAPPED)
+    except InvalidVersion:
+        new = False
+    if not new:
+        raise FolderError(
+            message(
+                "factors of experts that an older peft laid out the other way round",
+                where=f"{file}: target_parameters",
+                expected=f"peft_version {SWAPPED} or newer",
+                found=repr(version),
+                remedy="Merge it with the peft that wrote it, and take a new adapter out of the merged model: "
+                "adapters.extract(merged, output, base=..., rank=...).",
+            )
+        )

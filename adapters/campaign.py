@@ -270,12 +270,12 @@ class Campaign:
         waiting = [r for found in self.results.values() for r in found if r["status"] == "done" and not r.get("test")]
         if waiting:
             self.say(f"looking at the test rows with {len(waiting)} adapters ...")
-        for result in waiting:
+        for number, result in enumerate(waiting, 1):
             folder, setting = self.output / "trials" / result["key"], self._setting_of(result)
             one = setting.seeded(result["seed"], split=self.terms.split_by_seed)
             if not (folder / attempts.ADAPTER).is_dir():
                 self._again(setting, result)
-            result["test"] = attempts.tested(self.ground, one, folder)
+            result["test"] = attempts.tested(self.ground, one, folder, len(waiting) - number)
             trials.write_result(folder, result)
 
     def _setting_of(self, result: Mapping[str, Any]) -> Setting:

@@ -70,7 +70,8 @@ def _data(adapted: Adapted) -> list[str]:
     if not record.data:
         return ["It has not been trained, or its record does not say on what."]
     source = record.recipe.get("data", "")
-    files = list(source.values()) if isinstance(source, Mapping) else [source] if source else []
+    given = list(source.values()) if isinstance(source, Mapping) else [source] if source else []
+    files = [file for part in given for file in (part if isinstance(part, list) else [part])]
     names = [Path(file).name if is_path(str(file)) else str(file) for file in files]
     rows = record.data.get("rows")
     told = f"{rows:,} training rows" if isinstance(rows, int) else "a stream of training rows"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from adapters import bars, parts, shards
 from adapters.backbones import check_folder, local_folder
-from adapters.edits import AddLowRank, Edit, PutEntries, Replace
+from adapters.edits import AddLowRank, AddLowRanks, Edit, PutEntries, Replace
 from adapters.errors import AdaptersError, BackboneError, FolderError, RequestError, message
 from adapters.fingerprint import Fingerprint, differences
 from adapters.manifest import (
@@ -22,6 +23,7 @@ from adapters.manifest import (
     refuse_gone,
     refuse_infinite,
 )
+from adapters.parts import Piece
 from adapters.places import is_path
 from adapters.roundtrip import RoundTrip
 from adapters.storage import strategy_of
@@ -31,6 +33,8 @@ from adapters.vocabulary import all_edits, of_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.shards import Slot
 
 LARGE = 1 << 20  # bytes; trained tensors from here on stay in their file until their edit is applied
 
@@ -147,11 +151,42 @@ class Originals:
         folder: of the checkpoint.
         steps: the backbone's own name -> where the tensor lies.
         prints: the fingerprint's.
+        stacks: name of a stack of matrices that lies in pieces (experts) -> its pieces in order, and where each is.
     """
 
     folder: Path
     steps: Mapping[str, Step]
     prints: Mapping[str, Any]
+    stacks: Mapping[str, tuple[tuple[Piece, Step], ...]] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor in memory; None where the backbone has none of this name."""
+        if name in self.stacks:
+            piece, last = self.stacks[name][-1]
+            return (piece.entry + 1, piece.stop, *last.shape[1:])
+        step = self.steps.get(name)
+        return step.source.shape if step is not None and step.source is not None else None
+
+    def is_stack(self, name: str) -> bool:
+        """Whether a tensor is a stack of matrices, one an expert."""
+        shape = self.shape(name)
+        return shape is not None and shards.is_stack(name, shape)
+
+    def entries(self, name: str) -> Iterator[Tensor]:
+        """The matrices of a stack one after the other, float32.
+
+        Raises:
+            BackboneError: it is not the recorded backbone's.
+        """
+        if name not in self.stacks:
+            self.compare(name)
+            whole = Stored(cast("Slot", self.steps[name].source))
+            yield from (whole.entry(index).float() for index in range(whole.shape[0]))
+            return
+        import torch
+
+        for _, group in itertools.groupby(self.stacks[name], key=lambda each: each[0].entry):
+            yield torch.cat([self._read(step) for _, step in group]).float()
 
     def compare(self, name: str) -> None:
         """Read the tensor, some megabytes at a time, for the sake of the fingerprint alone.
@@ -161,13 +196,13 @@ class Originals:
         """
         import xxhash
 
-        step = self.steps[name]
-        assert step.source is not None
-        refuse_other(step, self.prints)
-        digest = xxhash.xxh3_128()
-        for chunk in shards.read_bytes(step.source):
-            digest.update(chunk)
-        expect(step, self.prints, digest.hexdigest())
+        for step in [step for _, step in self.stacks[name]] if name in self.stacks else [self.steps[name]]:
+            assert step.source is not None
+            refuse_other(step, self.prints)
+            digest = xxhash.xxh3_128()
+            for chunk in shards.read_bytes(step.source):
+                digest.update(chunk)
+            expect(step, self.prints, digest.hexdigest())
 
     def stored(self, name: str) -> Tensor:
         """The tensor as it lies in the checkpoint, in its own dtype.
@@ -175,9 +210,16 @@ class Originals:
         Raises:
             BackboneError: it is not the recorded backbone's.
         """
+        if name not in self.stacks:
+            return self._read(self.steps[name])
+        import torch
+
+        rows = torch.cat([self._read(step) for _, step in self.stacks[name]])
+        return rows.view(self.stacks[name][-1][0].entry + 1, -1, rows.shape[-1])
+
+    def _read(self, step: Step) -> Tensor:
         import xxhash
 
-        step = self.steps[name]
         assert step.source is not None
         refuse_other(step, self.prints)
         tensor = shards.read_tensor(step.source)
@@ -191,7 +233,7 @@ class Originals:
             BackboneError: it is not the recorded backbone's.
         """
         tensor = self.stored(name)
-        match self.steps[name].edit:
+        match self.steps[name].edit if name in self.steps else None:
             case RoundTrip(kind, dtype, transposed, _):
                 return RoundTrip(kind, dtype, transposed)(tensor)
         return tensor.float()
@@ -201,7 +243,7 @@ class Originals:
 
         Entries that were added count from zero.
         """
-        if isinstance(edit, AddLowRank):
+        if isinstance(edit, AddLowRank | AddLowRanks):
             return edit.delta()
         old = self.old(name)
         new = edit(old)
@@ -229,7 +271,10 @@ def originals(changes: Changes, base: str | Path | None = None, also: Collection
     where = str(changes.folder)
     source = base_folder(changes.document, base, where)
     check_folder(source)
-    wanted = {**{name: AddNothing() for name in also}, **changes.edits}
+    asked: dict[str, Edit] = {**{name: AddNothing() for name in also}, **changes.edits}
+    stacks = parts.stacked(asked, changes.document, source)
+    wanted = {name: edit for name, edit in asked.items() if name not in stacks}
+    pieces: dict[str, Edit] = {piece.name: AddNothing() for each in stacks.values() for piece in each}
     found = parts.on_disk(wanted, changes.document, source)
     if set(found) != set(wanted):
         odd = sorted(set(wanted) - set(found))
@@ -240,11 +285,12 @@ def originals(changes: Changes, base: str | Path | None = None, also: Collection
                 remedy="Merge the adapter in memory instead: adapters.merge(adapters.load(folder)).",
             )
         )
-    steps = plan(changes.document, found, shards.read_directory(source), None, str(source))
+    steps = plan(changes.document, found | pieces, shards.read_directory(source), None, str(source))
     by_edit = {id(step.edit.then if isinstance(step.edit, RoundTrip) else step.edit): step for step in steps}
     places = {name: by_edit[id(edit)] for name, edit in wanted.items()}
     prints = changes.document["backbone"]["fingerprint"]["tensors"]
-    return Originals(source, {name: step for name, step in places.items() if step.source is not None}, prints)
+    held = {name: tuple((piece, by_edit[id(pieces[piece.name])]) for piece in each) for name, each in stacks.items()}
+    return Originals(source, {name: step for name, step in places.items() if step.source is not None}, prints, held)
 
 
 @final

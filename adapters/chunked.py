@@ -164,8 +164,8 @@ class Logits:
         bias = self.layer.bias
         return (
             self.hidden[learnt].to(self.dtype),
-            self.layer.weight.to(self.dtype),
-            None if bias is None else bias.to(self.dtype),
+            self.layer.weight.to(self.hidden.device, self.dtype),  # which may lie elsewhere between passes
+            None if bias is None else bias.to(self.hidden.device, self.dtype),
             labels[learnt],
         )
 

@@ -199,7 +199,7 @@ class Classes:
             counts = Counter(names_in(named(rows, cell), n, self.labels, many=False)[0] for n, cell in cells)
         else:
             need_column(rows, "labels")
-            counts = Counter(self.labels[number] for number in rows["labels"])
+            counts = Counter(self.labels[number] for number in rows["labels"][:])
         present = [label for label in self.labels if counts[label]]
         refuse_one_class(present, self.labels)
         if self.class_weights != "balanced":
@@ -220,7 +220,7 @@ class Classes:
     def check_prepared(self, rows: Dataset) -> None:
         """The same for the column "labels" of prepared rows: class numbers."""
         if self.problem == "single-label":
-            for number, label in enumerate(rows["labels"]):
+            for number, label in enumerate(rows["labels"][:]):
                 if not isinstance(label, int) or not 0 <= label < len(self.labels):
                     raise DataError(
                         message(

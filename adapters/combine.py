@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import tempfile
@@ -10,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
-from adapters import lowrank, manifest, progress, remake, storage
+from adapters import exactness, lowrank, manifest, progress, reference, remake, storage
 from adapters.arithmetic import METHODS, Method
 from adapters.changes import Changes
 from adapters.data import one
 from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.formats import arrange
 from adapters.gathering import opened
-from adapters.merge import refuse_output, written
+from adapters.merge import Proof, refuse_output, written
 from adapters.mixture import Made, Mixture
 from adapters.predict import evaluate
 from adapters.weighing import Tried, chosen, weighed
@@ -25,6 +26,21 @@ from adapters.weighing import Tried, chosen, weighed
 logger = logging.getLogger(__name__)
 
 TRIALS: Final = 40  # weights that a search measures at most
+
+
+# What a merge on disk found in its logits check, in a report of its own and in this one.
+SEEN: Final = ("logits_checked", "max_difference", "mean_difference", "agreement", "spread", "bound", "accepted")
+
+
+@final
+@dataclass(frozen=True)
+class _Check:
+    """What was asked for of a merged model's logits check, and whether the head was named."""
+
+    rows: list[Any] | None
+    logits: bool
+    accept: bool
+    named: bool
 
 
 @final
@@ -38,16 +54,23 @@ class CombineReport:
         method: how.
         parts: the folders; weights: of each, as they are in the result; head: whose head it has, empty for none.
         strategy: of the adapter that was written; empty for a merged model.
-        modules: linear maps that hold factors; whole: tensors beside them, the head's among them.
+        modules: linear maps that hold factors; stacks: of experts, that hold factors; whole: tensors beside them, the
+            head's among them.
         dense: of these, weights of linear maps, which no rank was asked for.
         ranks: the smallest and the largest rank; 0 without factors.
         parameters: of the adapter; tensors edited, of a merged model.
         bytes: of its weights.
         error: what was left out of the linear maps' change, as a share of its Frobenius norm; 0 where it is exact.
         worst: the module that lost the largest share; worst_error: which share.
-        itself: one adapter at weight 1, which was copied bit for bit.
+        itself: one adapter at weight 1, which was copied bit for bit; of a merged model, which it answers as.
         searched: the weights that were tried, each with its numbers; empty where none were looked for.
         metric: by which the best of them was taken.
+        against: what a merged model's logits were compared with, in words.
+        logits_checked: of a merged model, whether they were; `skipped` says why not.
+        max_difference, mean_difference: between these logits, absolute.
+        agreement: share of rows whose best answer is the same.
+        spread: standard deviation of the logits that it should give.
+        bound: the share of the spread that the difference had to keep; accepted: it did not, and that was accepted.
     """
 
     output: str
@@ -58,6 +81,7 @@ class CombineReport:
     head: str = ""
     strategy: str = ""
     modules: int = 0
+    stacks: int = 0
     whole: int = 0
     dense: int = 0
     ranks: tuple[int, int] = (0, 0)
@@ -69,6 +93,15 @@ class CombineReport:
     itself: bool = False
     searched: tuple[Mapping[str, Any], ...] = ()
     metric: str = ""
+    against: str = ""
+    logits_checked: bool = False
+    skipped: str = ""
+    max_difference: float | None = None
+    mean_difference: float | None = None
+    agreement: float | None = None
+    spread: float | None = None
+    bound: float | None = None
+    accepted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -89,6 +122,9 @@ def combine(
     base: str | Path | None = None,
     merged: bool = False,
     dtype: str | None = None,
+    rows: list[Any] | None = None,
+    check_logits: bool = True,
+    accept: bool = False,
     search: Any = None,
     trials: int = TRIALS,
 ) -> CombineReport:
@@ -97,6 +133,11 @@ def combine(
     What is added up is what training did to each tensor of the backbone, so that it does not matter how each adapter
     keeps it: rslora's scale, DoRA's magnitudes, biases, ranks that differ, whole tensors. One adapter at weight 1 is
     copied, bit for bit. Without `rank` and `energy` nothing is left out.
+
+    A merged model must answer, read back from its folder, as what it was made of. One adapter at weight 1: as that
+    adapter does on its backbone. Several, or another weight: as the backbone in memory, to whose tensors the method's
+    change was added; for linear, cat, task-arithmetic and negate that is the weighted sum of what each adapter did, for
+    ties, dare and della what the method makes of it, with the same draws. No trained model answers so.
 
     Args:
         parts: adapter folder -> weight, or pairs of them.
@@ -114,6 +155,9 @@ def combine(
         base: the backbone's folder, where it is not the one that the adapters name.
         merged: write the backbone with everything in it instead: a plain transformers folder, exactly.
         dtype: of a merged model's tensors; None keeps each tensor's own.
+        rows: of a merged model: raw rows of the task (or texts) for the logits check; None makes some up.
+        check_logits: of a merged model: compare its logits in a child process.
+        accept: of a merged model: go on where rounding to 16 bits moves the logits further than the bound.
         search: labelled rows to look for better weights on, as `evaluate` takes them; it begins at the given ones.
         trials: how many weights are measured at most.
 
@@ -125,9 +169,11 @@ def combine(
             added tokens, another storage, tensors that the result's model class does not have.
         BackboneError: different backbones.
         FolderError: a damaged adapter, an output that holds something else or is one of the inputs.
+        NumbersError: tensors that are not finite, a merged model that does not answer as it must; nothing is left.
         DataError: rows without labels.
         DiskError: the disk is full or fails; nothing is left behind.
     """
+    exactness.refuse_rows(rows)
     pairs: list[tuple[Any, ...]] = [tuple(part) for part in (parts.items() if isinstance(parts, Mapping) else parts)]
     how, weights = _checked(pairs, method, scale, density, rank, energy)
     kept = how.density if density is None else float(density)
@@ -144,6 +190,11 @@ def combine(
         manifest.refuse_foreign(target)
         if dtype is not None:
             raise RequestError(message("a dtype is a merged model's", where="dtype", remedy="Say merged as well."))
+        if rows is not None or accept or not check_logits:
+            where = "rows" if rows is not None else "accept" if accept else "check_logits"
+            raise RequestError(
+                message("the logits of a merged model are compared", where=where, remedy="Say merged as well.")
+            )
     mix = opened(folders, method=how, density=kept, scale=scale, seed=seed, head=head, base=base)
     _refuse_same(target, [mix.base.folder])
     _check_rank(mix, rank, energy)
@@ -163,7 +214,7 @@ def combine(
         metric=metric,
     )
     if merged:
-        return _merged(mix, report, target, dtype)
+        return _merged(mix, report, target, dtype, _Check(rows, check_logits, accept, named=head is not None))
     made = {
         "by": "combine",
         "from": list(report.parts),
@@ -185,7 +236,8 @@ def combine(
     with progress.Job("combining"):
         result = mix.made(signs, rank=rank, energy=energy)
     made |= {"error": result.error, "worst": dict([result.worst])} if result.fits else {"error": 0.0}
-    remake.write(target, mix.like, mix.base.folder, factors=result.factors, whole=result.whole, made=made)
+    held: dict[str, Any] = {"factors": result.factors, "stacks": result.stacks, "whole": result.whole}
+    remake.write(target, mix.like, mix.base.folder, **held, made=made)
     return _described(report, target, result, mix.paths())
 
 
@@ -198,12 +250,13 @@ def _described(
 ) -> CombineReport:
     """The report with what was written."""
     document = manifest.read_manifest(target)
-    ranks = [pair.rank for pair in result.factors.values()] or [0]
+    ranks = [pair.rank for pair in result.factors.values()] + [pair.rank for pair in result.stacks.values()] or [0]
     worst, share = result.worst
     return replace(
         report,
         strategy=document["strategy"]["name"],
         modules=len(result.factors),
+        stacks=len(result.stacks),
         whole=len(result.whole),
         dense=sum(f"{path}.weight" in result.whole for path in maps),
         ranks=(min(ranks), max(ranks)),
@@ -225,12 +278,39 @@ def _itself(mix: Mixture, weights: Sequence[float], rank: int | None, energy: fl
     return part if weight * mix.scale == 1 and part is mix.like else None
 
 
-def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None) -> CombineReport:
-    """Everything in the backbone, tensor by tensor."""
+def _merged(mix: Mixture, report: CombineReport, target: Path, dtype: str | None, check: _Check) -> CombineReport:
+    """Everything in the backbone, tensor by tensor, and proof that it answers as it must."""
     found = Changes(mix.like.folder, mix.like.document, mix.edits(report.weights))
-    digests = list(dict.fromkeys(part.document["digest"] for part in mix.parts))
-    done = written(found, target, base=mix.base.folder, dtype=dtype, merged=digests, check_logits=False)
-    return replace(report, whole=done.edited, parameters=done.edited, bytes=done.bytes)
+    there = [p for p, weight in zip(mix.parts, report.weights, strict=True) if weight != 0 or p is mix.like]
+    digests = list(dict.fromkeys(part.document["digest"] for part in there))
+    itself = _itself(mix, report.weights, None, None) is not None
+    how = "the weighted sum of" if mix.method.sums else f"what {report.method} makes of"
+    whole = f"the backbone in memory, with {how} what the adapters did in it"
+    against = "the adapter itself, on its backbone" if itself else whole
+    mixed = {
+        "folders": [str(part.folder) for part in mix.parts],
+        "method": report.method,
+        "density": mix.density,
+        "scale": mix.scale,
+        "seed": mix.seed,
+        "head": str(mix.like.folder) if check.named else None,
+    }
+    measure = functools.partial(reference.measured, mixed, report.weights)
+    done = written(
+        found,
+        target,
+        base=mix.base.folder,
+        dtype=dtype,
+        merged=digests,
+        rows=check.rows,
+        check_logits=check.logits,
+        accept=check.accept,
+        proof=None if itself else Proof("the combined adapters do in memory", measure),
+    )
+    skipped = done.skipped if check.logits else "the logits check was not asked for"
+    seen = {name: getattr(done, name) for name in SEEN}
+    report = replace(report, whole=done.edited, parameters=done.edited, bytes=done.bytes, against=against)
+    return replace(report, **seen, skipped=skipped, itself=itself)
 
 
 # ---------------------------------------------------------------------- what is asked for
@@ -302,7 +382,7 @@ def _check_rank(mix: Mixture, rank: int | None, energy: float | None) -> None:
     """
     if rank is None and energy is None:
         return
-    sizes = {path: min(mix.maps[path].shape) for path in mix.paths()}
+    sizes = {path: min(mix.maps[path].shape) for path in mix.paths()} | mix.stacked()
     if not sizes:
         raise RequestError(
             message(
@@ -353,6 +433,7 @@ def _searched(
             mix.like,
             mix.base.folder,
             factors=made.factors,
+            stacks=made.stacks,
             whole=made.whole,
             made={"by": "combine", "from": []},
         )

@@ -295,8 +295,7 @@ class Record:
 
     Attributes:
         backbone: id or folder of the backbone, empty for a live model without one.
-        revision: the hub commit, empty where there is none.
-        seed: seed of every new tensor.
+        revision: the hub commit, empty where there is none; seed: of every new tensor.
         task: the task as the training rows completed it (balanced class weights); None before training.
         unread: parameters that would train, but that the head's reading leaves out of the computation; own names.
         new: backbone parameters that loading reported as newly initialised.
@@ -308,6 +307,7 @@ class Record:
         settings: the training settings that differ from transformers' own defaults.
         recipe: the run as data; empty where no recipe can repeat it, then `why_not` says why.
         notes: remarks that were said once and belong to the adapter (padding token, truncation).
+        folders: digests of the manifests that it was read from and written under -> of the tensors that these name.
         spent: merged: saving, training and merging again are refused.
         shared: its name on a shared backbone, which nothing may change; empty everywhere else.
     """
@@ -327,6 +327,7 @@ class Record:
     recipe: dict[str, Any] = field(default_factory=dict)
     why_not: str = "the model was adapted by a program, not by a recipe"
     notes: list[str] = field(default_factory=list)
+    folders: dict[str, str] = field(default_factory=dict)
     spent: bool = False
     shared: str = ""
     gathered: dict[str, Tensor] | None = None  # the trained tensors whole, while a divided model's are written

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from adapters import lowrank
 from adapters.changes import Changes, Originals
-from adapters.edits import AddLowRank, Edit, Replace
+from adapters.edits import AddLowRank, AddLowRanks, Edit, Replace
 from adapters.lowrank import Factors
+from adapters.parts import delta_of
 from adapters.profile import Place, factors_of, idle, place_of
 from adapters.progress import Job
 from adapters.spectra import norm_of
@@ -75,10 +77,32 @@ def compared(one: Changes, two: Changes, bases: tuple[Originals | None, Original
     with Job("comparing the changes", len(names), "tensors") as job:
         for name in names:
             edits, heads = (one.edits.get(name), two.edits.get(name)), (name in one.head, name in two.head)
-            pair = _pair(name, edits, heads, bases)
-            found += [pair] if pair is not None else []
+            base = next((base for base in bases if base is not None and base.is_stack(name)), None)
+            fused = base is not None or any(isinstance(edit, AddLowRanks) for edit in edits)
+            if fused and not any(heads):
+                pairs = list(_experts(name, edits, base))
+            else:
+                pairs = [_pair(name, edits, heads, bases)]
+            found += [pair for pair in pairs if pair is not None]
             job.advance(1)
     return tuple(found)
+
+
+def _experts(name: str, edits: tuple[Edit | None, Edit | None], base: Originals | None) -> Iterator[Compared | None]:
+    """A stack of experts, one matrix after the other, as `name.number`."""
+    low = [edit for edit in edits if isinstance(edit, AddLowRanks)]
+    if len(low) == sum(edit is not None for edit in edits):  # by their factors, without the backbone
+        for index in range(low[0].shape[0]):
+            one, two = (edit.entry(index) if isinstance(edit, AddLowRanks) else None for edit in edits)
+            yield _pair(f"{name}.{index}", (one, two), (False, False), (None, None))
+        return
+    if base is None or not all(edit is None or isinstance(edit, Replace | AddLowRanks) for edit in edits):
+        yield _pair(name, edits, (False, False), (base, base))
+        return
+    for index, old in enumerate(base.entries(name)):
+        deltas = [delta_of(edit, index, old) if edit is not None else None for edit in edits]
+        each = f"{name}.{index}"
+        yield _of_deltas(each, place_of(each), edits, deltas, (False, False))
 
 
 def _pair(
@@ -95,6 +119,17 @@ def _pair(
         _delta(name, edit, base, new=new) if edit is not None else None
         for edit, base, new in zip(edits, bases, heads, strict=True)
     ]
+    return _of_deltas(name, place, edits, deltas, heads)
+
+
+def _of_deltas(
+    name: str,
+    place: Place,
+    edits: tuple[Edit | None, Edit | None],
+    deltas: Sequence[Tensor | None],
+    heads: tuple[bool, bool],
+) -> Compared | None:
+    """The comparison of two changes that are there as tensors; None where neither is one."""
     norms: list[float | None] = [
         0.0 if edit is None else norm_of(delta) if delta is not None else None
         for edit, delta in zip(edits, deltas, strict=True)
@@ -118,7 +153,7 @@ def _delta(name: str, edit: Edit, base: Originals | None, *, new: bool) -> Tenso
     """What an edit adds; of a new tensor all of it; None where that cannot be told without the backbone."""
     if new:
         return edit(None)
-    if isinstance(edit, AddLowRank):
+    if isinstance(edit, AddLowRank | AddLowRanks):
         return edit.delta()
     return base.delta(name, edit) if base is not None else None
 

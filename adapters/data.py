@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters import conversations, corpora, images, progress, squad, tables
 from adapters.errors import DataError, RequestError, message, nearest
+from adapters.sources import (
+    KINDS,
+    SPLIT_NAMES,
+    SUFFIXES,
+    files_of,
+    names_files,
+    refuse_columns,
+    refuse_untrained,
+    split_name,
+    suffix,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,18 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Source = "str | Path | Dataset | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-PARTS = ("train", "validation", "test")
-SUFFIXES = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "conll", "iob", "bio")
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of one part
-KINDS = "csv, tsv, json, jsonl, parquet, txt, conll, iob or bio; .gz too"
 
 
 def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dataset]:
@@ -41,9 +39,9 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
 
     Args:
         source: a `Dataset` or `DatasetDict`, a list of dicts, a mapping of split names to these, a file (csv, tsv,
-            json, jsonl, parquet: tables; txt: a row a paragraph; conll, iob, bio: tokens and tags; .gz too), a folder
-            with train/validation/test files, a folder of pictures by class or with a metadata file, or a hub id;
-            id:subset where it has several.
+            json, jsonl, parquet: tables; txt: a row a paragraph; conll, iob, bio: tokens and tags; .gz too), several
+            files as a list or a pattern ("shards/*.jsonl"), a folder with train/validation/test files, a folder of
+            pictures by class or with a metadata file, or a hub id; id:subset where it has several.
         say: takes one line at a time about what was chosen or left out; None logs it.
 
     Returns:
@@ -58,12 +56,15 @@ def read(source: Any, say: Callable[[str], None] | None = None) -> dict[str, Dat
     if isinstance(source, Mapping):
         splits = {}
         for name, part in source.items():
-            if _split_name(str(name)) in splits:
-                raise RequestError(message(f"the split {_split_name(str(name))!r} is given twice", where="data"))
-            splits[_split_name(str(name))] = one(part, say)
+            if split_name(str(name)) in splits:
+                raise RequestError(message(f"the split {split_name(str(name))!r} is given twice", where="data"))
+            splits[split_name(str(name))] = one(part, say)
     elif isinstance(source, str | Path):
         with progress.Job(f"reading {Path(source).name}"):
             splits = _read_path(source, say)
+    elif names_files(source):
+        with progress.Job(f"reading {len(source)} files"):
+            splits = {"train": _read_files(files_of(source)["train"], say)}
     elif isinstance(source, Sequence):
         splits = {"train": tables.from_dicts([_plain(row) for row in source], "list of rows")}
     else:
@@ -118,90 +119,44 @@ def one(source: Any, say: Callable[[str], None] | None = None) -> Dataset:
     return splits["train"]
 
 
-def _split_name(name: str) -> str:
-    if name not in SPLIT_NAMES:
-        raise RequestError(message(f"unknown split {name!r}", where="data", remedy=nearest(name, SPLIT_NAMES)))
-    return SPLIT_NAMES[name]
+def at(rows: Any, places: Sequence[int]) -> list[Any]:
+    """The rows at some places of a set, in this order; of a `Dataset` in one reading, which takes a quarter of many."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        found: list[Any] = rows.__getitems__(list(places))
+        return found
+    return [rows[place] for place in places]
 
 
 def _read_path(source: str | Path, say: Callable[[str], None]) -> dict[str, Dataset]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return {"train": _table(path, say)}
-    if path.is_dir():
-        return _read_folder(path, say)
-    if isinstance(source, Path) or not _looks_like_id(str(source)):
-        raise RequestError(
-            message(
-                "there is no such file or folder",
-                where=str(source),
-                remedy=f"Give a file ({KINDS}), a folder of them or of pictures, or a hub id.",
-            )
-        )
-    return _read_hub(str(source), say)
+    path, files = Path(source).expanduser(), files_of(source)
+    if not files:
+        return _read_pictures_of(path, say) if path.is_dir() else _read_hub(str(source), say)
+    return {part: _read_files(of_part, say) for part, of_part in files.items()}
 
 
-def _read_folder(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
-    found: dict[str, Path] = {}
-    shards: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        stem = file.name.split(".")[0]
-        shard = SHARD.fullmatch(stem)
-        stem = shard[1] if shard else stem
-        part = next((SPLIT_NAMES[word] for word in reversed(stem.split("_")) if word in SPLIT_NAMES), None)
-        if part is not None and file.is_file() and _suffix(file) in SUFFIXES:
-            if shard and (part not in found or part in shards):
-                found.setdefault(part, file)
-                shards.setdefault(part, []).append(file)
-                continue
-            if part in found:
-                raise RequestError(
-                    message(
-                        f"two files for the split {part!r}",
-                        where=str(path),
-                        found=f"{found[part].name} and {file.name}",
-                        remedy="Give one file, or a mapping of splits to files.",
-                    )
-                )
-            found[part] = file
-    pictures = images.layout(path, SPLIT_NAMES) if not found else {}
-    if pictures:
-        return {part: _read_pictures(folder, say) for part, folder in pictures.items()}
-    if "train" not in found:
-        raise RequestError(
-            message(
-                "no training file in the folder",
-                where=str(path),
-                expected="train.csv, train.jsonl, train.parquet ..., or folders of pictures named by class",
-                found=", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder",
-            )
-        )
-    return {
-        part: _read_shards(shards[part], say) if part in shards else _table(file, say) for part, file in found.items()
-    }
+def _read_pictures_of(path: Path, say: Callable[[str], None]) -> dict[str, Dataset]:
+    """The parts of a folder of pictures."""
+    pictures = images.layout(path, SPLIT_NAMES)
+    if not pictures:
+        refuse_untrained(path)
+    return {part: _read_pictures(folder, say) for part, folder in pictures.items()}
 
 
-def _read_shards(files: list[Path], say: Callable[[str], None]) -> Dataset:
-    """One part that stands in several files, as the hub names them: train-00000-of-00002.parquet.
+def _read_files(files: Sequence[Path], say: Callable[[str], None]) -> Dataset:
+    """One part that stands in one file, or in several with the same columns.
 
     Raises:
-        DataError: a file that is missing, of another count or kind, or with other columns than the first.
+        DataError: a file of another kind, or with other columns than the first.
     """
     from datasets import concatenate_datasets
 
-    tables.refuse_partial(files)
     parts = [_table(file, say) for file in files]
     for file, rows in zip(files, parts, strict=True):
         if rows.features != parts[0].features:
-            raise DataError(
-                message(
-                    "files of one part with different columns",
-                    where=str(file),
-                    expected=f"as in {files[0].name}: {parts[0].features}",
-                    found=str(rows.features),
-                )
-            )
-    return concatenate_datasets(parts)
+            refuse_columns(file, files[0], rows.features, parts[0].features)
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def _read_pictures(folder: Path, say: Callable[[str], None]) -> Dataset:
@@ -215,22 +170,48 @@ def _read_pictures(folder: Path, say: Callable[[str], None]) -> Dataset:
     return rows
 
 
-def _looks_like_id(text: str) -> bool:
-    """A hub id, not a path that is missing: a local path never becomes a look-up."""
-    return (
-        text.count("/") <= 1
-        and not text.startswith((".", "/", "~"))
-        and not text.endswith("/")
-        and ("." not in text.rpartition("/")[2] or Path(text).suffix.lower().strip(".") not in {*SUFFIXES, "gz"})
+def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
+    from datasets import DatasetDict
+
+    loaded = hub(name)
+    splits = of_hub(name, loaded if isinstance(loaded, DatasetDict) else {"train": loaded}, say)
+    if "train" not in splits:
+        refuse_untrainable(name, loaded)
+    return splits
+
+
+def refuse_untrainable(name: str, splits: Iterable[Any]) -> NoReturn:
+    """Refuse a data set of the hub whose splits are none to train on.
+
+    Raises:
+        DataError: with their names.
+    """
+    raise DataError(
+        message(
+            "the data set has no split to train on",
+            where=name,
+            expected="a split 'train'",
+            found=", ".join(map(str, splits)),
+            remedy="Load it with datasets.load_dataset and pass a mapping, e.g. {'train': loaded['...']}.",
+        )
     )
 
 
-def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
-    from datasets import DatasetDict, load_dataset
+def hub(name: str, **how: Any) -> Any:
+    """A data set of the hub, as `datasets` loads it.
+
+    Args:
+        name: the id, and behind a colon the name of a subset.
+        how: what `load_dataset` takes.
+
+    Raises:
+        RequestError: it cannot be loaded.
+    """
+    from datasets import load_dataset
 
     try:
         with progress.tamed():
-            loaded = load_dataset(*name.split(":", 1))  # the id, and the name of a subset
+            return load_dataset(*name.split(":", 1), **how)
     except Exception as fault:  # the loaders raise whatever their parsers and the network raise
         raise RequestError(
             message(
@@ -240,29 +221,27 @@ def _read_hub(name: str, say: Callable[[str], None]) -> dict[str, Dataset]:
                 remedy="Give a file that is there, or a hub id (id:subset where a data set has several).",
             )
         ) from fault
-    if not isinstance(loaded, DatasetDict):
-        loaded = {"train": cast("Dataset", loaded)}
+
+
+def of_hub(name: str, loaded: Mapping[Any, Any], say: Callable[[str], None]) -> dict[str, Dataset]:
+    """The parts of a data set of the hub; those that are none of ours, or whose labels are hidden, are left out.
+
+    Args:
+        name: the id.
+        loaded: its splits; what is none of ours is not looked at.
+        say: takes a line on each that is left out.
+    """
     splits: dict[str, Dataset] = {}
     for part, rows in loaded.items():
-        label = next((column for column in rows.column_names if _is_blank(rows, column)), None)
         if part not in SPLIT_NAMES:
             say(f"{name}: left out the split {part!r}, which is none of {', '.join(SPLIT_NAMES)}")
-        elif (
-            label is None or SPLIT_NAMES[part] == "train"
-        ):  # a task that needs the labels refuses such rows to train on
-            splits[_split_name(str(part))] = _paragraphs(rows, f"{name}, {part}", say)
+            continue
+        label = next((column for column in rows.column_names if _is_blank(rows, column)), None)
+        # A task that needs the labels refuses rows without them to train on.
+        if label is None or SPLIT_NAMES[part] == "train":
+            splits[split_name(str(part))] = _paragraphs(rows, f"{name}, {part}", say)
         else:
             say(f"{name}: left out the split {part!r}, whose column {label!r} holds no labels")
-    if "train" not in splits:
-        raise DataError(
-            message(
-                "the data set has no split to train on",
-                where=name,
-                expected="a split 'train'",
-                found=", ".join(map(str, loaded)),
-                remedy="Load it with datasets.load_dataset and pass a mapping, e.g. {'train': loaded['...']}.",
-            )
-        )
     return splits
 
 
@@ -283,28 +262,24 @@ def _is_blank(rows: Dataset, column: str) -> bool:
     return bool(names) and len(rows) > 0 and all(value is None or value < 0 for value in rows[column])
 
 
-def _suffix(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
 def _table(path: Path, say: Callable[[str], None]) -> Dataset:
     """The rows of one file; a column of pictures' paths is read as pictures."""
     return images.from_paths(_read_file(path, say), path)
 
 
 def _read_file(path: Path, say: Callable[[str], None]) -> Dataset:
-    suffix = _suffix(path)
-    if suffix not in SUFFIXES:
+    kind = suffix(path)
+    if kind not in SUFFIXES:
         raise RequestError(message("unknown kind of file", where=str(path), expected=KINDS))
     if path.stat().st_size == 0:
         raise DataError(message("the file is empty", where=str(path), found="0 bytes"))
-    if suffix in ("csv", "tsv"):
+    if kind in ("csv", "tsv"):
         return tables.read_csv(path)
-    if suffix == "parquet":
+    if kind == "parquet":
         return tables.read_parquet(path)
-    if suffix in ("json", "jsonl"):
+    if kind in ("json", "jsonl"):
         return tables.from_dicts(_rows_of(tables.read_json(path), str(path)), str(path))
-    rows, remark = (corpora.paragraphs if suffix == "txt" else corpora.tagged)(tables.text_of(path), str(path))
+    rows, remark = (corpora.paragraphs if kind == "txt" else corpora.tagged)(tables.text_of(path), str(path))
     say(remark)
     return rows
 

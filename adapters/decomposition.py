@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast, final
 
 from adapters import lowrank, shards
 from adapters.changes import Changes, Originals
-from adapters.edits import AddLowRank, PutEntries, Replace
+from adapters.edits import AddLowRank, AddLowRanks, PutEntries, Replace
 from adapters.errors import NumbersError, RequestError, message
-from adapters.lowrank import Factors
-from adapters.stored import Stored
+from adapters.lowrank import Factors, FactorStack
+from adapters.parts import rows_of
+from adapters.stored import Stacked, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters.anatomy import LinearMap
     from adapters.edits import Edit, Values
+    from adapters.experts import Stack
 
 
 @final
@@ -59,7 +62,7 @@ class Size:
 @final
 @dataclass(frozen=True)
 class Maps:
-    """The matrices that LoRA can adapt, by module path; of these the ones inside the blocks.
+    """The matrices that LoRA can adapt, by module path; of these the ones inside the blocks; stacks, by name.
 
     Subclasses of the plain layers are left out: what they do with their weight is their own affair. So are weights
     that stand in several places.
@@ -67,6 +70,7 @@ class Maps:
 
     all: Mapping[str, LinearMap]
     inside: frozenset[str]
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def of(self, name: str) -> LinearMap | None:
         """The matrix of a tensor."""
@@ -77,6 +81,7 @@ def maps_of(found: Changes, originals: Originals) -> Maps:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    from adapters import experts
     from adapters.anatomy import linear_maps, main_names
     from adapters.blueprint import drawn
     from adapters.injection import candidates
@@ -90,7 +95,7 @@ def maps_of(found: Changes, originals: Originals) -> Maps:
         for path, described in candidates(net, found.head).items()
         if type(net.get_submodule(path)) in plain and f"{path}.weight" not in tied
     }
-    return Maps(known, frozenset(linear_maps(net)))
+    return Maps(known, frozenset(linear_maps(net)), experts.stacks(net))
 
 
 def refuse_rank(found: Changes, maps: Maps, rank: int | None) -> None:
@@ -104,6 +109,7 @@ def refuse_rank(found: Changes, maps: Maps, rank: int | None) -> None:
         for name, edit in found.edits.items()
         if (described := maps.of(name)) is not None and (isinstance(edit, AddLowRank) or described.path in maps.inside)
     }
+    sizes |= {n: min(stack.shape) for n, stack in maps.stacks.items() if isinstance(found.edits.get(n), AddLowRanks)}
     name = min(sizes, key=lambda each: sizes[each], default="")
     if rank is not None and name and rank > sizes[name]:
         raise RequestError(
@@ -131,7 +137,7 @@ def brought(found: Changes) -> dict[str, Tensor]:
 
 def taken_apart(
     name: str, edit: Edit, originals: Originals, maps: Maps, size: Size
-) -> tuple[Part, Factors | None, Tensor | None]:
+) -> tuple[Part, Factors | FactorStack | None, Tensor | None]:
     """One tensor: what became of it, and its factors or itself where it changed."""
     import torch
 
@@ -141,6 +147,10 @@ def taken_apart(
             return Part("unchanged"), None, None
         fit = lowrank.reduced(lowrank.of_edit(edit), rank=size.rank, energy=size.energy)
         return Part("factors", fit.factors.rank, fit.norm, fit.error), fit.factors, None
+    if isinstance(edit, AddLowRanks) and name in maps.stacks:
+        return _stack_reduced(edit, size)
+    if isinstance(edit, Replace) and originals.is_stack(name) and tuple(edit.new.shape) == originals.shape(name):
+        return _stack_apart(name, edit.new, originals, maps.stacks.get(name), size)
     old = originals.old(name)
     new = _new(edit, old)
     if old.shape == new.shape and torch.equal(old.to(new.dtype), new):
@@ -162,6 +172,52 @@ def taken_apart(
     return Part("factors", fit.factors.rank, fit.norm, fit.error), fit.factors, None
 
 
+def _stack_reduced(edit: AddLowRanks, size: Size) -> tuple[Part, FactorStack | None, None]:
+    """Factors of experts, each brought to the rank by itself."""
+    if edit.nothing:
+        return Part("unchanged"), None, None
+    fits = [lowrank.reduced(pair, rank=size.rank, energy=size.energy) for pair in lowrank.of_edits(edit)]
+    return *_stacked(fits), None
+
+
+def _stacked(fits: Sequence[lowrank.Fit]) -> tuple[Part, FactorStack]:
+    found = FactorStack.of([fit.factors for fit in fits])
+    norm, error = (math.hypot(*values) for values in zip(*((fit.norm, fit.error) for fit in fits), strict=True))
+    return Part("factors", found.rank, norm, error), found
+
+
+def _stack_apart(
+    name: str, values: Values, originals: Originals, stack: Stack | None, size: Size
+) -> tuple[Part, FactorStack | None, Tensor | None]:
+    """A stack of experts, one matrix after the other: factors where a rank or an energy is asked for, else whole.
+
+    Whether their exact rank is low would take a decomposition of every expert to find out.
+    """
+    import torch
+
+    square, moved = 0.0, False
+    fits: list[lowrank.Fit] = []
+    low = stack if size.rank is not None or size.energy is not None else None
+    for index, old in enumerate(originals.entries(name)):
+        new = _values(rows_of(values, index, 0, old.shape[0]))
+        if not bool(torch.isfinite(new).all()):
+            raise NumbersError(message("a tensor with values that are not finite", where=f"{name}, expert {index}"))
+        delta = new.float() - old
+        if not torch.equal(old.to(new.dtype), new):
+            moved = True
+            square += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        if low is not None:
+            matrix = delta.T if low.transposed else delta
+            fits.append(lowrank.factored(matrix, rank=size.rank, energy=size.energy))
+    if not moved:
+        return Part("unchanged"), None, None
+    if fits:
+        part, found = _stacked(fits)
+        if size.rank is not None or found.down.numel() + found.up.numel() < math.prod(values.shape):
+            return part, found, None
+    return Part("whole", norm=square**0.5), None, _values(values)
+
+
 def _new(edit: Edit, old: Tensor | None) -> Tensor:
     """The tensor after the edit; where it was replaced, in its own dtype."""
     match edit:
@@ -172,6 +228,8 @@ def _new(edit: Edit, old: Tensor | None) -> Tensor:
 
 def _values(values: Values) -> Tensor:
     """A tensor in memory, or read from its file."""
+    if isinstance(values, Stacked):
+        return values.read()
     return shards.read_tensor(values.slot) if isinstance(values, Stored) else cast("Tensor", values)
 
 

@@ -239,7 +239,7 @@ def _write_config(
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     config["architectures"] = [backbone["model_class"]]
-    config[marks.MARK] = [*marks.of(config), *merged]
+    config[marks.MARK] = marks.added(config, merged)
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

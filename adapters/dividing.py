@@ -1,4 +1,4 @@
-"""transformers.Trainer whose model accelerate may divide over the processes of the run (FSDP2)."""
+"""transformers.Trainer whose model accelerate may divide over the processes of the run (FSDP2), or offload in part."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from adapters import finite, ranks, runs, sharded
+from adapters import finite, onload, ranks, runs, sharded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from adapters.contracts import Adapted
@@ -41,9 +42,18 @@ class DividedTrainer(transformers.Trainer):
             super().create_accelerator_and_postprocess()
             self.is_fsdp_enabled = sharded.engage(self.accelerator, self.args)
         self._undivided = not self.is_fsdp_enabled
+        if self._undivided and onload.placed(self.adapted.model) is not None:
+            onload.move(self.adapted.model, self.args.device)
         if not self._undivided:
             sharded.refuse(self.adapted, self.accelerator.mixed_precision)
             self._say(sharded.WITHOUT)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """transformers' move; what is offloaded stays where it lies."""
+        if onload.placed(model) is None:
+            super()._move_model_to_device(model, device)
+        else:
+            onload.move(model, device)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' preparation; the parameters of a model that is divided are others afterwards."""

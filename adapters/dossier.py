@@ -13,6 +13,7 @@ from typing import Any
 from adapters import charts, inspection, journal, manifest
 from adapters.journal import number
 from adapters.machine import said
+from adapters.options import without_layout
 
 BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<number>\d+)\.")
 PARTS = ("test", "untrained", "majority")
@@ -243,18 +244,21 @@ def rows_of(event: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     labels = event.get("labels") or {}
     names = sorted({n for found in labels.values() for n in found}, key=lambda n: -(labels.get("train", {}).get(n, 0)))
+    main = "train" if "train" in labels else next(iter(labels), "")  # a stream is not counted
     most = max((count for found in labels.values() for count in found.values()), default=1)
     pictures = [(event.get("values") or event.get("lengths") or {})]
     if event.get("values") and event.get("lengths"):
         pictures.append(event["lengths"])
     return {
-        "parts": [{"name": name, "rows": f"{rows:,}"} for name, rows in parts.items()],
+        "parts": [
+            {"name": name, "rows": "a stream of" if rows is None else f"{rows:,}"} for name, rows in parts.items()
+        ],
         "inputs": event.get("inputs"),
         "names": list(labels),
         "labels": [
             {
                 "name": name,
-                "share": round(100 * labels.get("train", {}).get(name, 0) / max(most, 1), 1),
+                "share": round(100 * labels.get(main, {}).get(name, 0) / max(most, 1), 1),
                 "cells": [f"{found.get(name, 0):,}" for found in labels.values()],
             }
             for name in names
@@ -326,7 +330,7 @@ def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def inspection_options(document: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a strategy without its list of modules, which the groups of tensors tell."""
-    return {name: value for name, value in document["strategy"]["options"].items() if name != "modules"}
+    return without_layout(document["strategy"]["options"])
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import data, fitness, formats, installed, quickstart, roles, survey
+from adapters import data, fitness, formats, installed, quickstart, roles, rowfiles, streaming, survey
 from adapters.adapt import row_of, task_class
 from adapters.errors import AdaptersError, FolderError, MissingPackageError, RequestError, message
 from adapters.fitness import Sketch
 from adapters.options import field_names
 from adapters.recipe import Recipe
+from adapters.sources import PARTS, SPLIT_NAMES
 from adapters.yamltext import parse_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BATCH = 16  # rows of a step where they are streamed, so that their number says how many steps one pass is
+UNKNOWN = 1000  # steps where nobody knows how many rows there are
 MANY = 40  # labels that a recipe lists at most
 PLACE = 34  # column in which the reasons begin
 WIDTH = 110  # of a line; where it would be longer, the reason stands above
@@ -63,6 +66,7 @@ def draft(
     strategy: str = STRATEGY,
     output: str | None = None,
     columns: Mapping[str, str] | None = None,
+    streamed: bool = False,
     file: str = "recipe.yaml",
     say: Callable[[str], None] = lambda line: None,
 ) -> Draft:
@@ -73,6 +77,7 @@ def draft(
         task, model, strategy: where they are not to be chosen.
         output: where the adapter is to go; None for out/ and the data's name.
         columns: task column -> column of the data, where the names and contents do not tell.
+        streamed: the training rows are read as they are needed: the first of them are looked at.
         file: where the recipe is to stand, for the comments.
         say: takes one line at a time about what was read.
 
@@ -84,7 +89,9 @@ def draft(
         task_class(task)
     row_of(strategy)
     source = _source(sources)
-    splits = data.read(source, say)
+    stream, splits = streaming.opened(source, say) if streamed else (None, data.read(source, say))
+    if stream is not None:
+        splits["train"] = streaming.sampled(stream).rows
     if "train" not in splits:
         raise RequestError(message("the data has no part 'train'", where=", ".join(sources), found=", ".join(splits)))
     rows = splits["train"]
@@ -98,26 +105,37 @@ def draft(
         if faults:
             raise RequestError(*faults)
     recipe: dict[str, Any] = {"task": found.task, "data": source}
-    reasons = {
-        "task": found.why,
-        "data": ", ".join(f"{len(splits[p])} {p}" for p in data.PARTS if p in splits) + " rows",
-    }
+    counts = {part: str(len(splits[part])) for part in PARTS if part in splits}
+    reasons = {"task": found.why}
+    if stream is not None:
+        counts["train"] = streaming.described(stream)
+        recipe["streaming"], reasons["streaming"] = True, f"of train the first {len(rows)} rows were looked at"
+    reasons["data"] = ", ".join(f"{count} {part}" for part, count in counts.items()) + " rows"
     if found.columns:
         recipe["columns"] = {part: found.columns[part] for part in kind.columns if part in found.columns}
     facts = _facts(rows, found, kind, backbone)
     reasons |= facts.reasons
     if facts.labels:
         recipe["labels"] = facts.labels
+        if stream is not None:
+            reasons["labels"] = f"add those that stand further on; at first {reasons['labels']}"
     recipe |= {"model": name, "strategy": strategy, "output": output or f"out/{_stem(sources[0])}"}
     reasons |= {"model": why_model, "strategy": _why_strategy(strategy), "output": "the finished adapter goes here"}
     if found.options:
         recipe["options"] = dict(found.options)
         reasons["options.problem"] = "as the labels are"
     for part, use in (("validation", "chooses the best weights, stops early"), ("test", "measured once, at the end")):
-        if part not in splits:
+        if part not in splits and stream is None:
             share = Recipe.model_fields[part].default
             recipe[part], reasons[part] = share, f"about {round(share * len(rows))} rows: {use}"
     recipe["seed"], reasons["seed"] = 0, "of the split, the new tensors and the order"
+    if stream is not None:
+        files = [file for file in map(Path, stream.files) if file.is_file()]  # of the hub they are addresses
+        count = sum(map(rowfiles.about, files))
+        steps = max(1, count // BATCH) if count else UNKNOWN
+        recipe["train"] = {"per_device_train_batch_size": BATCH, "max_steps": steps}
+        why = f"one pass through about {count:,} rows" if count else "nobody knows how many rows there are: say it"
+        reasons["train.max_steps"] = why
     Recipe.make(recipe, file)  # what is written can be read
     head = [
         f"# {kind.name} on {', '.join(sources)}, drafted by `adapters init`. Everything may be changed.",
@@ -165,7 +183,7 @@ def _source(sources: Sequence[str]) -> str | dict[str, str]:
         name, sign, file = entry.partition("=")
         if not sign:
             words = reversed(Path(entry).name.split(".")[0].replace("-", "_").split("_"))
-            name, file = next((data.SPLIT_NAMES[word] for word in words if word in data.SPLIT_NAMES), "train"), entry
+            name, file = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train"), entry
         if name in parts:
             raise RequestError(
                 message(
@@ -181,7 +199,8 @@ def _source(sources: Sequence[str]) -> str | dict[str, str]:
 
 def _stem(source: str) -> str:
     path = Path(source.partition("=")[2] or source)
-    return path.name.split(".")[0] or "adapter"
+    plain = path if not set(path.name) & set("*?[") else path.parent  # of a pattern the folder
+    return plain.name.split(".")[0] or "adapter"
 
 
 def _plain_task(backbone: Sketch | None) -> str:
@@ -295,6 +314,8 @@ def _hints(kind: Any, strategy: str, recipe: Mapping[str, Any], facts: _Facts) -
         power = next(size for size in (64, 128, 256, 512, 1 << 30) if size >= (facts.high or 256))
         options.append(f"#   max_length: {min(power, 1024):<18}# tokens of a row; {most}")
     lines = ["# options:", *options] if options and "options" not in recipe else []
+    if "train" in recipe:
+        return ["#   learning_rate: 1e-4", "#   shuffle_buffer: 1000          # rows that are mixed", *lines]
     lines += [
         "# train:                          # left out: the strategy's own settings",
         "#   num_train_epochs: 10          # at most; it stops when validation no longer gets better",

@@ -113,6 +113,11 @@ class AddLowRank:
     scale: float
     transposed: bool = False
 
+    @property
+    def nothing(self) -> bool:
+        """Whether it changes nothing, as at the start of training: one of the factors is zero."""
+        return not (bool(self.up.any()) and bool(self.down.any()))
+
     def delta(self) -> Tensor:
         """The update in the weight's own layout, float32."""
         left, right = self._factors()
@@ -135,6 +140,61 @@ class AddLowRank:
                 )
             )
         return torch.addmm(old.float(), left, right, alpha=self.scale)  # one pass over the weight
+
+
+@final
+@dataclass(frozen=True)
+class AddLowRanks:
+    """old[e] + scale * up[e] @ down[e] for each matrix e of a stack: LoRA's update of experts that lie in one tensor.
+
+    Attributes:
+        down: shape (experts, r, in).
+        up: shape (experts, out, r).
+        scale: as for `AddLowRank`.
+        transposed: the backbone keeps the stack as (experts, in, out), as gpt-oss does.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    transposed: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it changes nothing, as at the start of training: one of the factors is zero."""
+        return not (bool(self.up.any()) and bool(self.down.any()))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the stack."""
+        experts, out, size_in = self.up.shape[0], self.up.shape[1], self.down.shape[2]
+        return (experts, size_in, out) if self.transposed else (experts, out, size_in)
+
+    def entry(self, index: int) -> AddLowRank:
+        """What it does to one matrix."""
+        return AddLowRank(self.down[index], self.up[index], self.scale, self.transposed)
+
+    def rows(self, index: int, start: int, stop: int) -> AddLowRank:
+        """What it does to some rows of one matrix."""
+        down, up = self.down[index], self.up[index]
+        if self.transposed:
+            return AddLowRank(down[:, start:stop], up, self.scale, True)
+        return AddLowRank(down, up[start:stop], self.scale)
+
+    def delta(self) -> Tensor:
+        """The update in the stack's own layout, float32."""
+        return torch.stack([self.entry(index).delta() for index in range(self.shape[0])])
+
+    def __call__(self, old: Tensor | None) -> Tensor:
+        if old is None or old.shape != self.shape:
+            raise RequestError(
+                message(
+                    "the low-rank update does not fit the backbone's stack of experts",
+                    expected=f"shape {self.shape}",
+                    found="no tensor" if old is None else f"shape {tuple(old.shape)}",
+                )
+            )
+        return torch.stack([self.entry(index)(matrix) for index, matrix in enumerate(old)])
 
 
 @final
@@ -168,14 +228,18 @@ class MergeLayer:
             raise RequestError(
                 message("a peft layer needs the backbone's tensor to merge into", where=f"{self.module}.{self.part}")
             )
-        with torch.random.fork_rng(devices=[]), torch.no_grad():  # building a layer draws numbers; none of them stays
-            layer = self._layer(old)
+        layer = self.layer(old)
+        with torch.no_grad():
             layer.merge()
-            merged: Tensor = layer.get_base_layer().get_parameter(self.part)
+        merged: Tensor = layer.get_base_layer().get_parameter(self.part)
         return merged.detach().clone()
 
+    def layer(self, old: Tensor) -> Any:
+        """The one peft layer around the old weight or bias, with the trained tensors in it, float32."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # building a layer draws numbers; none of them stays
+            return self._layer(old)
+
     def _layer(self, old: Tensor) -> Any:
-        """The one peft layer around the old weight or bias, with the trained tensors in it."""
         deferred.import_peft()
         import peft
 
@@ -291,6 +355,8 @@ def by_rows(edit: Edit, old: tuple[int, ...], new: tuple[int, ...]) -> Callable[
             if transposed:
                 return lambda start, stop: AddLowRank(down[:, start:stop], up, scale, transposed)
             return lambda start, stop: AddLowRank(down, up[start:stop], scale, transposed)
+        case AddLowRanks(down, up, scale, transposed) if edit.shape == old == new:
+            return lambda start, stop: AddLowRanks(down[start:stop], up[start:stop], scale, transposed)
         case PutEntries(ids, values, 0, size) if old[0] <= size == new[0]:
             if ids == tuple(range(size)):  # a whole tensor that has grown: its rows as they lie
                 return lambda start, stop: PutEntries(tuple(range(stop - start)), values[start:stop], 0, stop - start)

@@ -75,7 +75,7 @@ def ordered(chosen: Any, args: TrainingArguments, epoch: Draw) -> Any:
     """The sampler that transformers chose, in an order of ours where its own depends on what was drawn before."""
     seed = args.data_seed if args.data_seed is not None else args.seed
     if isinstance(chosen, LengthGroupedSampler):
-        return Order(len(chosen), seed, epoch, list(chosen.lengths), chosen.batch_size * args.world_size)
+        return Order(len(chosen), seed, epoch, list(chosen.lengths[:]), chosen.batch_size * args.world_size)
     return Order(len(chosen), seed, epoch) if isinstance(chosen, RandomSampler) else chosen
 
 

@@ -146,7 +146,9 @@ def measured(
     return aside.answered("fidelity", request, "the logits check", output)
 
 
-def refuse_far(found: Mapping[str, Any], rounding: Rounding, output: str, *, accept: bool) -> float:
+def refuse_far(
+    found: Mapping[str, Any], rounding: Rounding, output: str, *, accept: bool, wanted: str = "the adapted one does"
+) -> float:
     """The bound in logits, which the difference must keep.
 
     Args:
@@ -154,6 +156,7 @@ def refuse_far(found: Mapping[str, Any], rounding: Rounding, output: str, *, acc
         rounding: what the merge rounds.
         output: for the message.
         accept: go on above the bound, where the merge rounds by request.
+        wanted: what it must answer as, for the message.
 
     Raises:
         NumbersError: above the bound, or not a number.
@@ -165,7 +168,7 @@ def refuse_far(found: Mapping[str, Any], rounding: Rounding, output: str, *, acc
     if far and not ours:
         raise NumbersError(
             message(
-                "the merged model does not answer as the adapted one does",
+                f"the merged model does not answer as {wanted}",
                 where=f"{output}, {ROWS} rows",
                 expected=f"logits within {bound:.2e} ({share} of their spread, {why})",
                 found=f"{found['max_difference']:.2e} apart, the same answer for {found['agreement']:.0%}",

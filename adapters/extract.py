@@ -18,7 +18,7 @@ from adapters.changes import Changes
 from adapters.decomposition import Maps, Part, Size, brought, maps_of, refuse_rank, taken_apart
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
 from adapters.exactness import BOUNDS
-from adapters.lowrank import Factors
+from adapters.lowrank import Factors, FactorStack
 from adapters.manifest import MANIFEST, PACKED, WEIGHTS, fetch, refuse_foreign
 from adapters.packing import is_packed
 from adapters.shards import remove
@@ -236,13 +236,16 @@ def _written(
     maps = maps_of(found, originals) if report.form == "lora" else Maps({}, frozenset())
     refuse_rank(found, maps, size.rank)
     factors: dict[str, Factors] = {}
+    stacks: dict[str, FactorStack] = {}
     whole: dict[str, Tensor] = brought(found)
     parts: dict[str, Part] = {}
     rest = {name: edit for name, edit in found.edits.items() if name not in whole}
     with progress.Job("decomposing" if maps.all else "comparing", len(rest), "tensors") as job:
         for name, edit in rest.items():
             parts[name], pair, tensor = taken_apart(name, edit, originals, maps, size)
-            if pair is not None:
+            if isinstance(pair, FactorStack):
+                stacks[name] = pair
+            elif pair is not None:
                 factors[name.removesuffix(".weight")] = pair
             elif tensor is not None and not size.only_factors:
                 whole[name] = tensor
@@ -257,13 +260,18 @@ def _written(
     notes = list(report.notes)
     if not changed:
         notes.append("nothing inside the backbone had changed: the adapter is its head alone")
-    elif report.form == "lora" and not factors:
+    elif report.form == "lora" and not factors and not stacks:
         notes.append("no matrix that LoRA can adapt had changed: the adapter holds whole tensors")
+    dense = sum(part.kind == "whole" and originals.is_stack(name) for name, part in changed.items())
+    if report.form == "lora" and dense:
+        notes.append(
+            f"{dense} stacks of experts had changed and are held whole: a rank or an energy makes factors of them"
+        )
     error = math.sqrt(sum(part.error**2 for part in changed.values()))
     norm = math.sqrt(sum(part.norm**2 for part in changed.values()))
     lost = sorted(((part.share, name) for name, part in changed.items() if part.error), reverse=True)
     worst = {name: share for share, name in lost[:WORST]}
-    ranks = sorted(pair.rank for pair in factors.values()) or [0]
+    ranks = sorted([pair.rank for pair in factors.values()] + [pair.rank for pair in stacks.values()]) or [0]
     made: dict[str, Any] = {
         "by": "extract",
         "from": _from(found, source),
@@ -272,12 +280,13 @@ def _written(
         "error": error / norm if norm else 0.0,
         "worst": worst,
     }
-    written = remake.compose(place, found, originals.folder, factors=factors, whole=whole, made=made, notes=notes)
+    held: dict[str, Any] = {"factors": factors, "stacks": stacks, "whole": whole}
+    written = remake.compose(place, found, originals.folder, **held, made=made, notes=notes)
     kinds = [part.kind for part in parts.values()]
     report = replace(
         report,
         strategy=written["strategy"]["name"],
-        factors=len(factors),
+        factors=len(factors) + len(stacks),
         whole=kinds.count("whole"),
         left_out=kinds.count("left out"),
         unchanged=kinds.count("unchanged"),

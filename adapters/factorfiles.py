@@ -27,6 +27,7 @@ from adapters.anatomy import linear_maps
 from adapters.blueprint import drawn
 from adapters.errors import NumbersError, RequestError, message
 from adapters.exactness import BOUNDS, too_large
+from adapters.injection import misread
 from adapters.lint import LLAMA_CPP, PEFT, TGI, VLLM, VLLM_RANKS
 from adapters.lowrank import Factors, check_size
 from adapters.manifest import CARD
@@ -70,7 +71,7 @@ def export(target: str, folder: Path, out: Path, options: ExportOptions) -> Expo
     found = changes.read(folder)
     net = _drawn(found, options)
     maps = linear_maps(net.model)
-    said = lint.lint(found, maps, target, options)
+    said = lint.lint(found, maps, target, options) + _misread(found, net.model, target)
     refuse(said, target)
     originals = changes.originals(found, options.base)
     what, factors = None, dict[str, Factors]()
@@ -78,7 +79,7 @@ def export(target: str, folder: Path, out: Path, options: ExportOptions) -> Expo
         if not _whole(found, target, options):
             what = updates.updates(found, originals, maps, options.rank)
         else:
-            for name in originals.steps:
+            for name in (*originals.steps, *originals.stacks):
                 originals.compare(name)
     if what is not None:
         more = _late(found, what, maps, target)
@@ -154,6 +155,13 @@ def _drawn(found: Changes, options: ExportOptions) -> Blueprint:
     return drawn(base, task_of(document, where), document["backbone"]["load"])
 
 
+def _misread(found: Changes, net: Any, target: str) -> list[Finding]:
+    """Names that peft's reader takes for others, whatever file they stand in."""
+    named = [name.removesuffix(".weight") for name in found.inside if name.endswith(".weight")]
+    why = misread(net, {"peft_type": "LORA", "target_modules": named}) if target == PEFT and named else ""
+    return [Finding("the names of modules", type(net).__name__, REFUSED, why, lint.MERGED)] if why else []
+
+
 def _whole(found: Changes, target: str, options: ExportOptions) -> bool:
     """Whether the adapter's own files go out as they are."""
     return target == PEFT and lint.native(found, options)
@@ -189,9 +197,10 @@ def _dtype(target: str, options: ExportOptions) -> str:
 
 
 def _rank_of(found: Changes) -> int:
-    from adapters.edits import AddLowRank
+    from adapters.edits import AddLowRank, AddLowRanks
 
-    return max((int(e.down.shape[0]) for e in found.edits.values() if isinstance(e, AddLowRank)), default=0)
+    ranks = [int(e.down.shape[-2]) for e in found.edits.values() if isinstance(e, AddLowRank | AddLowRanks)]
+    return max(ranks, default=0)
 
 
 # ---------------------------------------------------------------------- read back

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import shards
 from adapters.contracts import Adapted, Record, Strategy, Vocabulary
-from adapters.manifest import FORMAT, WEIGHTS
+from adapters.errors import RequestError, message
+from adapters.manifest import FORMAT, VOCABULARIES, WEIGHTS
 from adapters.schema import load_fault
 
 if TYPE_CHECKING:
@@ -185,6 +186,28 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def without_code(folder: Path) -> None:
+    """Take the names of code out of a saved processor's settings: it is one of transformers' own and needs none.
+
+    Raises:
+        RequestError: the processor is code of its own.
+    """
+    code = sorted(file.name for file in folder.rglob("*.py"))
+    if code:
+        raise RequestError(
+            message(
+                "the processor brings code, which an adapter folder never holds",
+                where=", ".join(code),
+                remedy="Use a processor that transformers itself has.",
+            )
+        )
+    for file in sorted(folder.glob("*.json")):
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.name not in VOCABULARIES else None
+        if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+            file.unlink()
+            shards.write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def keep_input_names(processor: Any, folder: Path) -> None:

@@ -8,16 +8,16 @@ norm and head are computed again.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
+from adapters import graph
 from adapters.anatomy import block_lists
-from adapters.handing import hands_on, hidden_in
+from adapters.handing import hands_on, hidden_in, standing_in
 from adapters.modes import evaluating
 from adapters.pooling import pooled
 from adapters.reading import OWN, Reading
@@ -41,10 +41,17 @@ def output_layer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> nn.Linear
         model: with its head, whole.
         inputs: a batch, without labels.
     """
+    path = graph.known(model, ("output layer", *sorted(inputs)), lambda: _output_path(model, inputs))
+    layer = model.get_submodule(path) if path is not None else None
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+def _output_path(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str | None:
+    """The path of that layer."""
     base = set(map(id, model.base_model.modules())) if model.base_model is not model else set()
-    found = [
-        module
-        for module in model.modules()
+    found: list[tuple[str, nn.Linear]] = [
+        (path, module)
+        for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and type(module).__name__ == "Linear" and id(module) not in base
     ]
     with evaluating(model), torch.no_grad():
@@ -52,16 +59,16 @@ def output_layer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> nn.Linear
         logits = plain.get("logits") if hasattr(plain, "get") else None
         if not isinstance(logits, Tensor):
             return None
-        for layer in reversed(found):
+        for path, layer in reversed(found):
             if layer.out_features != logits.shape[-1] or "forward" in vars(layer):
                 continue
-            with _answering({layer: _handing_on}):
+            with standing_in({layer: _handing_on}):
                 given: Tensor = model(**inputs).logits
             if given.shape == (*logits.shape[:-1], layer.in_features):
                 made = nn.Linear.forward(layer, given)  # hooks belong to passes of the whole model
                 spread = float(logits.float().std()) if logits.numel() > 1 else 1.0
                 if float((made.float() - logits.float()).abs().max()) <= 1e-2 * max(spread, 1e-6):
-                    return layer
+                    return path
     return None
 
 
@@ -94,7 +101,7 @@ class Extract:
         outputs: dict[nn.Module, Any] = {}
         hooks = [block.register_forward_hook(lambda m, _in, out: outputs.update({m: out})) for block in blocks]
         found: dict[Reading, Tensor] = {}
-        with evaluating(self.model), torch.no_grad(), _answering({self.output: _handing_on}):
+        with evaluating(self.model), torch.no_grad(), standing_in({self.output: _handing_on}):
             try:
                 passed = self._pass(inputs)
             finally:
@@ -102,7 +109,7 @@ class Extract:
                     hook.remove()
             for layer in sorted({one.layer or depth for one in self.readings}, reverse=True):
                 if layer != depth:
-                    with _answering(_given(blocks, outputs, layer)):
+                    with standing_in(_given(blocks, outputs, layer)):
                         passed = self._pass(inputs)
                 own, states = passed
                 for one in self.readings:
@@ -212,15 +219,3 @@ def _handing_on(states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
 
 def _constant(answer: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: answer
-
-
-@contextlib.contextmanager
-def _answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within it these modules have other forward passes."""
-    try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)

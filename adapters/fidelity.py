@@ -13,14 +13,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters import disk
 from adapters.checks import some
-from adapters.contracts import Adapted
+from adapters.contracts import Adapted, Task
 from adapters.errors import ContractError, message
 from adapters.manifest import MANIFEST, is_standalone
 from adapters.pixels import noise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 8  # rows of the check
 FEW = 4  # rows on which a saved adapter is compared
@@ -44,35 +47,61 @@ def compare(
         few: the models are larger than memory and are read from the disk for each pass: inputs at random are short.
     """
     import torch
-    import transformers
 
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    batches = inputs(adapted, rows)
-    if few and not rows and "input_ids" in batches[0]:
-        batches = [{n: v[:FEW_ROWS, :FEW_TOKENS] for n, v in batch.items()} for batch in batches]
+    batches = inputs(adapted.task, adapted.processor, adapted.model, rows, few=few)
     own = str(adapted.model.dtype).removeprefix("torch.")
     if dtype is not None:
         adapted.model.to(getattr(torch, dtype))
-    wanted = outputs(adapted.model, batches)
-    auto: Any = getattr(transformers, adapted.task.auto_class)
+    wanted, auto_class = outputs(adapted.model, batches), adapted.task.auto_class
     del adapted
+    return against(wanted, batches, merged, base, auto_class, dtype) | {"dtype": own}
+
+
+def against(
+    wanted: Sequence[Any],
+    batches: Sequence[dict[str, Any]],
+    merged: str,
+    base: str,
+    auto_class: str,
+    dtype: str | None = None,
+) -> dict[str, float]:
+    """How far a written folder, read back, lies from outputs that it should give.
+
+    Args:
+        wanted: the outputs; batches: of what.
+        merged, base, dtype: as for `compare`.
+        auto_class: transformers' Auto class that opens a plain folder.
+    """
+    import torch
+    import transformers
+
+    from adapters.storage import load
+
+    auto: Any = getattr(transformers, auto_class)
     if is_standalone(Path(merged)):
         opened = load(merged).model
     elif (Path(merged) / MANIFEST).is_file():
         opened = load(merged, base, verify="fast").model
     else:
         opened = auto.from_pretrained(merged, dtype="auto", trust_remote_code=False)
-    found = outputs(opened if dtype is None else opened.to(getattr(torch, dtype)), batches)
-    return apart(wanted, found) | {"dtype": own}
+    return apart(wanted, outputs(opened if dtype is None else opened.to(getattr(torch, dtype)), batches))
 
 
-def inputs(adapted: Adapted, rows: list[Any] | None) -> list[dict[str, Any]]:
-    """Batches of these rows; of inputs at random where there are none."""
-    if not rows and adapted.processor is not None and adapted.model.main_input_name == "pixel_values":
-        rows = list(noise(ROWS, adapted.model))
-    return _of_rows(adapted, rows) if rows and adapted.processor is not None else [synthetic(adapted.model)]
+def inputs(
+    task: Task, processor: Any, model: PreTrainedModel, rows: list[Any] | None, *, few: bool = False
+) -> list[dict[str, Any]]:
+    """Batches of these rows; of inputs at random where there are none, short where they should be few."""
+    if not rows and processor is not None and model.main_input_name == "pixel_values":
+        rows = list(noise(ROWS, model))
+    if rows and processor is not None:
+        return _of_rows(task, processor, model, rows)
+    batch = synthetic(model)
+    if few and "input_ids" in batch:
+        batch = {name: value[:FEW_ROWS, :FEW_TOKENS] for name, value in batch.items()}
+    return [batch]
 
 
 def apart(wanted: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
@@ -118,18 +147,18 @@ def _seen(logits: Any, batch: dict[str, Any]) -> Any:
     return logits[mask.bool()]
 
 
-def _of_rows(adapted: Any, rows: list[Any]) -> list[dict[str, Any]]:
+def _of_rows(task: Task, processor: Any, model: PreTrainedModel, rows: list[Any]) -> list[dict[str, Any]]:
     """The task's own batches from raw rows, without labels."""
     from datasets import Dataset
 
-    first = next(iter(adapted.task.columns))
+    first = next(iter(task.columns))
     raw = Dataset.from_list([row if isinstance(row, dict) else {first: row} for row in rows])
-    prepared, _ = adapted.task.prepare(raw, adapted.processor, adapted.model, labelled=False)
+    prepared, _ = task.prepare(raw, processor, model, labelled=False)
     batches = []
     for start in range(0, len(prepared), BATCH):
         features = [prepared[index] for index in range(start, min(start + BATCH, len(prepared)))]
-        batch = adapted.task.collate(features, adapted.model, adapted.processor)
-        batches.append(_complete(adapted.model, {n: v for n, v in batch.items() if n not in ("row", "labels")}))
+        batch = task.collate(features, model, processor)
+        batches.append(_complete(model, {n: v for n, v in batch.items() if n not in ("row", "labels")}))
     return batches
 
 
@@ -302,7 +331,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     """The adapter of a folder on the frozen tensors of a live model."""
     import torch
 
-    from adapters import pooling, reading, storage
+    from adapters import offload, pooling, reading, storage
     from adapters.adapt import live_names
     from adapters.anatomy import never_saved, own_name
     from adapters.manifest import read_manifest, read_tensors
@@ -320,6 +349,7 @@ def _anew(adapted: Adapted, folder: Path) -> Adapted:
     trained = {name for name in trained if own_name(name) not in adapted.record.unread}
     grown = adapted.vocabulary.axes if adapted.vocabulary is not None else {}
     trained |= live_names(net, grown)
+    offload.settle(net, trained)
     if trained != set(adapted.trained):
         raise ContractError(
             message(

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import disk, shards, storage
+from adapters import disk, parts, shards, storage
 from adapters.adapt import adapt, task_class
-from adapters.anatomy import backbone_state, own_name
+from adapters.anatomy import backbone_state, own_name, plain_name
 from adapters.backbones import MAX_CONFIG, PROCESSORS, check_folder, hushed, local_folder, open_processor
 from adapters.changes import Changes
 from adapters.edits import Replace
@@ -18,7 +18,9 @@ from adapters.errors import BackboneError, FolderError, RequestError, message
 from adapters.fingerprint import disk_slots
 from adapters.manifest import read_manifest
 from adapters.marks import MARK
-from adapters.stored import Stored
+from adapters.parts import Piece
+from adapters.shards import Slot
+from adapters.stored import Stacked, Stored
 from adapters.tasks import task_of
 
 if TYPE_CHECKING:
@@ -150,11 +152,11 @@ def _edits(adapted: Adapted, source: Path, tuned: Path) -> dict[str, Edit]:
         slot = theirs.get(name)
         if slot is None:
             faults.append(f"{name}: missing")
-        elif slot.shape != tuple(tensor.shape):
-            faults.append(f"{name}: shape {slot.shape}, the base's {tuple(tensor.shape)}")
-        elif name not in trained and name in ours and _differ(ours[name], slot):
+        elif tuple(slot.shape) != tuple(tensor.shape):
+            faults.append(f"{name}: shape {tuple(slot.shape)}, the base's {tuple(tensor.shape)}")
+        elif name not in trained and isinstance(slot, Slot) and name in ours and _differ(ours[name], slot):
             faults.append(f"{name}: a running statistic that differs, which no adapter holds")
-    used = set(theirs.values())
+    used = {slot for found in theirs.values() for slot in _slots(found)}
     ignored = [re.compile(pattern) for pattern in net._keys_to_ignore_on_load_unexpected or ()]
     for name, slot in shards.read_directory(tuned).items():
         if slot not in used and "float" in slot.dtype and not any(pattern.search(name) for pattern in ignored):
@@ -169,32 +171,78 @@ def _edits(adapted: Adapted, source: Path, tuned: Path) -> dict[str, Edit]:
                 remedy="Give the checkpoint that the fine-tuning began with.",
             )
         )
-    return {name: Replace(Stored(theirs[name])) for name in state if name in trained}
+    found = {name: theirs[name] for name in state if name in trained}
+    return {name: Replace(Stored(slot) if isinstance(slot, Slot) else slot) for name, slot in found.items()}
 
 
-def _by_memory(net: PreTrainedModel, folder: Path) -> dict[str, shards.Slot]:
-    """Where the tensors lie by their names in memory.
+def _slots(found: Slot | Stacked) -> list[Slot]:
+    return [found] if isinstance(found, Slot) else [slot for _, _, slot in found.pieces]
+
+
+def _by_memory(net: PreTrainedModel, folder: Path) -> dict[str, Slot | Stacked]:
+    """Where the tensors lie by their names in memory; stacks of experts in their pieces.
 
     Raises:
-        FolderError: several pieces stand for one tensor, and they are no copies of each other.
+        FolderError: several pieces stand for one tensor that is no stack, and they are no copies of each other.
     """
-    found: dict[str, shards.Slot] = {}
-    for slot, name in disk_slots(net, folder).values():
-        if name in found and (found[name].shape != slot.shape or _differ(found[name], slot)):
+    held: dict[str, dict[str, Slot]] = {}
+    for saved, (slot, name) in disk_slots(net, folder).items():
+        held.setdefault(name, {})[saved] = slot
+    state = backbone_state(net, ())
+    shapes = {name: tuple(state[name].shape) for name, slots in held.items() if len(slots) > 1}
+    stacks = parts.divided(net, {name: shape for name, shape in shapes.items() if len(shape) == 3})
+    found: dict[str, Slot | Stacked] = {}
+    for name, slots in held.items():
+        first, *others = slots.values()
+        if name in stacks:
+            pieces = {plain_name(piece.name, net.base_model_prefix): piece for piece in stacks[name]}
+            found[name] = _stack(pieces, slots, shapes[name], f"{folder}: {name}")
+            continue
+        if any(other.shape != first.shape or _differ(first, other) for other in others):
             raise FolderError(
                 message(
                     "the checkpoint holds a tensor in other pieces than memory does",
                     where=f"{folder}: {name}",
-                    remedy="Fine-tuned experts that lie fused in memory cannot be extracted.",
+                    expected="pieces that are the rows of a stack of experts, in their order",
+                    found=f"{len(slots)} pieces",
+                    remedy="Weights that are transposed or interleaved when they are loaded cannot be extracted.",
                 )
             )
-        found[name] = slot
+        found[name] = first
     return found
 
 
-def _differ(one: shards.Slot, other: shards.Slot) -> bool:
+def _stack(pieces: Mapping[str, Piece], slots: Mapping[str, Slot], shape: tuple[int, ...], where: str) -> Stacked:
+    """The stack that these pieces make up.
+
+    Raises:
+        BackboneError: there are others, or pieces of another shape.
+    """
+    sizes = {saved: (piece.stop - piece.start, shape[2]) for saved, piece in pieces.items()}
+    odd = [f"{saved}: missing" for saved in sizes if saved not in slots]
+    odd += [f"{saved}: one too many" for saved in slots if saved not in sizes]
+    odd += [
+        f"{saved}: shape {slot.shape}" for saved, slot in slots.items() if sizes.get(saved, slot.shape) != slot.shape
+    ]
+    if odd:
+        raise BackboneError(
+            message(
+                "the two checkpoints do not hold the same tensors",
+                where=where,
+                expected=f"the {len(pieces)} pieces of a tensor of shape {shape}",
+                found=f"{len(odd)} that differ: {'; '.join(odd[:3])}",
+                remedy="Give the checkpoint that the fine-tuning began with.",
+            )
+        )
+    placed = tuple((piece.entry, piece.start, slots[saved]) for saved, piece in pieces.items())
+    return Stacked((shape[0], shape[1], shape[2]), placed)
+
+
+def _differ(one: Slot | Stacked, other: Slot) -> bool:
     import torch
 
+    if not isinstance(one, Slot):
+        return True
     return not torch.equal(shards.read_tensor(one), shards.read_tensor(other).to(getattr(torch, one.dtype)))
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
-from adapters import backbones, installed, places, shards
+from adapters import backbones, installed, loadoptions, places, shards
 from adapters.adapt import Row
 from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.tasks import TASKS, headless
@@ -83,6 +83,7 @@ def sketch(name: str, load: Mapping[str, Any]) -> Sketch | None:
         FolderError: a damaged or dangerous folder.
         RequestError: a folder that is not there or holds no model.
     """
+    loadoptions.check(load, name)
     folder: Path | None = Path(name).expanduser()
     if folder is not None and not folder.is_dir():
         if places.is_path(name):

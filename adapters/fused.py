@@ -21,6 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from adapters import onload
 from adapters.anatomy import is_tuner_layer, linear_map
 from adapters.injection import ADAPTER
 from adapters.memory import free_memory
@@ -52,7 +53,10 @@ def plan(model: nn.Module, device: torch.device) -> Plan:
         model: with peft's layers in it.
         device: on which it will train.
     """
-    return planned(model, free_memory(device)) if native(device) else Plan()
+    if not native(device):
+        return Plan()
+    # Copies that stay would take the memory that weights were offloaded for.
+    return planned(model, 0 if onload.placed(model) is not None else free_memory(device))
 
 
 def planned(model: nn.Module, room: int) -> Plan:
@@ -67,7 +71,7 @@ def planned(model: nn.Module, room: int) -> Plan:
         keep,
         f"{len(large)} adapted weights are multiplied in bfloat16 while training, which this device does natively; "
         "what trains stays in its own dtype, and evaluation is as without it (bf16=False in a dict of args: not so)"
-        + ("" if keep else "; memory does not hold copies of them, so they are cast in every step"),
+        + ("" if keep else "; memory is not to hold copies of them, so they are cast in every step"),
     )
 
 

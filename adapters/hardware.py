@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from adapters.budget import Line, Plan, gigabytes
@@ -22,6 +23,8 @@ NEARER: Final = (
 )  # tried where the recipe's own strategy does not fit: the least weights, the least steps
 SHOWN: Final = 3  # cards that a line lists
 LOOKED_AT: Final = 256  # rows
+UNKEPT: Final = {"prefix_cache": False, "warm_head": False}  # of a stream: what needs all rows before they are learnt
+STREAM: Final = "a stream: nothing of its rows is kept, and no head is solved on them"
 
 
 def needs(recipe: Mapping[str, Any]) -> list[str]:
@@ -94,7 +97,8 @@ def of_recipe(
         RequestError: as `plan` does.
     """
     chosen: Any = strategies if strategies is not None else recipe.get("strategy", "lora")
-    return plan(
+    streamed = bool(recipe.get("streaming"))
+    found = plan(
         recipe["model"],
         chosen,
         task=recipe.get("task", "text-classification"),
@@ -103,7 +107,7 @@ def of_recipe(
         load=recipe.get("load") or {},
         length=length,
         rows=rows,
-        args=recipe.get("train") or {},
+        args={**(recipe.get("train") or {}), **(UNKEPT if streamed else {})},
         device=device,
         memory=memory,
         processes=processes,
@@ -111,6 +115,7 @@ def of_recipe(
         say=say,
         **(recipe.get("options") or {}),
     )
+    return replace(found, notes=(*found.notes, STREAM)) if streamed else found
 
 
 def longest(recipe: Mapping[str, Any], task: Task, rows: Dataset) -> int | None:

@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from adapters.options import field_names
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from adapters.contracts import Task
+    from adapters.contracts import Adapted, Task
 
 GENERIC = re.compile(r"LABEL_\d+")  # transformers' name of an output that nobody named
 SHOWN = 4  # labels that a line lists at most
@@ -96,6 +98,14 @@ def first_values(model: PreTrainedModel, names: Collection[str]) -> dict[str, st
         for name, parameter in model.named_parameters()
         if own_name(name) in names
     }
+
+
+def is_new(adapted: Adapted) -> bool:
+    """Whether there is a new head, as `adapt` made it, of a task whose loss is one over its outputs."""
+    if "layer" not in field_names(type(adapted.task)) or not adapted.record.first:
+        return False
+    # Else it has been trained, or given other values.
+    return first_values(adapted.model, adapted.record.first) == adapted.record.first
 
 
 def _begin_anew(model: PreTrainedModel, head: Collection[str]) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from adapters import (
+    data,
     exchange,
     features,
+    featurestore,
     heads,
     interrupts,
-    kept,
     neighbours,
     pooling,
     progress,
@@ -36,12 +37,12 @@ from adapters import (
 from adapters.anatomy import block_lists, own_name
 from adapters.contracts import Adapted, Draw
 from adapters.errors import RequestError
+from adapters.featurestore import Features, Known
 from adapters.memory import free_memory
 from adapters.options import field_names
 from adapters.prefix import batches, row_keys
 from adapters.progress import Job
 from adapters.reading import OWN, Reading
-from adapters.states import States
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +74,7 @@ class Rows:
         seed: of the choice of rows.
         draw: what is random about a training row.
         cache: whose features are kept for later runs, and how many of them on disk (see `kept.opened`); empty for none.
+        known: from runs before over the same rows.
     """
 
     train: Any
@@ -83,16 +85,17 @@ class Rows:
     seed: int
     draw: Draw
     cache: Mapping[str, Any]
+    known: Known
 
     def batches(self, rows: Any, most: int | None) -> Iterator[dict[str, Any]]:
         """Batches of like length; of more rows than `most` a seeded sample."""
-        lengths = list(rows["length"])
+        lengths = rows["length"][:]
         picks = list(range(len(lengths)))
         if most is not None and len(picks) > most:
             order = torch.randperm(len(picks), generator=torch.Generator().manual_seed(self.seed))
             picks = sorted(order[:most].tolist())
         for indices in batches([lengths[pick] for pick in picks]):
-            yield self._batch(self.collate([rows[picks[index]] for index in indices]))
+            yield self._batch(self.collate(data.at(rows, [picks[index] for index in indices])))
 
     def counted(self, rows: Any, most: int | None) -> Iterator[dict[str, Any]]:
         """The same; when the next batch is asked for, the last one counts as done for the job at hand."""
@@ -113,7 +116,7 @@ class Rows:
         )
 
     def _few(self) -> list[Any]:
-        return [self.train[index] for index in range(min(3, len(self.train)))]
+        return data.at(self.train, range(min(3, len(self.train))))
 
     def _batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch.pop("row", None)
@@ -165,10 +168,8 @@ class AtStart(TrainerCallback):
 
 def new_layer(adapted: Adapted, rows: Rows) -> nn.Linear | None:
     """The output layer, where it is as `adapt` made it and its task's loss is one over its outputs; else None."""
-    if "layer" not in field_names(type(adapted.task)) or not adapted.record.first:
+    if not heads.is_new(adapted):
         return None
-    if heads.first_values(adapted.model, adapted.record.first) != adapted.record.first:
-        return None  # it has been trained, or given other values
     batch = rows.first()
     if batch.pop("labels", None) is None:
         return None
@@ -323,16 +324,24 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     most = (None, None) if alone else (WARM_ROWS, HELD_ROWS)
     parts = zip((rows.train, rows.held or ()), most, strict=True)
     sizes = [min(len(part), limit or len(part)) for part, limit in parts]
-    with rows.computing(), Job("reading features", sum(sizes), "rows"):
-        states = _kept_features(adapted, rows, layer, readings)
-        with interrupts.leaving(states.left):
-            train, labels = features.of_rows(extract, rows.counted(rows.train, most[0]), states, row_keys)
-            held = None
-            if rows.held is not None:
-                held = features.of_rows(extract, rows.counted(rows.held, most[1]), states, row_keys)
+    with rows.computing():
+        states = featurestore.opened(adapted, layer, readings, rows.device, rows.cache)
+
+        def read() -> Features | None:
+            with Job("reading features", sum(sizes), "rows"), interrupts.leaving(states.left):
+                own, held = features.of_rows(extract, rows.counted(rows.train, most[0]), states, row_keys), None
+                if rows.held is not None:
+                    held = features.of_rows(extract, rows.counted(rows.held, most[1]), states, row_keys)
+            finite = all(bool(torch.isfinite(part).all()) for part in (own[0], *(held or ())[:1]))
+            return (own, held) if finite else None
+
+        choosing = (most, rows.seed if sizes != [len(rows.train), len(rows.held or ())] else None)
+        of = (states.folder, rows.train, rows.held, choosing)
+        found = rows.known.features(of, read)
         states.flush()
-    if not all(bool(torch.isfinite(part).all()) for part in (train, *(held or ())[:1])):
+    if found is None:
         return None, "nothing is solved: the backbone's features are not finite"
+    (train, labels), held = found
     task: Any = adapted.record.task or adapted.task
 
     def loss(logits: Tensor, targets: Tensor, items: int) -> Tensor:
@@ -342,10 +351,25 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     bias = layer.bias is not None
     # A start must bear that the features change: no weight may live on a small difference between large numbers.
     how: dict[str, Any] = {} if alone else {"even": True, "penalties": STARTS}
-    with Job("solving the head", len(STARTS if not alone else solve.PENALTIES), "penalties"):
-        choice = solve.chosen(
-            train, labels, loss, layer.out_features, items=task.items, held=held, bias=bias, seed=rows.seed, **how
-        )
+
+    def solving() -> solve.Choice:
+        with Job("solving the head", len(STARTS if not alone else solve.PENALTIES), "penalties"):
+            return solve.chosen(
+                train,
+                labels,
+                loss,
+                layer.out_features,
+                items=task.items,
+                held=held,
+                bias=bias,
+                seed=rows.seed,
+                turns=rows.known.turned(train),
+                **how,
+            )
+
+    # Rows that choose leave nothing to the seed, which divides the training rows where there are none.
+    terms = [task, layer.out_features, bias, how, None if held is not None else rows.seed]
+    choice = rows.known.choice(of, terms, solving)
     strain = _strain(choice.layer, train[:, choice.place])
     return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
 
@@ -357,7 +381,7 @@ def _read_apart(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[
     """
     alone = bool(readings)
     readings = readings or (Reading(),)
-    states = exchange.in_all(lambda: _kept_features(adapted, rows, layer, readings))
+    states = exchange.in_all(lambda: featurestore.opened(adapted, layer, readings, rows.device, rows.cache))
     group = neighbours.sharing(states.folder)
     turn = group.index(ranks.rank())
 
@@ -380,23 +404,6 @@ def _strain(layer: solve.Solved, read: Tensor) -> float:
     size = read.square().mean().sqrt()
     apart = layer.logits(read).std(0, unbiased=False)
     return float(layer.weight.norm() * size / apart.norm().clamp_min(1e-30))
-
-
-def _kept_features(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> States:
-    """What is kept of the rows' features; of an adapted backbone, whose adapters are new in each run, in memory."""
-    if not rows.cache:
-        return States(None, 0)
-    path = next(path for path, module in adapted.model.named_modules() if module is layer)
-    # What the live model's own place is, its task says: the same name stands for other features there.
-    placed = reading.of(adapted.record.task or adapted.task)
-    places = " ".join(f"{one.pooling}@{one.layer}" for one in (placed, *readings))
-    how: dict[str, Any] = {
-        "dtype": torch.float32,
-        "device": rows.device,
-        "more": f"features {places}",
-        "apart": (path,),
-    }
-    return kept.opened(adapted.model, path, **how, **rows.cache)
 
 
 def _score(choice: solve.Choice, one: solve.Tried) -> str:

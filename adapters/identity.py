@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from adapters.errors import DataError, message
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+# The identity of sets that are in memory, as long as they are.
+_TAKEN: weakref.WeakKeyDictionary[Dataset, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 def identities(rows: Dataset, column: str) -> list[Any]:
@@ -31,12 +35,19 @@ def identities(rows: Dataset, column: str) -> list[Any]:
 def fingerprint(rows: Dataset) -> dict[str, Any]:
     """The identity of rows: their number, columns, and a sha256 over every value in order; of a picture its bytes.
 
+    Of a set whose values stand in its own table it is taken once: files may change, and what a transform of the
+    caller's gives.
+
     Raises:
         DataError: the file of a picture that is no longer there.
     """
     from datasets import Image
 
     pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    stays = not pictures and rows.format["type"] is None
+    if stays and rows in _TAKEN:
+        return dict(_TAKEN[rows])
+    whole = rows
     columns = list(rows.column_names)
     for name in pictures:
         rows = rows.cast_column(name, Image(decode=False))
@@ -46,7 +57,10 @@ def fingerprint(rows: Dataset) -> dict[str, Any]:
             row[name] = _picture_digest(row[name], f"row {number}, column {name!r}")
         digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
         digest.update(b"\n")
-    return {"rows": len(rows), "columns": columns, "sha256": digest.hexdigest()}
+    found = {"rows": len(rows), "columns": columns, "sha256": digest.hexdigest()}
+    if stays:
+        _TAKEN[whole] = found
+    return dict(found)
 
 
 def _picture_digest(cell: Mapping[str, Any] | None, where: str) -> str | None:

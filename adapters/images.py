@@ -205,12 +205,18 @@ def from_paths(table: Dataset, file: Path) -> Dataset:
         DataError: a picture that is not there; with the row.
         MissingPackageError: Pillow is not installed.
     """
-    names = {name.casefold(): name for name in table.column_names}
-    column = next((names[name] for name in PATHS if name in names and _names_pictures(table, names[name])), None)
-    if column is None or ("image" in table.column_names and column != "image"):
+    column = column_of_paths(table)
+    if column is None:
         return table
     _pillow()
     return _with_pictures(table, column, _paths(table, column, file, [file.parent, Path()]))
+
+
+def column_of_paths(table: Dataset) -> str | None:
+    """The column of a table that holds nothing but names of pictures; None where there is none."""
+    names = {name.casefold(): name for name in table.column_names}
+    column = next((names[name] for name in PATHS if name in names and _names_pictures(table, names[name])), None)
+    return None if "image" in table.column_names and column != "image" else column
 
 
 def _names_pictures(table: Dataset, column: str) -> bool:

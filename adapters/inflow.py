@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,14 @@ class Inflow:
         shards: how many parts of it can be read apart from each other.
         files: the names of the files that it is made of; empty where they are not known.
         features: as `datasets` knows them; None where they are not known.
+        columns: task column -> column of these rows, where the rows that they are evaluated on have other names.
     """
 
     source: Any
     shards: int
     files: tuple[str, ...]
     features: Any
+    columns: Mapping[str, str] | None = None
 
     def rows(self, shard: int, epoch: int) -> Iterator[Mapping[str, Any]]:
         """The rows of one shard in an epoch, as they come.
@@ -73,10 +76,16 @@ class Inflow:
             return self.files[shard]
         return f"the stream, shard {shard}" if self.shards > 1 else "the stream"
 
-    def first(self, rows: int) -> list[Mapping[str, Any]]:
-        """The first rows of the first shards that have any."""
-        parts = (self.rows(shard, 0) for shard in range(self.shards))
-        return list(itertools.islice(itertools.chain.from_iterable(parts), rows))
+    def first(self, rows: int, each: int | None = None) -> list[tuple[str, Mapping[str, Any]]]:
+        """The first rows of the first shards that have any, with their places; so many of each at most."""
+        found: list[tuple[str, Mapping[str, Any]]] = []
+        for shard in range(self.shards):
+            left = rows - len(found)
+            if left <= 0:
+                break
+            part = itertools.islice(self.rows(shard, 0), left if each is None else min(left, each))
+            found += [(f"{self.name(shard)}, row {number}", row) for number, row in enumerate(part)]
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """The identity of the stream: a sha256 over its shards and its first rows.
@@ -90,7 +99,7 @@ class Inflow:
         digest = hashlib.sha256(f"{self.shards}\n".encode())
         for file in self.files:
             digest.update(_file(file) + b"\n")
-        rows = self.first(ROWS)
+        rows = [row for _, row in self.first(ROWS)]
         if not rows:
             raise DataError(message("the data is empty", where="train_dataset", found="0 rows"))
         digest.update(content(rows))
@@ -101,11 +110,13 @@ def opened(source: Any) -> Inflow:
     """A stream as shards.
 
     Args:
-        source: a `datasets.IterableDataset`, or any other of torch's.
+        source: a `datasets.IterableDataset`, or any other of torch's; what is opened already stays as it is.
 
     Raises:
         RequestError: it was divided among processes already.
     """
+    if isinstance(source, Inflow):
+        return source
     if getattr(source, "_distributed", None) is not None:
         raise RequestError(
             message(
@@ -124,6 +135,57 @@ def opened(source: Any) -> Inflow:
     files = given.get("original_files", given.get("base_files", given.get("files", ())))
     named = tuple(files) if isinstance(files, Sequence) and all(isinstance(file, str) for file in files) else ()
     return Inflow(source, int(source.num_shards) if apart else 1, named, getattr(source, "features", None))
+
+
+def unheard(steps: Any, weights: Any, head: Any) -> dict[str, str]:
+    """What a run over a stream cannot do as it is asked to: name of the setting -> the fault.
+
+    Args:
+        steps: `max_steps`; above 0 where somebody has said it.
+        weights: `class_weights`.
+        head: `warm_head`.
+    """
+    found = {}
+    if not isinstance(steps, int) or steps <= 0:
+        found["max_steps"] = message(
+            "nobody knows how many rows a stream has",
+            where="args: max_steps",
+            expected="the number of steps; a stream that ends before begins anew",
+            remedy="Say max_steps: rows x epochs / rows of a step.",
+        )
+    if weights == "balanced":
+        found["class_weights"] = message(
+            "balanced class weights are counted over all rows, which nobody knows of a stream",
+            where="class_weights",
+            remedy="Give a weight a label, or the rows as a set.",
+        )
+    if head:
+        found["warm_head"] = message(
+            "a head is solved on all rows, which nobody knows of a stream",
+            where="args: warm_head",
+            remedy="Leave it out, or give the rows as a set.",
+        )
+    return found
+
+
+# "row 3" and "rows 3, 7": rows by their numbers among some; those of a part that is named are that part's own.
+_NUMBERED = re.compile(r"(?:list of rows, )?(?<!validation )(?<!test )\brows? (\d+(?:, \d+)*)\b")
+
+
+def placed(text: str, places: Sequence[str]) -> str:
+    """A fault of some rows with the place of each row that it names by its number among them.
+
+    Args:
+        text: the fault; one that names no row stays as it is.
+        places: of the rows.
+    """
+
+    def own(found: re.Match[str]) -> str:
+        numbers = [int(number) for number in found[1].split(",")]
+        known = all(number < len(places) for number in numbers)
+        return ", ".join(places[number] for number in numbers) if known else found[0]
+
+    return _NUMBERED.sub(own, text)
 
 
 def _counting(kind: Any) -> bool:

@@ -7,6 +7,7 @@ keep their names, and that the model is afterwards what it was before.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from adapters.anatomy import (
     own_name,
     owner,
     select,
+    tuner_layers,
 )
 from adapters.edits import Edit, MergeLayer, replace_all
 from adapters.errors import RequestError, message
@@ -96,7 +98,7 @@ def choose(
             message("no blocks are named", where="layers_to_transform", remedy="Name one, or leave it out.")
         )
     if layers is not None:
-        chosen = _in_layers(model, chosen, [layers] if isinstance(layers, int) else list(layers))
+        chosen = in_layers(model, chosen, [layers] if isinstance(layers, int) else list(layers))
     if not chosen:
         raise RequestError(message("nothing is left to adapt", where="target_modules, exclude_modules"))
     _refuse_tied(model, chosen)
@@ -130,7 +132,7 @@ def _named(
     return select(list(patterns), known, option=option)
 
 
-def _in_layers(model: PreTrainedModel, paths: Sequence[str], layers: Sequence[int]) -> list[str]:
+def in_layers(model: PreTrainedModel, paths: Sequence[str], layers: Sequence[int]) -> list[str]:
     lists = block_lists(model)
     depth = max((blocks.length for blocks in lists), default=0)
     wrong = [layer for layer in layers if not 0 <= layer < depth]
@@ -223,7 +225,7 @@ def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]
     import peft
 
     try:
-        with _quiet(), deferred.unpacked():
+        with _quiet(), deferred.unpacked(), _as_named():
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as fault:
         raise _refused(config, model, expected, " ".join(str(fault).split())) from fault
@@ -310,12 +312,56 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _as_named() -> Iterator[None]:
+    """The names of a config are those of the live model, whatever its class called them once.
+
+    peft takes a `gate_proj` of DeepSeek's, GLM's or ERNIE's mixtures for an expert's from the time when each expert was
+    a module, and gives the experts factors in the place of the shared expert's and the dense blocks' linear maps.
+    """
+    conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+    name = "convert_peft_config_for_transformers"
+    kept = getattr(conversion, name)
+    setattr(conversion, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(conversion, name, kept)
+
+
+def misread(model: nn.Module, document: Mapping[str, Any]) -> str:
+    """Why peft would adapt other modules than this adapter_config.json names; empty where it would not.
+
+    Opening a folder, peft does what `_as_named` keeps it from doing here, and no spelling of the names avoids it.
+
+    Args:
+        model: whose class decides; its weights are not looked at.
+        document: the config.
+    """
+    if document.get("peft_type") != "LORA":
+        return ""
+    deferred.import_peft()
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    named = set(document["target_modules"])
+    config = peft.LoraConfig(target_modules=list(named))
+    # Where only some of the expert's maps are named, peft refuses them all.
+    with contextlib.suppress(ValueError):
+        convert_peft_config_for_transformers(config, model, None)
+        if set(config.target_modules or ()) == named:
+            return ""
+    lost = sorted(named - set(config.target_modules or ())) or sorted(named)
+    return (
+        f"peft takes {', '.join(lost)} of {type(model).__name__} for names that experts had before transformers 5, and "
+        "would put these factors elsewhere"
+    )
+
+
 def strip(model: PreTrainedModel) -> None:
     """Put the original module objects back and remove what peft left on the model."""
-    for path, module in list(model.named_modules()):
-        if is_tuner_layer(module):
-            base: Any = module
-            model.set_submodule(path, base.get_base_layer())
+    for path, layer in tuner_layers(model):
+        model.set_submodule(path, layer.get_base_layer())
     for leftover in ("peft_config", "_hf_peft_config_loaded"):
         if leftover in vars(model):
             delattr(model, leftover)
@@ -349,9 +395,7 @@ def grouped(
         own = name.removeprefix(PREFIX)
         path = next((p for p in _ancestors(own) if p in modules), None)
         inner = own.removeprefix(f"{path}.") if path else ""
-        if path is None or inner in ("weight", "bias"):
-            whole[own] = tensor
-        elif inner.startswith("base_layer."):
+        if path is None or inner in ("weight", "bias") or inner.startswith("base_layer."):
             whole[own_name(own)] = tensor
         else:
             by_module.setdefault(path, {})[inner] = tensor

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapters import shards
 from adapters.manifest import WEIGHTS, read_manifest
+from adapters.options import without_layout
 from adapters.reading import OWN, Reading
 
 LONGEST = 400  # characters of an option's value that are shown
@@ -34,7 +35,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "format": document["format"],
         "strategy": document["strategy"]["name"],
-        "options": {k: v for k, v in document["strategy"]["options"].items() if k != "modules"},
+        "options": without_layout(document["strategy"]["options"]),
         "task": document["task"],
         "backbone": {
             "name": backbone["name"],

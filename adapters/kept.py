@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters import exchange, interrupts, neighbours, origin, ranks
+from adapters import data, exchange, interrupts, neighbours, origin, ranks
 from adapters.forms import Form
 from adapters.prefix import Cut, Prefix, batches, cut_of, unpadded
 from adapters.progress import Job
@@ -29,11 +29,17 @@ from adapters.states import States, cache_folder, room_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from adapters.contracts import Adapted
+
 logger = logging.getLogger(__name__)
+
+# By a set's id: the set, and what its rows are known by, by their place.
+Names = dict[int, tuple[Any, dict[int, bytes]]]
 
 FORM: Final = "form.json"  # beside the states: what the modules below the cut return
 AGAIN: Final = "the frozen prefix is computed in every epoch"
 KEY: Final = 16  # bytes of what a row is known by
+AGAIN_LATER: Final = 2.0  # passes of rows that this run passes once, and the next one takes up
 READING: Final = 0.05  # of computing a row's states: what reading them takes, at most
 
 
@@ -44,7 +50,7 @@ class Request:
 
     Attributes:
         sets: prepared rows, each with a column "length"; the training rows first.
-        passes: how often the run passes each of them.
+        passes: how often each of them is passed; nothing is kept of a set that never is.
         collate: a batch of a set's features; the flag asks for the training rows' random draw.
         redraw: moves that draw to another epoch and back: whether the rows are the same in every epoch is tried.
         dtype: of the kept states; None for the model's own.
@@ -54,6 +60,7 @@ class Request:
         gigabytes: that kept states of all runs may take on disk; None for the smaller of 10 and a tenth of what is
             free, 0 for memory only.
         say: takes what is to be said, once each.
+        names: what rows are known by that were looked at before, in this run or in others that share it.
     """
 
     sets: Sequence[Any]
@@ -66,6 +73,7 @@ class Request:
     fingerprint: str
     gigabytes: float | None
     say: Callable[[str], None]
+    names: Names = field(default_factory=dict)
 
     def batch(self, features: Sequence[Mapping[str, Any]], *, training: bool) -> dict[str, Any]:
         """Model inputs on the model's device."""
@@ -89,7 +97,8 @@ def opened(
     gigabytes: float | None,
     say: Callable[[str], None],
     more: str = "",
-    apart: Sequence[str] = (),
+    apart: Collection[str] = (),
+    silent: Collection[str] = (),
 ) -> States:
     """What is kept of a model's states at a module; in memory only where they cannot be named, or no disk is wanted.
 
@@ -102,12 +111,20 @@ def opened(
         gigabytes: on disk, see `Request`.
         say: takes what is to be said.
         more: what else tells these states from others.
-        apart: modules whose tensors do not count.
+        apart: modules that do not count.
+        silent: modules whose adapters change nothing yet.
     """
     if gigabytes == 0:
         return States(None, 0, say=say)
     digest, why = origin.of(
-        model, path, fingerprint=fingerprint, kept=dtype, device=device, more=more, apart=frozenset(apart)
+        model,
+        path,
+        fingerprint=fingerprint,
+        kept=dtype,
+        device=device,
+        more=more,
+        apart=frozenset(apart),
+        silent=frozenset(silent),
     )
     if not digest:
         logger.info("kept states stay in memory: %s", why)
@@ -135,10 +152,10 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
     if any("length" not in (getattr(part, "column_names", None) or ()) for part in request.sets):
         return None, f"{AGAIN}: rows that come one by one, or prepared without a column 'length', are not kept"
     rows = request.sets[0]
-    lengths = [list(part["length"]) for part in request.sets]
+    lengths = [part["length"][:] for part in request.sets]
     ends = sorted(range(len(rows)), key=lambda row: lengths[0][row])
     picks = sorted({ends[0], ends[len(ends) // 2], ends[-1]})
-    some = [rows[index] for index in picks]
+    some = data.at(rows, picks)
     first = request.batch(some, training=True)
     request.redraw(1)
     second = request.batch(some, training=True)
@@ -168,6 +185,37 @@ def kept(model: PreTrainedModel, trained: Sequence[str], request: Request) -> tu
     return prefix, ""
 
 
+def of_rows(
+    adapted: Adapted, rows: Any, passes: float, gigabytes: float | None = None, names: Names | None = None
+) -> Prefix | None:
+    """The frozen prefix of prepared rows that are evaluated more than once, in other runs too; None for none.
+
+    Args:
+        adapted: what is evaluated.
+        rows: prepared, with a column "length".
+        passes: how often they are.
+        gigabytes, names: see `Request`.
+    """
+
+    def collate(some: Sequence[Mapping[str, Any]], training: bool) -> dict[str, Any]:
+        return adapted.task.collate(some, adapted.model, adapted.processor)
+
+    request = Request(
+        sets=[rows],
+        passes=[passes],
+        collate=collate,
+        redraw=lambda epoch: None,
+        dtype=None,
+        device=adapted.model.device,
+        noisy=False,
+        fingerprint=adapted.fingerprint.digest,
+        gigabytes=gigabytes,
+        say=logger.info,
+        names={} if names is None else names,
+    )
+    return kept(adapted.model, adapted.trained, request)[0]
+
+
 def _worth(
     model: PreTrainedModel,
     cut: Cut,
@@ -188,7 +236,8 @@ def _worth(
             return None, f"{AGAIN}: {type(model).__name__} cannot be cut ({fault})"
         form = trial.form
     counted = sum(lengths[0][index] for index in picks)
-    needed = trial.nbytes * sum(map(sum, lengths)) // max(1, counted)
+    passed = [sum(sizes) for sizes, often in zip(lengths, request.passes, strict=True) if often]
+    needed = trial.nbytes * sum(passed) // max(1, counted)
     if needed > states.memory and (states.folder is None or needed > states.budget):
         return None, (
             f"{AGAIN}: keeping it would take about {needed / 1e9:.1f} GB, more than half of the free memory "
@@ -198,8 +247,13 @@ def _worth(
     return form, None
 
 
-def passes(args: TrainingArguments, rows: Any, held: int, *, evaluates: bool) -> list[float]:
-    """How often a run passes its training rows and each of so many sets of validation rows, about."""
+def passes(args: TrainingArguments, rows: Any, held: int, *, evaluates: bool, steps: bool) -> list[float]:
+    """How often a run passes its training rows and each of so many sets of validation rows, about.
+
+    A run without steps passes the validation rows once; the next one takes them up.
+    """
+    if not steps:
+        return [0.0, *[AGAIN_LATER] * held]
     found = float(args.num_train_epochs)
     if args.max_steps > 0 and hasattr(rows, "__len__"):
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -216,17 +270,19 @@ def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) 
     states = prefix.states
     group = neighbours.sharing(states.folder)
     turn, total, old = group.index(ranks.rank()), 0, 0
-    rows = sum(map(len, lengths))
+    rows = sum(len(sizes) for sizes, often in zip(lengths, request.passes, strict=True) if often)
     with Job("computing the frozen prefix", rows, "rows") as job, interrupts.leaving(states.left):
         found = []
         for number, sizes in enumerate(lengths):
-            own = batches(sizes)[turn :: len(group)]
+            own = batches(sizes)[turn :: len(group)] if request.passes[number] else []
             found.append(exchange.in_all(lambda n=number, mine=own: _computed(prefix, request, n, mine, job)))  # type: ignore[misc]
         states.flush()
         if len(group) > 1:
             ranks.wait()
             states.look_again()
         for number, (part, sizes) in enumerate(zip(request.sets, lengths, strict=True)):
+            if not request.passes[number]:
+                continue
             mine = found[number]
             there = exchange.arrays(np.array(mine.numbers, dtype=np.int64))
             keys = exchange.arrays(np.frombuffer(b"".join(mine.keys), dtype=np.uint8).reshape(-1, KEY))
@@ -240,7 +296,7 @@ def _filled(prefix: Prefix, request: Request, lengths: Sequence[Sequence[int]]) 
             if len(group) > 1:
                 _made_up(prefix, request, number, batches(sizes), known)
             if "row" in part.column_names and unpadded_all and len(known) == len(sizes):
-                numbers = part["row"]
+                numbers = part["row"][:]
                 prefix.know(part, {int(numbers[index]): key for index, key in known.items()})
     return total, sum(ranks.gathered(old)[member] for member in group) if len(group) > 1 else old
 
@@ -257,16 +313,39 @@ class _Part:
 
 
 def _computed(prefix: Prefix, request: Request, number: int, own: Sequence[Sequence[int]], job: Job) -> _Part:
-    """Keep the rows of some batches of a set."""
+    """Keep the rows of some batches of a set; those that are known and kept already are not made again."""
     found = _Part([], [])
+    names = _names(prefix, request, number, own)
     for indices in own:
-        inputs = request.batch([request.sets[number][index] for index in indices], training=number == 0)
-        found.old += sum(key in prefix.states for key in prefix.keys(inputs))
-        found.keys += prefix.add(inputs)
+        keys = [names[index] for index in indices if index in names]
+        if len(keys) == len(indices) and all(key in prefix.states for key in keys):
+            found.old += len(indices)
+        else:
+            inputs = request.batch(data.at(request.sets[number], indices), training=number == 0)
+            found.old += sum(key in prefix.states for key in prefix.keys(inputs))
+            keys = prefix.add(inputs)
+            found.unpadded = found.unpadded and unpadded(inputs)
+            if unpadded(inputs):  # others are known with their padding, which is another in another batch
+                names.update(zip(indices, keys, strict=True))
+        found.keys += keys
         found.numbers += indices
-        found.unpadded = found.unpadded and unpadded(inputs)
         job.advance(len(indices))
     return found
+
+
+def _names(prefix: Prefix, request: Request, number: int, own: Sequence[Sequence[int]]) -> dict[int, bytes]:
+    """What the rows of a set were known by before, where the first of them is known by the same now; to be filled."""
+    if not own:
+        return {}
+    rows, first = request.sets[number], own[0][0]
+    known, names = request.names.get(id(rows), (None, {}))
+    if known is rows and first in names:
+        now = prefix.keys(request.batch([rows[first]], training=number == 0))
+        if now == [names[first]]:
+            return names
+    names = {}
+    request.names[id(rows)] = rows, names
+    return names
 
 
 def _made_up(
@@ -277,12 +356,14 @@ def _made_up(
         if all(known[index] in prefix.states for index in indices):
             continue
         before = len(prefix.states)
-        prefix.add(request.batch([request.sets[number][index] for index in indices], training=number == 0))
+        prefix.add(request.batch(data.at(request.sets[number], indices), training=number == 0))
         if len(prefix.states) == before:
             return
 
 
 def _say_what(prefix: Prefix, model: PreTrainedModel, cut: Cut, request: Request, found: tuple[int, int]) -> None:
+    if not logger.isEnabledFor(logging.INFO):
+        return
     total, old = found
     below = origin.weights(model, origin.below(model, cut.path))
     every = max(1, origin.weights(model, [path for path, _ in model.named_modules()]))

@@ -18,9 +18,9 @@ from typing import Any, Final, final
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from adapters import exchange, processes, ranks, remarks
+from adapters import exchange, inflow, processes, ranks, remarks
 from adapters.contracts import Draw
-from adapters.errors import DataError, RequestError, message
+from adapters.errors import AdaptersError, DataError, RequestError, message
 from adapters.inflow import Inflow, content
 
 BLOCK: Final = 128  # raw rows that are prepared at once
@@ -96,8 +96,9 @@ class Flow(IterableDataset[Any]):
         self._turns: list[int] = []  # by process: the lane that its last batch came from
         self._collate: Callable[[list[Any]], dict[str, Any]] | None = None
         self._counted: list[list[str]] = []  # of each block its rows, and what is to be said of it
-        raw = source.first(BLOCK)
-        rows, said = self._made(raw, source.name(0))
+        first = source.first(BLOCK)
+        raw = [row for _, row in first]
+        rows, said = self._made(raw, [place for place, _ in first])
         self.remarks = [f"in the first {len(raw)} rows of the stream: {remark}" for remark in said]
         self.some = [dict(row) for row in rows]
         if not self.some:
@@ -175,7 +176,7 @@ class Flow(IterableDataset[Any]):
         try:
             found = list(itertools.islice(batches, wanted))
         except Exception as raised:
-            fault = raised
+            fault = _of_worker(raised)
         places = [place for batch in found for place in batch.pop(PLACE)]
         self._counted += [block for batch in found for block in batch.pop(REMARKS)]
         exchange.stop_all(fault)
@@ -209,13 +210,13 @@ class Flow(IterableDataset[Any]):
             DataError: a row that cannot be prepared.
         """
         digest, block = "", -1
-        for block, (where, rows) in enumerate(_blocks(self._mixed(lane))):
+        for block, (places, rows) in enumerate(_blocks(self._mixed(lane))):
             digest = _chained(digest, rows)
             if block + 1 == lane.proven and digest != lane.digest:
                 raise _others(lane)
             if block < lane.first or (block - lane.first) % lane.every:
                 continue
-            made, said = self._made(rows, where)
+            made, said = self._made(rows, places)
             note = [str(len(rows)), *said]
             for number, row in enumerate(made):
                 if block > lane.first or number >= lane.taken:
@@ -227,13 +228,18 @@ class Flow(IterableDataset[Any]):
         if block + 1 < lane.proven:
             raise _others(lane)
 
-    def _made(self, rows: list[Mapping[str, Any]], where: str) -> tuple[Iterable[Mapping[str, Any]], list[str]]:
+    def _made(
+        self, rows: list[Mapping[str, Any]], places: Sequence[str]
+    ) -> tuple[Iterable[Mapping[str, Any]], list[str]]:
         if self._prepare is None:
             return rows, []
         try:
             return self._prepare(rows)
         except DataError as fault:
-            raise DataError(f"{where} (rows are counted from there): {fault}") from fault
+            said = inflow.placed(str(fault), places)
+            if places and said == str(fault):
+                said = f"{places[0]} and the rows read after it: {said}"
+            raise DataError(said) from fault
 
     def _mixed(self, lane: Lane) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """A lane's raw rows, in an order that seed, epoch and lane alone decide; with their places for messages."""
@@ -309,9 +315,9 @@ class _Collated:
         return {**self._collate(rows), PLACE: list(places.values()), REMARKS: notes}
 
 
-def _blocks(rows: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+def _blocks(rows: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[list[str], list[Mapping[str, Any]]]]:
     while block := list(itertools.islice(rows, BLOCK)):
-        yield block[0][0], [row for _, row in block]
+        yield [place for place, _ in block], [row for _, row in block]
 
 
 def _chained(digest: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -320,6 +326,14 @@ def _chained(digest: str, rows: Sequence[Mapping[str, Any]]) -> str:
     state = xxhash.xxh3_128(digest.encode())
     state.update(content(rows))
     return state.hexdigest()
+
+
+def _of_worker(fault: Exception) -> Exception:
+    """A fault as it was raised; torch puts the traceback of a worker before the words of its fault."""
+    if not isinstance(fault, AdaptersError) or not str(fault).startswith("Caught "):
+        return fault
+    last = str(fault).rstrip().rpartition("\n")[2]
+    return type(fault)(last.partition(": ")[2])
 
 
 def _others(lane: Lane) -> RequestError:

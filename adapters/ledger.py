@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from adapters.manifest import WEIGHTS
+from adapters.options import without_layout
 from adapters.profile import aligned
 
 SHOWN: Final = 60  # lines of the table for people
@@ -44,7 +45,7 @@ def told_by(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says, by dotted names; of tensors their number, parameters and bytes."""
     backbone = document["backbone"]
     told: dict[str, Any] = {"strategy": document["strategy"]["name"]}
-    options = {k: v for k, v in document["strategy"]["options"].items() if k != "modules"}
+    options = without_layout(document["strategy"]["options"])
     _flat("options", options, told)
     told["task"] = document["task"]["name"]
     _flat("task", document["task"]["options"], told)

@@ -8,6 +8,8 @@ draw as in a load of its own. What cannot be put back in place (packed weights, 
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
@@ -49,10 +51,14 @@ class Lent:
         self._modules: dict[str, nn.Module] = {}
         self._hooks: dict[str, int] = {}
         self._config: dict[str, Any] = {}
+        self._copy: tuple[Any, bytes] | None = None  # of the processor, for who begins next; and what it held
         self._away = False
 
-    def begin(self) -> tuple[PreTrainedModel, set[str], Any]:
+    def begin(self, processor: Any = None) -> tuple[PreTrainedModel, set[str], Any]:
         """The model as it was loaded, what is new in it at first values of torch's random state, and a processor.
+
+        Args:
+            processor: the borrower's own; None for one of the backbone's, which nobody else has.
 
         Raises:
             BackboneError: it is still away.
@@ -61,16 +67,21 @@ class Lent:
         if self._away:
             raise BackboneError(message("the backbone is lent already", where="Lent", remedy="Give it back first."))
         if self._given is None:
-            net, new, processor = self._opener()
+            net, new, own = self._opener()
             self.opened += 1
-            self._given = net, frozenset(new), processor
+            self._given = net, frozenset(new), own
             self._take_down(net)
         else:
-            net, found, processor = self._given
+            net, found, own = self._given
             new = set(found)
-            _first_values(net, new)
+            first_values(net, new)
         self._away = True
-        return net, set(new), copy.deepcopy(processor)
+        if processor is not None:
+            return net, set(new), processor
+        if self._copy is None or not self._copy[1] or _content(self._copy[0]) != self._copy[1]:
+            lent = copy.deepcopy(own)  # a long vocabulary takes several times as long to be copied as to be looked at
+            self._copy = lent, _content(lent)
+        return net, set(new), self._copy[0]
 
     @property
     def digest(self) -> str:
@@ -116,7 +127,7 @@ class Lent:
 
     def drop(self) -> None:
         """Forget the live model: the next `begin` opens it again."""
-        self._given, self._away = None, False
+        self._given, self._copy, self._away = None, None, False
         self._modules, self._hooks = {}, {}
 
     # ------------------------------------------------------------------ what it was like
@@ -178,6 +189,18 @@ def _tensors(net: PreTrainedModel) -> dict[str, Tensor]:
     return found | dict(net.named_buffers())
 
 
+def _content(processor: Any) -> bytes:
+    """All that a tokenizer or image processor holds; empty where that cannot be told."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream)
+    pickler.fast = True  # values alone count, not which of them are one object
+    try:
+        pickler.dump(processor)
+    except Exception:  # classes may refuse with anything
+        return b""
+    return stream.getvalue()
+
+
 def _digest(tensor: Tensor) -> str:
     import xxhash
 
@@ -192,7 +215,7 @@ def _hooks(module: nn.Module) -> int:
     return 2 * sum(map(len, counted)) + ("forward" in vars(module))
 
 
-def _first_values(net: PreTrainedModel, new: set[str]) -> None:
+def first_values(net: PreTrainedModel, new: set[str]) -> None:
     """First values for what a checkpoint lacks, as transformers gives them when it loads one.
 
     transformers leaves alone what carries its mark; so the marks are taken off what is new and the modules around it.
@@ -200,23 +223,32 @@ def _first_values(net: PreTrainedModel, new: set[str]) -> None:
     """
     import torch
 
+    from adapters.anatomy import put
+
     if not new:
         return
     around = {name.rpartition(".")[0] for name in new}
     around |= {path.rsplit(".", count)[0] for path in around for count in range(1, path.count(".") + 1)} | {""}
-    places: dict[str, Any] = {}
-    for name, parameter in _tensors(net).items():
-        fresh = name in new
-        vars(parameter)["_is_hf_initialized"] = not fresh
-        if fresh:
-            places[name] = parameter.device
-            parameter.data = torch.full_like(parameter.data, float("nan"), device="cpu")
+    for name, tensor in _tensors(net).items():
+        vars(tensor)["_is_hf_initialized"] = name not in new
+    fresh: dict[str, tuple[list[str], nn.Parameter]] = {}
+    named = list(net.named_parameters(remove_duplicate=False))
+    for name in new:
+        parameter = net.get_parameter(name)
+        begun = torch.nn.Parameter(torch.full_like(parameter.detach(), float("nan"), device="cpu"))
+        vars(begun)["_is_hf_initialized"] = False
+        fresh[name] = [each for each, held in named if held is parameter], parameter
+        put(net, fresh[name][0], begun)
     for path in around:
         vars(net.get_submodule(path))["_is_hf_initialized"] = False
-    with torch.no_grad():
-        net.initialize_weights()  # type: ignore[no-untyped-call]
-    for name, device in places.items():
-        parameter = net.get_parameter(name)
-        if not bool(torch.isfinite(parameter).all()):
-            raise BackboneError(message("a new tensor has no first values", where=name))
-        parameter.data = parameter.data.to(device)
+    try:
+        with torch.no_grad():
+            net.initialize_weights()  # type: ignore[no-untyped-call]
+            for name, (_, parameter) in fresh.items():
+                begun = net.get_parameter(name)
+                if not bool(torch.isfinite(begun).all()):
+                    raise BackboneError(message("a new tensor has no first values", where=name))
+                parameter.copy_(begun)
+    finally:
+        for names, parameter in fresh.values():
+            put(net, names, parameter)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapters import reading
-from adapters.edits import AddLowRank, MergeLayer
+from adapters.edits import AddLowRank, AddLowRanks, MergeLayer
 from adapters.facts import SIDECAR
 from adapters.readers import NOTED, REFUSED, REWRITTEN, ExportOptions, Finding
 from adapters.storage import task_of
@@ -68,16 +68,32 @@ def lint(changes: Changes, maps: Mapping[str, LinearMap], target: str, options: 
         return found
     low = {name.removesuffix(".weight"): edit for name, edit in changes.inside.items() if isinstance(edit, AddLowRank)}
     full, others = divided(changes, maps)
-    if not low and not full:
+    experts = sorted(name for name, edit in changes.inside.items() if isinstance(edit, AddLowRanks))
+    if not low and not full and not (experts and target == PEFT):
         found.append(nothing(changes, target))
     if target == PEFT and native(changes, options):
         return found
-    found += beside(others, target)
+    found += _of_experts(experts, target)
+    found += beside([name for name in others if name not in experts], target)
     if low or full:
         found += _ranks(low, full, target, options)
         found += _scales(changes, low, target)
         found += _names(sorted([*low, *full]), maps, target)
     return found
+
+
+def _of_experts(names: Sequence[str], target: str) -> list[Finding]:
+    """Factors beside stacks of experts."""
+    if not names:
+        return []
+    remedy = "Leave --rank out: then the adapter goes out as it is." if target == PEFT else MERGED
+    why = {
+        PEFT: "cut to another rank they are not written here",
+        VLLM: "it looks for the factors of each expert by itself, under other names",
+        TGI: "it never asks for them, so they would be left out in silence",
+        LLAMA_CPP: "its converter knows factors of linear maps alone",
+    }[target]
+    return [Finding("factors of experts", _few(names), REFUSED, why, remedy)]
 
 
 def nothing(changes: Changes, target: str) -> Finding:

@@ -15,7 +15,7 @@ from adapters.errors import RequestError, message
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapters.edits import AddLowRank
+    from adapters.edits import AddLowRank, AddLowRanks
 
 EXACT = 1 << 22  # elements up to which a matrix is decomposed in float64
 WIDE = 1024  # rows and columns from which a small rank is looked for at random (Halko et al., 2011)
@@ -52,6 +52,43 @@ class Factors:
 
         more = rank - self.rank
         return Factors(pad(self.down, (0, 0, 0, more)), pad(self.up, (0, more))) if more > 0 else self
+
+
+@final
+@dataclass(frozen=True)
+class FactorStack:
+    """up[e] @ down[e] for each matrix e of a stack (experts), all of one rank.
+
+    Attributes:
+        down: shape (experts, r, in).
+        up: shape (experts, out, r).
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[Factors], rank: int = 0) -> FactorStack:
+        """Of the factors of each matrix, brought to the highest of their ranks, or to a higher one, by zeros."""
+        import torch
+
+        most = max(rank, *(pair.rank for pair in pairs))
+        wide = [pair.padded(most) for pair in pairs]
+        return cls(torch.stack([pair.down for pair in wide]), torch.stack([pair.up for pair in wide]))
+
+    @property
+    def rank(self) -> int:
+        """Of each matrix."""
+        return int(self.down.shape[1])
+
+    def pairs(self) -> list[Factors]:
+        """The factors of each matrix."""
+        return [Factors(down, up) for down, up in zip(self.down, self.up, strict=True)]
+
+
+def of_edits(edit: AddLowRanks) -> list[Factors]:
+    """What a low-rank edit of a stack adds to each of its matrices."""
+    return [of_edit(edit.entry(index)) for index in range(edit.shape[0])]
 
 
 def of_edit(edit: AddLowRank) -> Factors:

@@ -1,8 +1,14 @@
-"""What has been merged into a checkpoint, as its config says: the same adapter is not applied twice."""
+"""What has been merged into a model, as its config says: the same adapter is not applied twice.
+
+The field stands in the config of a merged folder, and in that of a live model that was merged into; transformers writes
+it with the model and reads it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from adapters.errors import BackboneError, message
@@ -16,11 +22,23 @@ def of(config: Mapping[str, Any]) -> list[str]:
     return [str(digest) for digest in found] if isinstance(found, list) else []
 
 
-def refuse_marked(document: Mapping[str, Any], digests: Collection[str], config: Mapping[str, Any], where: str) -> None:
+def added(config: Mapping[str, Any], digests: Iterable[str]) -> list[str]:
+    """The field of a config after these adapters were merged in as well."""
+    return list(dict.fromkeys([*of(config), *digests]))
+
+
+def content(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """One digest of an adapter's tensors, from what its manifest says of each: shape, dtype, sha256."""
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_marked(
+    document: Mapping[str, Any] | None, digests: Collection[str], config: Mapping[str, Any], where: str
+) -> None:
     """Refuse a backbone that an adapter was merged into already.
 
     Args:
-        document: the adapter's manifest, for what its backbone is called.
+        document: the adapter's manifest, for what its backbone is called; None where the adapter has none.
         digests: of the adapters that are to be applied.
         config: the backbone's.
         where: the backbone, for the message.
@@ -30,12 +48,13 @@ def refuse_marked(document: Mapping[str, Any], digests: Collection[str], config:
     """
     twice = sorted(set(digests) & set(of(config)))
     if twice:
-        name = document["backbone"]["name"] or document["backbone"]["model_class"]
+        backbone = document["backbone"] if document is not None else {}
+        name = backbone.get("name") or backbone.get("model_class")
         raise BackboneError(
             message(
                 "this adapter has been merged into this backbone already",
                 where=where,
-                expected=f"the backbone that it was trained on, {name}",
+                expected=f"the backbone that it was trained on{f', {name}' if name else ''}",
                 found=f"its digest {twice[0][:12]} in {MARK!r} of the config",
                 remedy="Use the merged model as it is, or give the backbone that the adapter was trained on.",
             )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, final
 
-from adapters import disk, exactness, interrupts, marks, parts, places, requantize, shards
+from adapters import disk, exactness, facts, interrupts, marks, parts, places, requantize, shards
 from adapters.backbones import MAX_CONFIG, check_folder
 from adapters.changes import Changes, base_folder, streamed_edits
 from adapters.contracts import Adapted
@@ -44,7 +44,9 @@ LARGER = "the model is larger than the free memory: logits were compared on rows
 def merge(adapted: Adapted) -> PreTrainedModel:
     """Put what was trained into the live model, take the adapters out, and return it: plain transformers again.
 
-    `adapted` is spent afterwards.
+    `adapted` is spent afterwards. The model's config says which adapter is in it, by the digest of every folder that
+    the merged tensors were read from or saved to, so that the same adapter is not put into it again, nor into what
+    `save_pretrained` makes of it.
 
     Where the head reads a lower block, those above it go, and the config says so.
 
@@ -80,23 +82,34 @@ def merge(adapted: Adapted) -> PreTrainedModel:
                 "backbone with its head beside it, which adapters.load opens.",
             )
         )
+    digests = _folders_of(adapted, state)
     edits = all_edits(adapted.vocabulary, adapted.strategy, state)
     adapted.strategy.strip(model)
     if read.layer is not None:
         shortening.shorten(model, read.layer)
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
+    device = next((tensor.device for tensor in state.values()), None)
     unknown = sorted(set(edits) - set(tensors))
     if unknown:
         raise RequestError(message("trained tensors that the model does not have", where=", ".join(unknown[:3])))
     with torch.no_grad():
         for name, edit in edits.items():
-            old = tensors[name]
-            old.copy_(edit(old.detach()).to(old.dtype))
+            old = tensors[name]  # an offloaded one lies elsewhere than what was trained
+            old.copy_(edit(old.detach().to(device)).to(old.dtype))
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    if digests:
+        setattr(model.config, marks.MARK, marks.added(model.config.to_dict(), digests))
     adapted.record.spent = True
     return model
+
+
+def _folders_of(adapted: Adapted, state: Mapping[str, Tensor]) -> list[str]:
+    """The digests of the adapter folders that hold these tensors; one that trained on since is another adapter."""
+    known = adapted.record.folders
+    held = marks.content(facts.described(dict(sorted(state.items())))) if known else ""
+    return [digest for digest, tensors in known.items() if tensors == held]
 
 
 # ---------------------------------------------------------------------- on disk
@@ -161,6 +174,26 @@ def merge_on_disk(
     )
 
 
+class Measure(Protocol):
+    """Compares a written folder with what it must answer as; what it tells is of the form of `fidelity.compare`."""
+
+    def __call__(self, merged: Path, base: Path, rows: list[Any] | None, *, few: bool) -> dict[str, Any]: ...
+
+
+@final
+@dataclass(frozen=True)
+class Proof:
+    """What a written folder has to answer as, where that is not the one adapter on its backbone.
+
+    Attributes:
+        wanted: what that is, for the message of a refusal.
+        measure: compares.
+    """
+
+    wanted: str
+    measure: Measure
+
+
 def written(
     found: Changes,
     target: Path,
@@ -174,6 +207,7 @@ def written(
     onto: str = "training",
     accept: bool = False,
     in_file: bool = False,
+    proof: Proof | None = None,
 ) -> MergeReport:
     """Write the backbone with edits in it; the output has been looked at.
 
@@ -182,6 +216,7 @@ def written(
         target, base, dtype, rows, check_logits, quantization, onto, accept: as for `merge_on_disk`.
         merged: digests of the adapters that the edits stand for; empty for that of the one adapter.
         in_file: some edits read the adapter's file as they are applied.
+        proof: what the folder is compared with; None for the adapter itself, on the backbone as it was trained.
     """
     adapter, document = found.folder, found.document
     where = str(adapter)
@@ -219,13 +254,18 @@ def written(
         if not check_logits:
             return report
         size = max(document["backbone"]["bytes"], sum(step.nbytes for step in steps))
-        skipped = exactness.too_large(size, _mapped(document, steps, quantization))
+        there = [step for step in steps if proof is None or step.edit is None]  # other proofs edit whole, in memory
+        skipped = exactness.too_large(size, _mapped(document, there, quantization))
         if skipped:
             exactness.refuse_blind(rounding, skipped, accept=accept)
             return replace(report, skipped=skipped)
         few = size > free_memory()
-        seen = exactness.measured(adapter, stage, source, rows, str(target), few=few)
-        bound = exactness.refuse_far(seen, rounding, str(target), accept=accept)
+        if proof is None:
+            seen = exactness.measured(adapter, stage, source, rows, str(target), few=few)
+            bound = exactness.refuse_far(seen, rounding, str(target), accept=accept)
+        else:
+            seen = proof.measure(stage, source, rows, few=few)
+            bound = exactness.refuse_far(seen, rounding, str(target), accept=accept, wanted=proof.wanted)
         beside = _beside(job, stage, rows, str(target)) if moved is not None else None
         return replace(
             report,

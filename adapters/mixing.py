@@ -1,16 +1,16 @@
 """Rows of one batch, each through its own adapter: what every changed module of a model does then.
 
 The frozen product of a linear map is taken once for the whole batch; each row's low-rank term is added by one batched
-product (x A^T) B^T over the factors of the rows. Whole tensors of a norm or a bias go by row, too; any other module
-with tensors of its own runs once for each adapter, on that adapter's rows. Of a batch whose rows all take the same
-adapter nothing is gathered.
+product (x A^T) B^T over the factors of the rows, and rows whose inputs are turned or whose outputs are scaled have that
+done before and after. Whole tensors of a norm or a bias go by row, too; any other module with tensors of its own runs
+once for each adapter, on that adapter's rows. Of a batch whose rows all take the same adapter nothing is gathered.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -18,42 +18,10 @@ from torch import Tensor, nn
 
 from adapters.anatomy import linear_map
 from adapters.errors import RequestError, message
+from adapters.inserts import Change, Kron, Pair, by_both, in_blocks
 from adapters.quantize import is_packed
 
 SMALL = 1 << 24  # bytes of the weights of all rows up to which they are put side by side
-
-
-@final
-@dataclass(frozen=True)
-class Pair:
-    """A low-rank term of a linear map; the adapter's scale is in `up`.
-
-    Attributes:
-        down: (rank, in).
-        up: (rank, out), the layout in which a batched product of few tokens a row reads it fastest.
-    """
-
-    down: Tensor
-    up: Tensor
-
-    def term(self, inputs: Tensor) -> Tensor:
-        """The term that is added for inputs of shape (..., in)."""
-        return inputs.to(self.down.dtype) @ self.down.T @ self.up
-
-
-@final
-@dataclass(frozen=True)
-class Change:
-    """What one adapter changes of one module: a low-rank term, or tensors in the place of the module's own by name."""
-
-    pair: Pair | None = None
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        pair = () if self.pair is None else (self.pair.down, self.pair.up)
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*pair, *self.whole.values()))
 
 
 @final
@@ -137,32 +105,71 @@ class Mixed:
         if "weight" in change.whole and is_packed(self.module):
             bias = change.whole.get("bias", self.module._parameters.get("bias"))
             return nn.functional.linear(args[0], change.whole["weight"].to(args[0].dtype), bias)
+        given = args if change.turn is None else (change.turn(args[0]), *args[1:])
         with standing_in(self.module, change.whole):
-            output = self._plain(*args, **kwargs)
-        if change.pair is None:
+            output = self._plain(*given, **kwargs)
+        if not change.by_rows:
             return output
-        return (output + change.pair.term(args[0])).to(output.dtype)
+        made = output if change.gain is None else output * change.gain
+        made = made if change.shift is None else made + change.shift
+        for term in (change.pair, change.kron):
+            made = made if term is None else made + term.term(args[0])
+        return made.to(output.dtype)
 
     # ------------------------------------------------------------------ several adapters
 
     def _mapped(self, inputs: Tensor, names: Sequence[str], present: list[str]) -> Tensor:
         """A linear map: (rows, ..., in) to (rows, ..., out)."""
-        changes = self.changes
-        dense = [name for name in present if name in changes and "weight" in changes[name].whole]
-        output = self._dense(inputs, names, dense) if dense else self._plain(inputs)
+        changed = {name: self.changes[name] for name in present if name in self.changes}
+        dense = [name for name, change in changed.items() if "weight" in change.whole]
+        turned = self._turned(inputs, names, changed)
+        output = self._dense(turned, names, dense) if dense else self._plain(turned)
         flat = output.view(len(names), -1, output.shape[-1])
-        if any(name in changes and "bias" in changes[name].whole and name not in dense for name in present):
-            flat += self.choice.gathered((self, "bias"), lambda: self._shifts(names, dense))[:, None]
-        factored = [name for name in present if name in changes and changes[name].pair is not None]
-        if not factored:
-            return output
-        down, up = self.choice.gathered((self, "pair"), lambda: self._factors(names, factored))
-        rows = inputs.reshape(len(names), -1, inputs.shape[-1])
-        if output.dtype == down.dtype == rows.dtype:
-            flat.baddbmm_(torch.bmm(rows, down.transpose(1, 2)), up)
-            return output
-        term = torch.bmm(torch.bmm(rows.to(down.dtype), down.transpose(1, 2)), up)
-        return (flat + term).to(output.dtype).view(output.shape)
+        if any(change.gain is not None for change in changed.values()):
+            gain = self.choice.gathered((self, "gain"), lambda: self._gains(names))[:, None]
+            flat = flat * gain
+        if any(_adds(name, change, dense) for name, change in changed.items()):
+            shift = self.choice.gathered((self, "shift"), lambda: self._shifts(names, dense))[:, None]
+            flat = flat + shift if flat.dtype != shift.dtype else flat.add_(shift)
+        pairs = {name: change.pair for name, change in changed.items() if change.pair is not None}
+        if pairs:
+            down, up = self.choice.gathered((self, "pair"), lambda: _factors(names, pairs))
+            rows = inputs.reshape(len(names), -1, inputs.shape[-1])
+            if flat.dtype == down.dtype == rows.dtype:
+                flat.baddbmm_(torch.bmm(rows, down.transpose(1, 2)), up)
+            else:
+                flat = flat + torch.bmm(torch.bmm(rows.to(down.dtype), down.transpose(1, 2)), up)
+        krons = {name: change.kron for name, change in changed.items() if change.kron is not None}
+        for shapes in dict.fromkeys(kron.shapes for kron in krons.values()):
+            own = {name: kron for name, kron in krons.items() if kron.shapes == shapes}
+            places = _whose(names, own, flat.device)
+            left = self.choice.gathered((self, shapes, 0), functools.partial(_picked, names, _side(own, "left")))
+            right = self.choice.gathered((self, shapes, 1), functools.partial(_picked, names, _side(own, "right")))
+            rows = inputs.reshape(len(names), -1, inputs.shape[-1])[places]
+            flat = flat.to(_widest((flat, left))).index_add(0, places, by_both(rows.to(left.dtype), left, right))
+        return flat.to(output.dtype).view(output.shape)
+
+    def _turned(self, inputs: Tensor, names: Sequence[str], changed: Mapping[str, Change]) -> Tensor:
+        """The inputs, of which those of some adapters are turned; (rows, ..., in)."""
+        turns = {name: change.turn for name, change in changed.items() if change.turn is not None}
+        if not turns:
+            return inputs
+        flat = inputs.reshape(len(names), -1, inputs.shape[-1])
+        scales = {name: turn.scale for name, turn in turns.items() if turn.scale is not None}
+        if scales:
+            flat = flat * self.choice.gathered((self, "scale"), lambda: _stacked(names, scales, 1.0))[:, None]
+        pairs = {name: turn.pair for name, turn in turns.items() if turn.pair is not None}
+        if pairs:
+            down, up = self.choice.gathered((self, "turn"), lambda: _factors(names, pairs))
+            flat = flat + torch.bmm(torch.bmm(flat.to(down.dtype), down.transpose(1, 2)), up)
+        blocks = {name: turn.blocks for name, turn in turns.items() if turn.blocks is not None}
+        for shape in dict.fromkeys(each.shape for each in blocks.values()):
+            own = {name: each for name, each in blocks.items() if each.shape == shape}
+            rows = _whose(names, own, flat.device)
+            stack = self.choice.gathered((self, shape), functools.partial(_picked, names, own))
+            part = in_blocks(flat[rows].to(stack.dtype), stack)  # (rows, places, in)
+            flat = flat.to(part.dtype).index_copy(0, rows, part)
+        return flat.to(inputs.dtype).view(inputs.shape)
 
     def _dense(self, inputs: Tensor, names: Sequence[str], dense: Sequence[str]) -> Tensor:
         """The product where some adapters have a weight of their own: once for each of them, once for all others."""
@@ -198,28 +205,18 @@ class Mixed:
         output = output if bias is None else output + bias[:, None]
         return output.to(inputs.dtype).view(*inputs.shape[:-1], output.shape[-1])
 
-    def _shifts(self, names: Sequence[str], dense: Sequence[str]) -> Tensor:
-        """What each row's own bias adds to the backbone's, (rows, out)."""
-        own = self.module.get_parameter("bias")
-        shifts = {name: change.whole["bias"] - own for name, change in self.changes.items() if "bias" in change.whole}
-        nothing = torch.zeros_like(own)
-        return torch.stack([nothing if name in dense else shifts.get(name, nothing) for name in names])
+    def _gains(self, names: Sequence[str]) -> Tensor:
+        """What each row's outputs are multiplied by, (rows, out)."""
+        gains = {name: change.gain for name, change in self.changes.items() if change.gain is not None}
+        return _stacked(names, gains, 1.0)
 
-    def _factors(self, names: Sequence[str], factored: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The factors of the rows, (rows, rank, in) and (rows, rank, out); smaller ranks are filled up with zeros."""
-        pairs = {name: pair for name in factored if (pair := self.changes[name].pair) is not None}
-        rank = max(pair.down.shape[0] for pair in pairs.values())
-        pad = nn.functional.pad
-        for name, pair in pairs.items():
-            lack = rank - pair.down.shape[0]
-            if lack:
-                pairs[name] = Pair(pad(pair.down, (0, 0, 0, lack)), pad(pair.up, (0, 0, 0, lack)))
-        if len(pairs) < len(set(names)):
-            like = next(iter(pairs.values()))
-            nothing = Pair(torch.zeros_like(like.down), torch.zeros_like(like.up))
-            pairs |= {name: nothing for name in names if name not in pairs}
-        rows = [pairs[name] for name in names]
-        return torch.stack([pair.down for pair in rows]), torch.stack([pair.up for pair in rows])
+    def _shifts(self, names: Sequence[str], dense: Sequence[str]) -> Tensor:
+        """What comes on top of each row's outputs, (rows, out); of a bias of its own what that adds to the module's."""
+        shifts = {name: change.shift for name, change in self.changes.items() if change.shift is not None}
+        for name, change in self.changes.items():
+            if "bias" in change.whole and name not in dense:
+                shifts[name] = change.whole["bias"] - self.module.get_parameter("bias")
+        return _stacked(names, {name: shift for name, shift in shifts.items() if name in names}, 0.0)
 
     def _normed(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
         """A layer norm whose scale and shift go by row."""
@@ -258,6 +255,56 @@ class Mixed:
                 parts.append(self.alone(change, *map(own, args), **{key: own(value) for key, value in kwargs.items()}))
             places.append(picked)
         return _back(parts, places)
+
+
+def _adds(name: str, change: Change, dense: Sequence[str]) -> bool:
+    """Whether something is added to an adapter's outputs that has not been added already."""
+    return change.shift is not None or ("bias" in change.whole and name not in dense)
+
+
+def _stacked(names: Sequence[str], known: Mapping[str, Tensor], rest: float) -> Tensor:
+    """The tensors of the rows, one above the other; rows that have none get this number everywhere."""
+    none = torch.full_like(next(iter(known.values())), rest)
+    wide = _widest(known.values())
+    return torch.stack([known.get(name, none).to(wide) for name in names])
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _whose(names: Sequence[str], known: Collection[str], device: torch.device) -> Tensor:
+    """The numbers of these adapters' rows."""
+    return torch.tensor([row for row, name in enumerate(names) if name in known], device=device)
+
+
+def _side(krons: Mapping[str, Kron], side: str) -> dict[str, Tensor]:
+    """One of the two matrices of each."""
+    return {name: kron.left if side == "left" else kron.right for name, kron in krons.items()}
+
+
+def _picked(names: Sequence[str], known: Mapping[str, Tensor]) -> Tensor:
+    """The tensors of those rows that have one."""
+    return torch.stack([known[name] for name in names if name in known])
+
+
+def _factors(names: Sequence[str], known: Mapping[str, Pair]) -> tuple[Tensor, Tensor]:
+    """The factors of the rows, (rows, rank, in) and (rows, rank, out); smaller ranks are filled up with zeros."""
+    wide = _widest(pair.down for pair in known.values())
+    pairs = {name: pair.to(wide) for name, pair in known.items()}
+    rank = max(pair.down.shape[0] for pair in pairs.values())
+    pad = nn.functional.pad
+    for name, pair in list(pairs.items()):
+        lack = rank - pair.down.shape[0]
+        if lack:
+            pairs[name] = Pair(pad(pair.down, (0, 0, 0, lack)), pad(pair.up, (0, 0, 0, lack)))
+    if len(pairs) < len(set(names)):
+        like = next(iter(pairs.values()))
+        nothing = Pair(torch.zeros_like(like.down), torch.zeros_like(like.up))
+        pairs |= {name: nothing for name in names if name not in pairs}
+    rows = [pairs[name] for name in names]
+    return torch.stack([pair.down for pair in rows]), torch.stack([pair.up for pair in rows])
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from adapters import lowrank, shards
 from adapters.anatomy import LinearMap, own_name
-from adapters.arithmetic import Fused, Method, Term, mean, seeded
+from adapters.arithmetic import Fused, Matrix, Method, Term, mean, seeded
 from adapters.changes import Changes, Originals
-from adapters.edits import AddLowRank, Blend, Edit, MergeLayer, PutEntries, Replace
-from adapters.lowrank import Factors, Fit
+from adapters.edits import AddLowRank, AddLowRanks, Blend, Edit, MergeLayer, PutEntries, Replace
+from adapters.lowrank import Factors, FactorStack, Fit
 from adapters.manifest import WEIGHTS
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ class Made:
         factors: by module path.
         whole: by the backbone's own names, the head's among them.
         fits: of the factors that were found or cut, by module path: how exact they are.
+        stacks: factors of experts, by the names of the stacks; their fits go by `name.number`.
     """
 
     factors: dict[str, Factors]
     whole: dict[str, Tensor]
     fits: dict[str, Fit]
+    stacks: dict[str, FactorStack] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -116,6 +118,16 @@ class Mixture:
         """The linear maps that any of them changes."""
         return [path for name in self.names if (path := self._path(name)) is not None]
 
+    def stacked(self) -> dict[str, int]:
+        """The stacks of experts that all who change them gave factors, with the highest rank of their matrices."""
+        found = {}
+        for name in self.names:
+            edits = [edits[name] for edits in self.changed if name in edits]
+            shapes = [edit.shape[1:] for edit in edits if isinstance(edit, AddLowRanks)]
+            if len(shapes) == len(edits):
+                found[name] = min(shapes[0])
+        return found
+
     def _path(self, name: str) -> str | None:
         path = name.removesuffix(WEIGHT)
         return path if path != name and path in self.maps else None
@@ -154,7 +166,17 @@ class Mixture:
         if len(found) == 1 and found[0][1] == 1 and self.density == 1:
             return found[0][2]
         edits = [(weight, edit, self._seed(number, name)) for number, weight, edit in found]
-        return Fused(self.method, self.density, self._total(weights), edits, entries)
+        return Fused(self.method, self.density, self._total(weights), edits, entries, self._matrices(name))
+
+    def _matrices(self, name: str) -> tuple[Matrix, ...]:
+        """Of a stack of experts the matrices that the checkpoint holds, or each expert's where it holds the stack."""
+        if name in self.base.stacks:
+            places = [(piece.entry, piece.start, piece.stop) for piece, _ in self.base.stacks[name]]
+        elif self.base.is_stack(name) and (shape := self.base.shape(name)) is not None and shape[0] > 1:
+            places = [(entry, 0, shape[1]) for entry in range(shape[0])]
+        else:
+            return ()
+        return tuple(Matrix(entry, start, stop, f"{entry}.{start}") for entry, start, stop in places)
 
     def _total(self, weights: Sequence[float]) -> float:
         return sum(abs(weight * self.scale) for weight in weights)
@@ -201,6 +223,10 @@ class Mixture:
     ) -> None:
         path = self._path(name)
         edits = [edit for _, _, edit in found]
+        low = [(weight, edit) for _, weight, edit in found if isinstance(edit, AddLowRanks)]
+        if self.method.sums and len(low) == len(found):
+            self._make_stack(result, name, low, rank, energy, fixed)
+            return
         if path is None and any(isinstance(edit, MergeLayer) for edit in edits):
             if (change := self._delta(name, weights, found)) is not None:
                 result.whole[name] = self._old(name) + change
@@ -239,6 +265,27 @@ class Mixture:
         most = min(width, height, rank if rank is not None else width)
         result.factors[path] = fit.factors.padded(most) if fixed else fit.factors
 
+    def _make_stack(
+        self,
+        result: Made,
+        name: str,
+        low: Sequence[tuple[float, AddLowRanks]],
+        rank: int | None,
+        energy: float | None,
+        fixed: bool,
+    ) -> None:
+        """Factors of experts side by side, expert by expert; cut as those of linear maps are."""
+        pairs = [
+            lowrank.summed([(w, lowrank.of_edit(edit.entry(at))) for w, edit in low])
+            for at in range(low[0][1].shape[0])
+        ]
+        most = min(pairs[0].rank, *pairs[0].shape, rank if rank is not None else pairs[0].rank)
+        if rank is not None or energy is not None or pairs[0].rank > most:
+            fits = [lowrank.reduced(pair, rank=rank, energy=energy) for pair in pairs]
+            result.fits.update({f"{name}.{at}": fit for at, fit in enumerate(fits)})
+            pairs = [fit.factors for fit in fits]
+        result.stacks[name] = FactorStack.of(pairs, most if fixed else 0)
+
     def _whole(self, name: str, weights: Sequence[float], edits: Sequence[Edit], fixed: bool) -> Tensor:
         """A tensor as it becomes, in the dtype that all adapters have it in; of one that only grew, its new entries."""
         import torch
@@ -269,7 +316,7 @@ class Mixture:
         """What one adapter adds to a tensor."""
         if self.kept is not None and (name, number) in self.kept:
             return self.kept[name, number]
-        if isinstance(edit, AddLowRank):
+        if isinstance(edit, AddLowRank | AddLowRanks):
             delta = edit.delta()
         else:
             old = self._old(name)
@@ -290,7 +337,8 @@ class Mixture:
         """The tensors by their keys in the file of a live adapter that was loaded from tensors of these shapes."""
         strategy, vocabulary = adapted.strategy, adapted.vocabulary
         axes = vocabulary.axes if vocabulary is not None else {}
-        state: dict[str, Tensor] = dict(strategy.tensors(made.factors)) if made.factors else {}
+        held = made.factors or made.stacks
+        state: dict[str, Tensor] = dict(strategy.tensors(made.factors, made.stacks)) if held else {}
         for name in adapted.trained:
             if own_name(name) in made.whole and own_name(name) not in axes:
                 state[strategy.key(name)] = made.whole[own_name(name)]

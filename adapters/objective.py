@@ -19,13 +19,17 @@ from transformers import TrainingArguments
 from adapters import (
     checks,
     data,
+    exchange,
+    featurestore,
     fused,
     headstart,
     identity,
+    inflow,
     jointly,
     kept,
     lanes,
     onward,
+    order,
     pace,
     prefix,
     quantize,
@@ -41,9 +45,7 @@ from adapters.contracts import Adapted, Draw
 from adapters.dividing import DividedTrainer
 from adapters.epochs import Epochs, Longest, ordered
 from adapters.evaluation import Evaluation
-from adapters.evaluation import kept as kept_apart
 from adapters.formats import arrange
-from adapters.order import frozen_below, frozen_within
 from adapters.predict import is_prepared
 from adapters.progress import Job
 
@@ -72,15 +74,16 @@ class ObjectiveTrainer(DividedTrainer):
         given = others.get("compute_metrics")
         self._own_metrics = own_metrics = given is not None
         parts = tuple(eval_dataset) if isinstance(eval_dataset, Mapping) else ()
+        of_recipe, evaluated = isinstance(train_dataset, inflow.Inflow), eval_dataset is not None
         arguments, own = settings(
-            adapted, args, evaluated=eval_dataset is not None, own_metrics=own_metrics, parts=parts
+            adapted, args, evaluated=evaluated, own_metrics=own_metrics, parts=parts, streamed=of_recipe
         )
         if idle := one_gpu(arguments):
             self._say(idle)
         task = adapted.task
         self._data: dict[str, dict[str, Any]] = {}
         self._draw = Draw(arguments.seed)
-        if isinstance(train_dataset, IterableDataset):
+        if of_recipe or isinstance(train_dataset, IterableDataset):
             train_dataset = onward.opened(adapted, train_dataset, columns, self._draw, own, arguments.max_steps)
             adapted.record.data = self._data["data"] = train_dataset.source.fingerprint()
         elif train_dataset is not None:
@@ -113,10 +116,8 @@ class ObjectiveTrainer(DividedTrainer):
         trained = adapted.trained
         asked = any(vars(module).get("gradient_checkpointing") for module in adapted.model.modules())
         recomputed = asked or bool(self.args.activation_checkpointing)
-        self._quiet = frozen_below(adapted.model, trained)
-        self._quiet += frozen_within(adapted.model, trained, recomputed=recomputed)
-        if own.get("frozen_dropout"):
-            self._quiet = [m for m in self._quiet if getattr(m, "running_mean", None) is not None]
+        dropout = bool(own.get("frozen_dropout"))
+        self._quiet = order.quiet(adapted.model, trained, recomputed=recomputed, dropout=dropout)
         self._paces = adapted.strategy.paces(adapted.model, trained)
         if train_dataset is not None:
             pace.check_run(self._paces, self.args, own_optimizer=self.optimizer is not None)
@@ -138,6 +139,7 @@ class ObjectiveTrainer(DividedTrainer):
         self._shares: shares.Shares | None = None  # this process' rows of the steps
         self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
         self._blank = False
+        self.known = featurestore.Known()  # runs that share it find things out once
         self._prefix: prefix.Prefix | None = None
         self._evaluation: Evaluation | None = None  # the one at hand
         self._batch_rows: list[int] | None = None
@@ -218,7 +220,7 @@ class ObjectiveTrainer(DividedTrainer):
         rows = args[0] if args else kwargs["eval_dataset"]
         if chosen is None and self.args.world_size > 1 and hasattr(rows, "__len__"):
             chosen = SequentialSampler(rows)  # transformers leaves it to accelerate
-        return Longest(rows["length"]) if chosen is not None and is_prepared(rows) else chosen
+        return Longest(rows["length"][:]) if chosen is not None and is_prepared(rows) else chosen
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop; the task's metrics need the rows, and its loss is a mean over items, not over rows.
@@ -226,10 +228,9 @@ class ObjectiveTrainer(DividedTrainer):
         What it gives is in the order of the rows, whatever order they were read in.
         """
         evaluation = self._evaluation = Evaluation(dataloader)
-        if evaluation.shares is not None:
-            self.gather_function = kept_apart  # what each process has found is put together at the end
         try:
-            result = super().evaluation_loop(dataloader, *args, **kwargs)
+            with evaluation.passing(self, apart=self._undivided):
+                result = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._evaluation = None  # rows that come now are those of a step
         found = [evaluation.put_back(part) for part in (result.predictions, result.label_ids)]
@@ -244,6 +245,7 @@ class ObjectiveTrainer(DividedTrainer):
         if self._evaluation is not None and not self.args.batch_eval_metrics:
             for part in ("predictions", "label_ids", "inputs", "losses"):
                 setattr(found, part, self._evaluation.put_back(getattr(found, part)))
+            return exchange.in_all(lambda: own(found, **kwargs))
         return own(found, **kwargs)
 
     def prediction_step(
@@ -271,9 +273,10 @@ class ObjectiveTrainer(DividedTrainer):
         parts = found.predictions if isinstance(found.predictions, tuple) else (found.predictions,)
         evaluation = cast("Evaluation", self._evaluation)
         parts, numbers = evaluation.whole(parts), evaluation.whole(found.label_ids)
-        place = {number: position for position, number in enumerate(evaluation.rows["row"])}
+        place = {number: position for position, number in enumerate(evaluation.rows["row"][:])}
         back = sorted(range(len(numbers)), key=lambda index: place[int(numbers[index])])
-        return self.task.metrics([part[back] for part in parts], evaluation.rows, self.adapted.processor)
+        ordered = [part[back] for part in parts]
+        return exchange.in_all(lambda: self.task.metrics(ordered, evaluation.rows, self.adapted.processor))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups divided by the strategy's rates."""
@@ -377,6 +380,7 @@ class ObjectiveTrainer(DividedTrainer):
             seed=self.args.seed,
             draw=self._draw,
             cache=self._cache if self._own.get("prefix_cache", True) else {},
+            known=self.known,
         )
         self._move_model_to_device(self.adapted.model, self.args.device)
         wanted = self._own.get("warm_head")
@@ -385,8 +389,8 @@ class ObjectiveTrainer(DividedTrainer):
             self._say(remark)
         return found
 
-    def _kept_prefix(self) -> prefix.Prefix | None:
-        """The frozen prefix of all rows, where they pass more than once and it never changes."""
+    def _kept_prefix(self, *, steps: bool = True) -> prefix.Prefix | None:
+        """The frozen prefix of all rows, where they pass more than once and it never changes; see `kept.passes`."""
         draw, args, collate = self._draw, self.args, cast("Any", self.data_collator)
         wanted = self._own.get("prefix_cache", True)
         if not wanted or not self._draws or not self._undivided:
@@ -395,18 +399,19 @@ class ObjectiveTrainer(DividedTrainer):
         held = [part for part in parts if part is not None]
         request = kept.Request(
             sets=[self.train_dataset, *held],
-            passes=kept.passes(args, self.train_dataset, len(held), evaluates=self._evaluates),
+            passes=kept.passes(args, self.train_dataset, len(held), evaluates=self._evaluates, steps=steps),
             collate=lambda rows, training: collate(rows, draw=draw) if training else collate(rows),
             redraw=lambda epoch: setattr(draw, "epoch", epoch),
             dtype=torch.bfloat16 if wanted == "bfloat16" else None,
             device=args.device,
             noisy=bool(self._own.get("frozen_dropout")),
+            names=self.known.names,
             **self._cache,
         )
         self._move_model_to_device(self.adapted.model, args.device)
         with self.compute_loss_context_manager():
             found, remark = kept.kept(self.adapted.model, self.adapted.trained, request)
-        if remark:
+        if remark and steps:  # one evaluation is no loss
             self._say(remark)
         return found
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from transformers import TrainerCallback
 
-from adapters import data, formats, inflow
+from adapters import formats, heads, inflow, streaming
 from adapters.contracts import Adapted, Draw
 from adapters.errors import DataError, RequestError, message
 from adapters.lanes import BUFFER, Flow
@@ -24,50 +24,38 @@ def opened(
 
     Args:
         adapted: what is to be trained.
-        rows: the stream.
-        columns: task column -> column of the stream.
+        rows: the stream, opened or not.
+        columns: task column -> column of the stream; where nothing is said, as it says itself.
         draw: whose seed and epoch the order follows.
         own: settings beside transformers'; "shuffle_buffer" counts: raw rows that a reader mixes, None for the usual
             number, or for none where the rows are model inputs.
         steps: that the run takes; 0 or less where nobody has said.
 
     Raises:
-        RequestError: no number of steps, class weights that are counted over all rows, or a stream that was divided.
+        RequestError: no number of steps, what all rows are needed for, or a stream that was divided.
         DataError: no rows, or rows that the task cannot take.
     """
-    source, faults = inflow.opened(rows), []
-    if steps <= 0:
-        expected = "the number of steps; a stream that ends before begins anew"
-        remedy = "Say max_steps: rows x epochs / rows of a step."
-        what = "nobody knows how many rows a stream has"
-        faults.append(message(what, where="args: max_steps", expected=expected, remedy=remedy))
-    task: Any = adapted.task
-    if "class_weights" in field_names(type(task)) and task.class_weights == "balanced":
-        remedy = "Give a weight a label, or the rows as a set."
-        what = "balanced class weights are counted over all rows, which nobody knows of a stream"
-        faults.append(message(what, where="class_weights", remedy=remedy))
+    source, task = inflow.opened(rows), cast("Any", adapted.task)
+    weights = task.class_weights if "class_weights" in field_names(type(task)) else None
+    faults = inflow.unheard(steps, weights, own.get("warm_head"))
     if faults:
-        raise RequestError(*faults)
+        raise RequestError(*faults.values())
+    columns = columns or source.columns
     first = source.first(1)
-    prepared = bool(first) and adapted.model.main_input_name in first[0] and "labels" in first[0]
+    prepared = bool(first) and adapted.model.main_input_name in first[0][1] and "labels" in first[0][1]
 
     def prepare(rows: list[Mapping[str, Any]]) -> tuple[Iterable[Mapping[str, Any]], list[str]]:
-        arranged, _ = formats.arrange(_block(rows, source.features), columns, task.columns)
+        arranged, _ = formats.arrange(streaming.block(rows, source.features), columns, task.columns)
         made: tuple[Dataset, list[str]] = task.prepare(arranged, adapted.processor, adapted.model, labelled=True)
         return made
 
     buffer = own.get("shuffle_buffer")
     if buffer is None:
         buffer = 0 if prepared else BUFFER
-    return Flow(source, None if prepared else prepare, draw, int(buffer))
-
-
-def _block(rows: list[Mapping[str, Any]], features: Any) -> Dataset:
-    """Some rows as a set, with the features of the stream where they are known (the names of classes)."""
-    from datasets import Dataset
-
-    plain = [dict(row) for row in rows]
-    return data.one(plain) if features is None else Dataset.from_list(plain, features=features)
+    flow = Flow(source, None if prepared else prepare, draw, int(buffer))
+    if heads.is_new(adapted):
+        flow.remarks.append("the rows are a stream, of which no head is solved: it starts as it is drawn")
+    return flow
 
 
 def begun(rows: Any, epoch: int) -> tuple[int, int] | None:

@@ -33,6 +33,14 @@ ALIASES = {
 RESOLVED = {"resolved": True}  # metadata of a field that `resolve` fills: saved, but no option
 
 
+LAYOUT = ("modules", "stacks")  # what a strategy found in its backbone, tensor by tensor
+
+
+def without_layout(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's saved options as people read them: without its layout, which is as long as the backbone is deep."""
+    return {name: value for name, value in options.items() if name not in LAYOUT}
+
+
 def field_names(kind: type[Any]) -> set[str]:
     """The options that a strategy or task dataclass takes."""
     return {entry.name for entry in dataclasses.fields(kind) if entry.init and not entry.metadata.get("resolved")}

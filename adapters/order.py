@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapters.anatomy import block_lists, copied, is_tuner_layer, linear_map, own_name, owner
+from adapters import graph, onload
+from adapters.anatomy import (
+    block_lists,
+    brought_by_peft,
+    copied,
+    is_tuner_layer,
+    linear_map,
+    own_name,
+    own_path,
+    owner,
+    tuner_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +53,19 @@ def above_blocks(model: PreTrainedModel) -> set[str]:
     }
 
 
+def quiet(model: PreTrainedModel, trained: Iterable[str], *, recomputed: bool, dropout: bool) -> list[nn.Module]:
+    """The modules that run in eval mode while a run trains.
+
+    Args:
+        model: with or without adapters.
+        trained: live names of all that trains.
+        recomputed: activations are checkpointed.
+        dropout: it is asked for in the frozen part, too; running statistics stand still all the same.
+    """
+    found = [*frozen_below(model, trained), *frozen_within(model, trained, recomputed=recomputed)]
+    return [module for module in found if not dropout or getattr(module, "running_mean", None) is not None]
+
+
 def frozen_below(model: PreTrainedModel, trained: Iterable[str]) -> list[nn.Module]:
     """The modules that run before the first trained one, and every normalisation with running statistics.
 
@@ -51,14 +75,14 @@ def frozen_below(model: PreTrainedModel, trained: Iterable[str]) -> list[nn.Modu
     under every strategy: a batch's own would make the loss depend on how rows are divided into micro-batches, and
     they are no parameters, so that no adapter could bring them back.
     """
-    tuners = {_own_path(path) for path, module in model.named_modules() if is_tuner_layer(module)}
+    tuners = {own_path(path) for path, module in model.named_modules() if is_tuner_layer(module)}
     wanted = set(trained)
     ids = {id(parameter) for name, parameter in model.named_parameters() if name in wanted}
     # A tied parameter trains wherever it is used.
     owners = {owner(name) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
-    stops = tuners | {_own_path(path) for path in owners}
+    stops = tuners | {own_path(path) for path in owners}
     calls = passage(model)
-    registered = {_own_path(path): index for index, (path, _) in enumerate(model.named_modules())}
+    registered = {own_path(path): index for index, (path, _) in enumerate(model.named_modules())}
 
     def called(path: str) -> str | None:
         """The module itself where it was called, else the nearest around it; None in the head."""
@@ -82,7 +106,7 @@ def frozen_below(model: PreTrainedModel, trained: Iterable[str]) -> list[nn.Modu
     return [
         module
         for path, module in model.named_modules()
-        if _own_path(path) in below | stacks or getattr(module, "running_mean", None) is not None
+        if own_path(path) in below | stacks or getattr(module, "running_mean", None) is not None
     ]
 
 
@@ -98,7 +122,8 @@ def frozen_within(model: PreTrainedModel, trained: Iterable[str], *, recomputed:
             itself is left out, with what it drops by itself (BART's).
     """
     wanted = {own_name(name) for name in trained}
-    own = {own_name(name) for name, _ in model.named_parameters() if not _adapter(model, name)}
+    tuners = {path for path, module in model.named_modules() if is_tuner_layer(module)}
+    own = {own_name(name) for name, _ in model.named_parameters() if not brought_by_peft(name, tuners)}
     found: list[nn.Module] = []
     for path in (path for blocks in block_lists(model) for path in blocks.names()):
         if any(name.startswith(f"{path}.") for name in wanted & own):
@@ -114,33 +139,22 @@ def frozen_within(model: PreTrainedModel, trained: Iterable[str], *, recomputed:
     return found
 
 
-def _adapter(model: nn.Module, name: str) -> bool:
-    """Whether a parameter was brought by peft."""
-    path = owner(name)
-    while path:
-        if is_tuner_layer(model.get_submodule(path)):
-            return not name.startswith(f"{path}.base_layer.")
-        path = owner(path)
-    return False
-
-
-def _own_path(path: str) -> str:
-    """The backbone's own path of a module, whatever peft has wrapped around it."""
-    return own_name(f"{path}.").rstrip(".")
-
-
 def passage(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """When each module of the base model runs: path -> number of its first and of its last call.
+    """When each module of the base model runs: path -> number of its first and of its last call; found once a graph."""
+    return graph.known(model, "passage", lambda: _passed(model))
+
+
+def _passed(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The same, seen.
 
     The pass goes through a copy of the graph whose weights are one stretched zero and whose linear maps only give the
     shape of their output, so that it takes neither memory nor time. Where a model cannot run on made-up inputs, the
     order of registration stands for the order of running.
     """
     bare = copied(model, _stretched)
-    for path, module in list(bare.named_modules()):
-        if is_tuner_layer(module):
-            tuner: Any = module
-            bare.set_submodule(path, tuner.get_base_layer())
+    onload.strip(bare)  # stretched zeros would become whole ones
+    for path, tuner in tuner_layers(bare):
+        bare.set_submodule(path, tuner.get_base_layer())
     calls: dict[str, tuple[int, int]] = {}
     clock = itertools.count()
     for path, module in bare.named_modules():

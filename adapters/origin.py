@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from adapters.anatomy import block_lists, is_tuner_layer, own_name, owner, plain_name
+from adapters.anatomy import block_lists, is_tuner_layer, own_name, own_path, owner, plain_name
 from adapters.handing import hands_on
 from adapters.order import passage
 from adapters.shards import tensor_bytes
@@ -50,10 +50,14 @@ def below(model: PreTrainedModel, path: str) -> list[str]:
     """The modules that a forward pass may use up to the end of a module, by their paths.
 
     Left out are the blocks behind it, what first runs later, and what stands outside of the backbone. A module that is
-    never called goes with the nearest one around it that is.
+    never called goes with the nearest one around it that is. Of a module outside of the backbone, as a head, it is not
+    known what runs before it: all of the model may.
     """
     calls = passage(model)
-    end = max((last for here, (_, last) in calls.items() if _inside(here, path)), default=-1)
+    ends = [last for here, (_, last) in calls.items() if _inside(here, path)]
+    if not ends:
+        return [here for here, _ in model.named_modules()]
+    end = max(ends)
     later: set[str] = set()
     for blocks in block_lists(model):
         names = blocks.names()
@@ -97,6 +101,7 @@ def of(
     device: torch.device,
     more: str = "",
     apart: frozenset[str] = frozenset(),
+    silent: frozenset[str] = frozenset(),
 ) -> tuple[str, str]:
     """The digest of what computes the states of a cut; empty where it cannot be named, and then why.
 
@@ -107,12 +112,13 @@ def of(
         kept: dtype of the states as they are kept; None for the model's own.
         device: where the model computes.
         more: what else tells these states from others.
-        apart: modules whose tensors do not count: they stand above what is kept.
+        apart: modules that do not count, by their own paths: they stand above what is kept, or are never read.
+        silent: modules whose adapters change nothing yet: they count as the backbone's own.
     """
     import transformers
     import xxhash
 
-    paths = [here for here in below(model, path) if here not in apart]
+    paths = [here for here in below(model, path) if own_path(here) not in apart and not _is_added(here, silent)]
     named = plain_name(path, model.base_model_prefix)
     state = xxhash.xxh3_128(f"{FORMAT} {fingerprint} {named} {kept} {more}".encode())
     for here in paths:
@@ -120,8 +126,9 @@ def of(
         described, fault = _described(module)
         if fault:
             return "", f"{here or type(model).__name__} {fault}"
-        state.update(f"{plain_name(here, model.base_model_prefix)} {described}".encode())
-    for name, tensor in sorted(_tensors(model, set(paths)).items()):
+        state.update(f"{plain_name(own_path(here), model.base_model_prefix)} {described}".encode())
+    tensors = {own_name(name): tensor for name, tensor in _tensors(model, set(paths)).items()}
+    for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             return "", f"{name} is not in memory"
         state.update(f"{plain_name(name, model.base_model_prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -140,6 +147,14 @@ def of(
     }
     state.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return state.hexdigest(), ""
+
+
+def _is_added(path: str, wrapped: frozenset[str]) -> bool:
+    """Whether a module is peft's layer around one of these, or part of it, and not the backbone's own within."""
+    around = path
+    while around and around not in wrapped:
+        around = owner(around)
+    return around in wrapped and not _inside(path, f"{around}.base_layer")
 
 
 def _described(module: nn.Module) -> tuple[str, str]:

@@ -138,10 +138,10 @@ def _replaced(found: Changes, originals: Originals) -> dict[str, str]:
     strategy, places = strategy_of(found.document, str(found.folder)), {}
     for name, edit in found.edits.items():
         key = strategy.key(name)
-        if not isinstance(edit, Replace) or name not in originals.steps or key not in found.document["tensors"]:
+        shape = originals.shape(name)
+        if not isinstance(edit, Replace) or shape is None or key not in found.document["tensors"]:
             continue
-        described, source = found.document["tensors"][key], originals.steps[name].source
-        if source is not None and list(source.shape) == described["shape"] == list(edit.new.shape):
+        if list(shape) == found.document["tensors"][key]["shape"] == list(edit.new.shape):
             places[key] = name
     return places
 

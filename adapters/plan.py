@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+from adapters import loadoptions
 from adapters.adapt import STRATEGIES, requested
 from adapters.budget import MARGIN, MOST, Line, Plan
 from adapters.devices import Device
@@ -105,11 +106,13 @@ def plan(
             notes += [drawn.note] if drawn.note else []
         if say is not None and len(names) > 1:
             say(f"counting {name} ({len(lines) + 1} of {len(names)})")
-        lines += _lines(name, picked, packed, drawn, size, rows or ROWS, settings, where, crew)
+        lines += _lines(name, picked, packed, drawn, size, rows or ROWS, settings, where, crew, notes)
     assert drawn is not None
     if length is None and size:
         notes.append(f"rows of {size} tokens; length says otherwise")
     notes += _remarks(lines, rows)
+    if loadoptions.spread(load or {}):
+        notes.append("load.device_map: all weights are counted as if they lay on one device")
     return Plan(drawn.name, drawn.task.name, size, where.name, where.bytes, tuple(lines), tuple(notes), processes)
 
 
@@ -190,9 +193,10 @@ def _lines(
     settings: Mapping[str, Any],
     where: Device,
     crew: Crew,
+    notes: list[str],
 ) -> list[Line]:
-    """The lines of one strategy, one an engine."""
-    from adapters import reading, trial
+    """The lines of one strategy, one an engine; what is to be said of it goes to the notes."""
+    from adapters import experts, reading, trial
     from adapters.quantize import Storage
 
     shown = name if isinstance(name, str) else strategy.name
@@ -202,6 +206,8 @@ def _lines(
             found = trial.tried(drawn.model, strategy, drawn.head, drawn.unread, reading.of(drawn.task), storage)
         except AdaptersError as fault:
             return [Line(shown, refused=str(fault))]
+        frozen = experts.left_out(found.ghost, found.names)
+        notes += [frozen] if frozen and frozen not in notes else []
         return _counted(shown, found, storage, drawn, length, rows, settings, where, crew)
 
 
@@ -236,7 +242,7 @@ def _counted(
                 shown,
                 trained=adapted.trained_count,
                 total=count(found.ghost.parameters()),
-                features=0 if engine == FSDP else features,
+                features=0 if engine == FSDP or _cold(own, args) else features,
                 loading=max(run.weights, sum(p.numel() * p.element_size() for p in drawn.model.parameters())),
                 cache=cache,
                 file=file,
@@ -247,6 +253,11 @@ def _counted(
             share = crew.share(engine, run, args, settings, autocast is not None)
             lines.append(_shared(whole, _Counts(run, of), share, where))
     return lines
+
+
+def _cold(own: Mapping[str, Any], args: Any) -> bool:
+    """Whether a new head is stepped from where it is drawn, as the recipe says."""
+    return own.get("warm_head") is False and args.max_steps > 0
 
 
 @final

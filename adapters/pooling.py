@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from adapters import graph
 from adapters.anatomy import block_lists, copied, own_name, owner
 from adapters.errors import RequestError, message
 from adapters.handing import form_of, hands_on, hidden_in, pass_over, take_back
@@ -68,6 +69,11 @@ class Reader:
         self.pooling = pooling
         self.mask_at = mask_at
         self._given: dict[int, Tensor] = {}  # by thread
+
+    @property
+    def told(self) -> tuple[str, int]:
+        """What it does to a pass; see `graph.Telling`."""
+        return self.pooling, self.mask_at
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
         """Of a copy of the model, which is not in the middle of a pass."""
@@ -249,6 +255,11 @@ def planned(model: PreTrainedModel, reading: Reading) -> Placement:
             share weights, a number of blocks that is not there; for `pooling` no one output layer of the width of the
             hidden states, or outputs that are not those computed by hand.
     """
+    return graph.known(model, reading, lambda: _planned(model, reading))
+
+
+def _planned(model: PreTrainedModel, reading: Reading) -> Placement:
+    """The same, found anew."""
     where = f"pooling, layer on {type(model).__name__}"
     if model.config.is_encoder_decoder:
         raise RequestError(

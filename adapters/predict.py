@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import exchange, processes, ranks
 from adapters.contracts import Adapted, Mixing, Task
-from adapters.data import one
+from adapters.data import at, one
 from adapters.errors import RequestError, message
 from adapters.formats import arrange
 from adapters.modes import evaluating
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from adapters.prefix import Prefix
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ def over_batches(
     batch_size: int = BATCH,
     *,
     together: bool = False,
+    numbered: bool = False,
 ) -> tuple[np.ndarray[Any, Any], ...]:
     """What `act` gives for batches of like lengths, put back into the order of the rows; padded with -100.
 
@@ -71,28 +76,38 @@ def over_batches(
             first.
         batch_size: rows per forward pass.
         together: all processes of the run call this, and each takes its part of the batches; see `parted`.
+        numbered: `act` gets the rows' numbers, too, as "row".
     """
     import numpy as np
     import torch
+
+    from adapters import onload
 
     if batch_size < 1:
         raise RequestError(
             message("a wrong value", where="batch_size", expected="a whole number > 0", found=batch_size)
         )
     model = adapted.model
-    order = np.argsort(prepared["length"], kind="stable")[::-1]
+    device = onload.device_of(model)
+    order = np.argsort(prepared["length"][:], kind="stable")[::-1]
     places: list[int] = []
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
     starts = range(0, len(order), batch_size)
     several = processes.count() if together and parted(model, len(starts)) else 1
     if several > 1:
         starts = starts[ranks.rank() :: several]
-    with evaluating(model), torch.inference_mode(), Job(what, -(-len(order) // several), "rows") as job:
+    # What stops one process stops all, once each has passed its part.
+    together_or_not = exchange.agreeing() if several > 1 else contextlib.nullcontext()
+    job = Job(what, -(-len(order) // several), "rows")
+    with together_or_not, evaluating(model), torch.inference_mode(), warnings.catch_warnings(), job:
+        if onload.placed(model) is not None:  # of such a model transformers compares with the place of the first weight
+            warnings.filterwarnings("ignore", message=r"You are calling \.generate", category=UserWarning)
         for start in starts:
             picks = [int(index) for index in order[start : start + batch_size]]
-            batch = adapted.task.collate([prepared[index] for index in picks], model, adapted.processor)
-            batch.pop("row", None)
-            batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+            batch = adapted.task.collate(at(prepared, picks), model, adapted.processor)
+            if not numbered:
+                batch.pop("row", None)
+            batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
             parts.append(tuple(array(part) for part in act(batch)))
             places += picks
             job.advance(len(picks))
@@ -167,7 +182,9 @@ def predict(
     if isinstance(adapted, Mixing) or adapter is not None:
         return _mixed(adapted, rows, adapter, batch_size, device)
     if device is not None:
-        adapted.model.to(device)  # type: ignore[arg-type]
+        from adapters import onload
+
+        onload.move(adapted.model, device)
     prepared = prepared_rows(adapted, whole(adapted.task, rows), labelled=False)
     task, model, processor = adapted.task, adapted.model, adapted.processor
 
@@ -232,11 +249,21 @@ def evaluate(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH) -> dict
     return measure(adapted, dataset, batch_size=batch_size).numbers
 
 
-def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH, together: bool = False) -> Measured:
+def measure(
+    adapted: Adapted,
+    dataset: Any,
+    *,
+    batch_size: int = BATCH,
+    together: bool = False,
+    prefix: Prefix | None = None,
+) -> Measured:
     """The same with what was measured of each row, so that more can be said of it without a second pass.
 
-    With `together` all processes of the run call this, and each measures its part of the rows; the batches, and so the
-    numbers, are those of one process.
+    Args:
+        adapted, dataset, batch_size: as `evaluate` takes them.
+        together: all processes of the run call this, and each measures its part of the rows; the batches, and so the
+            numbers, are those of one process.
+        prefix: what is kept of the rows below the model's cut.
     """
     from adapters import readout
 
@@ -250,19 +277,23 @@ def measure(adapted: Adapted, dataset: Any, *, batch_size: int = BATCH, together
     sums: list[tuple[float, int]] = []  # loss and items of each batch
 
     output = readout.Readout(model, task, processor, logger.info)
+    known = prefix.known(prepared) if prefix is not None else None
 
     def act(batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        labels = batch["labels"]
-        with output.passing(batch):
+        labels, numbers = batch["labels"], batch.pop("row", None)
+        keys = [known[int(number)] for number in numbers] if known is not None and numbers is not None else None
+        kept = prefix.given(batch, keys) if prefix is not None else contextlib.nullcontext()
+        with output.passing(batch), kept:
             outputs = output.read(model(**{name: value for name, value in batch.items() if name != "labels"}))
         sums.append((float(task.loss(outputs, labels, 1)), task.items(labels)))
         return task.measured(outputs, batch, model, processor)
 
-    found = over_batches("evaluating", adapted, prepared, act, batch_size, together=together)
+    found = over_batches("evaluating", adapted, prepared, act, batch_size, together=together, numbered=True)
     batches = -(-len(prepared) // batch_size)
     if together and parted(model, batches):
         shares = ranks.gathered(sums)
         sums = [shares[batch % len(shares)][batch // len(shares)] for batch in range(batches)]
     total, items = sum(loss for loss, _ in sums), sum(count for _, count in sums)
-    numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
+    with exchange.agreeing() if together and ranks.joined() else contextlib.nullcontext():
+        numbers = {"loss": total / max(items, 1), **task.metrics(found, prepared, processor)}
     return Measured(numbers, task, found, prepared)

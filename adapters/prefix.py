@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapters.anatomy import block_lists, owner
 from adapters.forms import Form
-from adapters.handing import form_of, hidden_in, made
+from adapters.handing import form_of, hidden_in, made, standing_in
 from adapters.modes import evaluating
 from adapters.order import frozen_below
 from adapters.states import States
@@ -250,16 +250,19 @@ def row_keys(inputs: Mapping[str, Any], *, decoder: bool = True) -> list[bytes]:
     names = sorted(name for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels")
     if not decoder:
         names = [name for name in names if not name.startswith("decoder_")]
-    plain = {name: inputs[name].detach().cpu() for name in names}
+    count = _rows(inputs)
+    plain = {name: inputs[name].detach().cpu().contiguous() for name in names}
+    raw = {name: value.reshape(count, -1).view(torch.uint8).numpy() for name, value in plain.items()}
     keys = []
-    for row in range(_rows(inputs)):
+    for row in range(count):
         state = xxhash.xxh3_128()
         for name in names:
-            value = plain[name][row]
-            if lengths is not None and value.ndim and plain[name].shape[1] == width:
-                value = value[: lengths[row]]
-            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            shape, content = tuple(plain[name].shape[1:]), raw[name][row]
+            if lengths is not None and shape and shape[0] == width:
+                content = content[: lengths[row] * (len(content) // max(1, width))]
+                shape = (lengths[row], *shape[1:])
+            state.update(f"{name} {plain[name].dtype} {shape}".encode())
+            state.update(content)
         keys.append(state.digest())
     return keys
 
@@ -339,15 +342,12 @@ def _gap(whole: Tensor, cut: Tensor, inputs: Mapping[str, Any]) -> float:
 @contextlib.contextmanager
 def answering(cut: Cut, form: Form, states: Tensor) -> Iterator[None]:
     """Within it a forward pass of the cut's model takes these hidden states, (rows, places, width), at the cut."""
-    replaced = [(block, _handing_on(each)) for block, each in zip(cut.passed, form.passed, strict=True)]
-    replaced.append((cut.holder, _answering(form.output, states)))
-    try:
-        for module, forward in replaced:
-            vars(module)["forward"] = forward
+    replaced: dict[nn.Module, Callable[..., Any]] = {
+        block: _handing_on(each) for block, each in zip(cut.passed, form.passed, strict=True)
+    }
+    replaced[cut.holder] = _answering(form.output, states)
+    with standing_in(replaced):
         yield
-    finally:
-        for module, _ in replaced:
-            vars(module).pop("forward", None)
 
 
 def _handing_on(form: Any) -> Callable[..., Any]:

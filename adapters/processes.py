@@ -33,7 +33,7 @@ SHARDING = {
     "parallelism_config": "these settings divide one model over several processes",
 }
 LAUNCH = "accelerate launch --num_processes N"
-_WHOLE = "Leave it out: every process reads the checkpoint, takes its part and lets go of the rest."
+_WHOLE = "Leave it out: every process reads its own part of the checkpoint, so that none has to read it for others."
 # What `fsdp_config` may say: key -> the values that work here, and what to do instead of others.
 FSDP: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "version": ((2,), "Say 2 (--fsdp_version 2): version 1 flattens frozen and trained weights into one tensor."),
@@ -65,6 +65,7 @@ LAUNCHED = {
 OTHERS = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 CPU = "ACCELERATE_USE_CPU"
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun
 
 
 def count() -> int:
@@ -75,6 +76,19 @@ def count() -> int:
 def number() -> int:
     """Which of them this process is, from 0; 0 without a launcher."""
     return _told(RANK, 0)
+
+
+def outlived() -> bool:
+    """Whether the launcher's own process holds the store in which the processes meet, which then outlives them."""
+    return os.environ.get(AGENT) == "True"
+
+
+def forgetful() -> bool:
+    """Whether this is a run of several nodes that may be started again, whose launchers tell one another once alone
+    where all meet (torch's `DynamicRendezvousHandler` with a shared store)."""
+    names = ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    nodes, restarts = (_told((name,), 0) for name in names)
+    return outlived() and nodes > 1 and restarts > 0
 
 
 def _told(names: Sequence[str], otherwise: int) -> int:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from adapters import changes, heatmap, lowrank
 from adapters.backbones import local_folder
 from adapters.changes import Changes, Originals
-from adapters.edits import AddLowRank, Edit, MergeLayer, PutEntries
+from adapters.edits import AddLowRank, AddLowRanks, Edit, MergeLayer, PutEntries, Replace
 from adapters.errors import RequestError, message
 from adapters.inspection import describe
 from adapters.lowrank import Factors
 from adapters.manifest import backbone_name
+from adapters.parts import rows_of
 from adapters.progress import Job
 from adapters.spectra import WIDE, Spectrum, norm_of, rounding_of, spectrum_of, summed_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTSIDE = "outside the blocks"
 SHOWN = 40  # lines of one table for people
@@ -55,7 +60,7 @@ class Changed:
     """What became of one tensor.
 
     Attributes:
-        name: the backbone's own.
+        name: the backbone's own; of a stack of experts, with the expert's number behind it.
         place: in the model.
         shape: of the tensor.
         form: "low rank", "layer" (peft's own merge), "whole", "entries" (added tokens), or "new" (a head: nothing
@@ -264,9 +269,7 @@ def inspect(folder: str | Path, *, base: str | Path | None = None) -> Profile:
     with Job("measuring the changes", len(found.edits), "tensors") as job:
         tensors = []
         for name, edit in sorted(found.edits.items()):
-            one = _changed(name, edit, found.head, originals)
-            if not idle(edit, one.norm):
-                tensors.append(one)
+            tensors += [one for one in _measured(name, edit, found.head, originals) if not idle(edit, one.norm)]
             job.advance(1)
     unknown = sum(one.norm is None for one in tensors)
     if unknown == len(tensors):
@@ -297,19 +300,31 @@ def at_hand(found: Changes, base: str | Path | None) -> tuple[Originals | None, 
         return None, str(fault)
 
 
+def _measured(name: str, edit: Edit, head: Iterable[str], originals: Originals | None) -> Iterator[Changed]:
+    """What became of one tensor; of a stack of experts, of each matrix, as `name.number`, one in memory at a time."""
+    if isinstance(edit, AddLowRanks) and name not in head:
+        olds = originals.entries(name) if originals is not None else itertools.repeat(None, edit.shape[0])
+        for index, old in enumerate(olds):
+            each = f"{name}.{index}"
+            yield _of_factors(each, place_of(each), edit.entry(index), old)
+        return
+    if originals is None or not isinstance(edit, Replace) or not originals.is_stack(name):
+        yield _changed(name, edit, head, originals)
+        return
+    for index, old in enumerate(originals.entries(name)):
+        delta = rows_of(edit.new, index, 0, old.shape[0]).float() - old
+        spectrum = spectrum_of(delta, noise=rounding_of(old, delta))
+        place = place_of(f"{name}.{index}")
+        yield Changed(f"{name}.{index}", place, tuple(delta.shape), "whole", norm_of(delta), norm_of(old), spectrum)
+
+
 def _changed(name: str, edit: Edit, head: Iterable[str], originals: Originals | None) -> Changed:
     place, form = place_of(name, head), form_of(name, edit, head)
     if form == "new":
         new = edit(None)
         return Changed(name, place, tuple(new.shape), form, norm_of(new), None, spectrum_of(new))
-    factors = factors_of(edit)
-    if factors is not None:
-        _, values, _ = lowrank.turned(factors)
-        old = originals.old(name) if originals is not None else None
-        out, features = factors.shape
-        shape = (features, out) if isinstance(edit, AddLowRank) and edit.transposed else (out, features)
-        base = norm_of(old) if old is not None else None
-        return Changed(name, place, shape, form, float(values.norm()), base, summed_up(values, max(shape)))
+    if isinstance(edit, AddLowRank):
+        return _of_factors(name, place, edit, originals.old(name) if originals is not None else None)
     if originals is None:
         shape = tuple(edit.new.shape) if hasattr(edit, "new") else ()
         return Changed(name, place, shape, form, None, None, None)
@@ -326,12 +341,23 @@ def _changed(name: str, edit: Edit, head: Iterable[str], originals: Originals | 
     )
 
 
+def _of_factors(name: str, place: Place, edit: AddLowRank, old: Tensor | None) -> Changed:
+    """A low-rank change, measured by its factors."""
+    factors = factors_of(edit)
+    assert factors is not None
+    _, values, _ = lowrank.turned(factors)
+    out, features = factors.shape
+    shape = (features, out) if edit.transposed else (out, features)
+    base = norm_of(old) if old is not None else None
+    return Changed(name, place, shape, "low rank", float(values.norm()), base, summed_up(values, max(shape)))
+
+
 def form_of(name: str, edit: Edit, head: Iterable[str]) -> str:
     """How a tensor was changed; see `Changed.form`."""
     if name in head:
         return "new"
     match edit:
-        case AddLowRank():
+        case AddLowRank() | AddLowRanks():
             return "low rank"
         case MergeLayer():
             return "layer"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -24,6 +24,7 @@ from adapters.progress import Job
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Keep = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]  # tensors under a name: the same, elsewhere
 KINDS = {"nf4": 0.5, "fp4": 0.5}  # quantization -> bytes per packed weight
 BLOCK = 64  # weights that share a scale
 TRIMMED = 4 << 20  # weights that are packed before the allocator gives back what they took
@@ -201,7 +202,11 @@ def refuse_unlike(model: PreTrainedModel, maps: Iterable[LinearMap], kind: str |
 
 
 def pack(
-    model: nn.Module, maps: Iterable[LinearMap], storage: Storage, bring: Callable[[str], None] | None = None
+    model: nn.Module,
+    maps: Iterable[LinearMap],
+    storage: Storage,
+    bring: Callable[[str], None] | None = None,
+    keep: Keep | None = None,
 ) -> list[str]:
     """Replace linear maps by 4-bit ones around the same weights; biases stay the parameters that they were.
 
@@ -210,6 +215,7 @@ def pack(
         maps: the linear maps to pack; what trains must not be among them.
         storage: the kind of packing.
         bring: called with a weight's name before it is packed, where weights arrive one at a time.
+        keep: gives what is packed another place in the processor's memory, under a name; None leaves it where it is.
 
     Returns:
         The paths that are packed now, those found packed already included.
@@ -231,7 +237,10 @@ def pack(
                 passed = 0
             module = model.get_submodule(described.path)
             if not is_packed(module):
-                model.set_submodule(described.path, _packed(bnb, module, described, storage.quantization))
+                new = _packed(bnb, module, described, storage.quantization)
+                if keep is not None:
+                    _kept(new, f"{described.path}.weight.{storage.quantization}", keep)
+                model.set_submodule(described.path, new)
             done.append(described.path)
             job.advance()
     # On CPUs with AVX512-BF16 bitsandbytes rearranges the weights in place at the first evaluation forward, and
@@ -262,6 +271,14 @@ def _packed(bnb: Any, module: nn.Module, described: LinearMap, kind: str) -> nn.
     new.source_cls = type(module)
     new.train(module.training)
     return new  # type: ignore[no-any-return]
+
+
+def _kept(module: nn.Module, name: str, keep: Keep) -> None:
+    """Give a packed weight and the scales of its blocks another place, where they lie in the processor's memory."""
+    weight: Any = module.get_parameter("weight")
+    if weight.device.type == "cpu":
+        held = keep(name, {"weight": weight.data, "absmax": weight.quant_state.absmax})
+        weight.data, weight.quant_state.absmax = held["weight"], held["absmax"]
 
 
 def hollow(model: nn.Module, maps: Iterable[LinearMap], storage: Storage) -> None:

@@ -6,19 +6,23 @@ could run as code. Every function here is called by all processes or by none, an
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from adapters import attendance, errors, processes
+from adapters import attendance, errors, meeting, processes
 from adapters.attendance import joined as joined
 from adapters.errors import AdaptersError, RankError, message
 from adapters.processes import count
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _WAITED: list[None] = []  # for the first process so often; the same number in all
@@ -52,22 +56,35 @@ def join(seconds: float | None = None) -> None:
     cpu = processes.yes(processes.CPU) or not cuda.is_available()
     if cpu:
         os.environ[processes.CPU] = "true"  # transformers asks again, and would take each process for a run
-    remedy = "Start all of them by one command: accelerate launch, torchrun; or unset WORLD_SIZE for a run of one."
     found = ""
+    patience = timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE)
     try:
-        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE))
+        own = {"store": meeting.place(patience), "rank": rank(), "world_size": count()} if processes.outlived() else {}
+        PartialState(cpu=cpu, timeout=patience, **own)
+    except RankError:
+        raise
     except (ValueError, RuntimeError) as fault:  # torch.distributed's own errors are RuntimeErrors
         found = " ".join(str(fault).split())[:300]
     if found or not joined():
-        raise RankError(
-            message(
-                "the processes of this run do not find each other",
-                where=f"rank {rank()}",
-                expected=f"{count()} processes",
-                found=found or "no group of processes",
-                remedy=remedy,
-            )
+        raise RankError(meeting.lost(found or "no group of processes"))
+    atexit.register(_leave)
+    if first() and processes.forgetful():
+        logger.warning(
+            "a node that is lost and comes back may wait in vain: torch 2.13's torchrun says only once where all meet; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every launcher"
         )
+
+
+def _leave() -> None:
+    """Leave the group of gloo before the process ends.
+
+    Its threads, left to themselves, may outlive the interpreter and then end a finished process by abort (-6), which a
+    launcher takes for a death and starts all again.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        dist.destroy_process_group()
 
 
 def wait() -> None:

@@ -42,7 +42,7 @@ def compare(target: str, adapter: str, base: str, written: str, rows: list[Any] 
     from adapters.storage import load
 
     adapted = load(adapter, base, verify="fast")
-    batches = fidelity.inputs(adapted, rows)
+    batches = fidelity.inputs(adapted.task, adapted.processor, adapted.model, rows)
     wanted = fidelity.outputs(adapted.model, batches)
     dtype = str(adapted.model.dtype).removeprefix("torch.")
     adapted.strategy.strip(adapted.model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.chunked import Logits
+from adapters.handing import standing_in
 from adapters.modes import evaluating
 
 if TYPE_CHECKING:
@@ -101,11 +102,10 @@ class Readout:
             return hidden
 
         self._dtype = None
-        vars(layer)["forward"] = forward
         try:
-            yield
+            with standing_in({layer: forward}):
+                yield
         finally:
-            vars(layer).pop("forward", None)
             self._dtype = None
 
     def _tried(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> str:

@@ -45,7 +45,10 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(description="id or folder of the backbone")
-    data: str | dict[str, str] = Field(description="file, folder or hub id of the rows; or split -> file")
+    data: str | list[str] | dict[str, str | list[str]] = Field(
+        description="file, list or pattern of files, folder or hub id of the rows; or split -> file or files"
+    )
+    streaming: bool = Field(False, description="read the training rows as they are needed, never all of them")
     task: str = Field("text-classification", description="a task's name")
     strategy: str = Field("lora", description="a strategy's name")
     output: str = Field(description="folder of the finished adapter")
@@ -184,11 +187,12 @@ class Recipe(BaseModel):
         splits, task, _, _ = portions.drawn(self, say or (lambda line: logger.info(line)))
         fields = self.model_dump(exclude_unset=True)
         check_fields(hardware.without(fields)["train"])
+        train = portions.looked_at(self, splits["train"])
         return hardware.of_recipe(
             fields,
             labels=list(getattr(task, "labels", ())) or None,
-            rows=len(splits["train"]),
-            length=hardware.longest(fields, task, splits["train"]),
+            rows=len(train),
+            length=hardware.longest(fields, task, train),
             device=device,
             memory=memory,
         )
@@ -300,6 +304,7 @@ def _steps(
     from adapters import deferred, hardware, journal, launch, manifest, processes, progress, ranks, restarts, shards
     from adapters.adapt import adapt
     from adapters.exchange import agreeing
+    from adapters.portions import counts, told
     from adapters.predict import measure
     from adapters.storage import save
     from adapters.team import divided, drawn
@@ -321,7 +326,7 @@ def _steps(
             shards.remove(work)
         return interrupted and goes_on
 
-    again = restarts.restarted()  # by its launcher: what is there is what this very launch has saved
+    again = restarts.left(work)  # by this very launch, whose launcher has started it again
     interrupted: bool = ranks.told(ranks.by_first(begun))
     splits, task, options, remarks = drawn(recipe, say)
     # torch and transformers take seconds to import: the data has spoken before. peft comes first, since transformers'
@@ -337,7 +342,7 @@ def _steps(
         check_fields(recipe.train)
     for remark in remarks:
         say(remark)
-    say("rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()))
+    say("rows: " + told(splits))
     events = journal.Journal(work / journal.FILE, silent=not ranks.first())
     if interrupted:
         events.resume()
@@ -373,7 +378,7 @@ def _steps(
     results: dict[str, Any] = {}
     if prepared is not None:
         with events.phase("measuring the baselines"):
-            results["majority"] = adapted.task.baseline(trainer.train_dataset, prepared, adapted.processor)
+            results["majority"] = trainer.baseline(prepared)
             results["untrained"] = measure(adapted, prepared, together=True).numbers
     begin = time.monotonic()
     trainer.stops.onward = onward
@@ -414,6 +419,7 @@ def _steps(
             say(f"merging into {recipe.merge} ...")
             outcome = merge_on_disk(output, recipe.merge)
             merged = {"merged": outcome.output, "merged_agreement": outcome.agreement}
+        restarts.mark(output / journal.FILE)
         metric, greater = adapted.task.best_metric
         document = manifest.read_manifest(output)
         prints = document["backbone"]["fingerprint"]["tensors"].values()
@@ -423,7 +429,7 @@ def _steps(
             "task": adapted.task.name,
             "strategy": adapted.strategy.name,
             "metric": metric,
-            "rows": {name: len(rows) for name, rows in splits.items()},
+            "rows": counts(splits),
             **results,
             "notes": list(record.notes),
             "beat_baseline": course.beats(results, metric, greater=greater) if prepared is not None else None,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapters import disk, facts, progress, reading, shards
+from adapters import disk, facts, injection, progress, reading, shards
 from adapters.anatomy import own_name
 from adapters.blueprint import drawn
 from adapters.changes import Changes
@@ -28,9 +28,10 @@ from adapters.vocabulary import of_manifest
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from adapters.contracts import Strategy
-    from adapters.lowrank import Factors
+    from adapters.lowrank import Factors, FactorStack
 
 
 def write(
@@ -42,6 +43,7 @@ def write(
     whole: Mapping[str, Tensor],
     made: Mapping[str, Any],
     notes: Sequence[str] = (),
+    stacks: Mapping[str, FactorStack] | None = None,
 ) -> Path:
     """Write an adapter folder of computed tensors: LoRA where there are factors, `freeze` or `probe` where not.
 
@@ -54,6 +56,7 @@ def write(
             that only grew by added tokens, the added entries.
         made: what the manifest says of how it was computed: at least "by" and "from".
         notes: remarks that belong to it.
+        stacks: factors of stacks of experts, by name; the scale is 1.
 
     Returns:
         The folder.
@@ -67,7 +70,7 @@ def write(
     target = Path(out).expanduser()
     refuse_foreign(target)
     with disk.staged(target) as stage:
-        compose(stage, like, base, factors=factors, whole=whole, made=made, notes=notes)
+        compose(stage, like, base, factors=factors, whole=whole, made=made, notes=notes, stacks=stacks)
     return target
 
 
@@ -80,6 +83,7 @@ def compose(
     whole: Mapping[str, Tensor],
     made: Mapping[str, Any],
     notes: Sequence[str] = (),
+    stacks: Mapping[str, FactorStack] | None = None,
 ) -> dict[str, Any]:
     """Write the adapter's files into an existing, empty folder; arguments and errors as for `write`.
 
@@ -87,7 +91,7 @@ def compose(
         Its manifest.
     """
     document = like.document
-    strategy, state = _resolved(like, base, factors, whole)
+    strategy, state, net = _resolved(like, base, factors, stacks or {}, whole)
     for name, tensor in state.items():
         if not bool(tensor.isfinite().all()):
             raise NumbersError(message("a computed tensor is not finite", where=name, remedy="Nothing was written."))
@@ -98,7 +102,9 @@ def compose(
             strategy, of_manifest(document, str(like.folder)), backbone["name"], backbone["revision"]
         )
         elsewhere = reading.of(task_of(document, str(like.folder))).elsewhere  # peft would answer otherwise
-        for name, entry in ({} if elsewhere else beside).items():
+        misread = next(filter(None, (injection.misread(net, config) for config in beside.values())), "")
+        notes = [*notes, f"no adapter_config.json was written: {misread}"] if misread else notes
+        for name, entry in ({} if elsewhere or misread else beside).items():
             shards.write_text(stage / name, json.dumps(entry, indent=2, sort_keys=True) + "\n")
         facts.hand_on(like.folder, document, stage)
         described = _manifest(document, strategy, state, made, notes)
@@ -132,9 +138,13 @@ def copied(out: str | Path, like: Changes, *, made: Mapping[str, Any], notes: Se
 
 
 def _resolved(
-    like: Changes, base: Path, factors: Mapping[str, Factors], whole: Mapping[str, Tensor]
-) -> tuple[Strategy, dict[str, Tensor]]:
-    """The strategy that trains exactly these tensors, and they by their keys in the adapter file."""
+    like: Changes,
+    base: Path,
+    factors: Mapping[str, Factors],
+    stacks: Mapping[str, FactorStack],
+    whole: Mapping[str, Tensor],
+) -> tuple[Strategy, dict[str, Tensor], PreTrainedModel]:
+    """The strategy that trains exactly these tensors, they by their keys in the adapter file, and the model drawn."""
     document, where = like.document, str(like.folder)
     backbone = document["backbone"]
     if backbone.get("inside"):
@@ -147,8 +157,8 @@ def _resolved(
     axes = dict(vocabulary.axes) if vocabulary is not None else {}
     beside = sorted(set(whole) - print_.head - set(axes))
     strategy: Strategy
-    if factors:
-        strategy = Lora.of_factors(factors, beside)
+    if factors or stacks:
+        strategy = Lora.of_factors(factors, beside, stacks)
     elif beside:
         strategy = Freeze(pattern=tuple(f"^{name.replace('.', '[.]')}$" for name in beside))
     elif set(whole) & print_.head:
@@ -163,7 +173,7 @@ def _resolved(
         for name, parameter in found.ghost.named_parameters()
         if own_name(name) in found.names | (print_.head - print_.unread) and own_name(name) not in axes
     }
-    state = cast("Lora", strategy).tensors(factors) if factors else {}
+    state = cast("Lora", strategy).tensors(factors, stacks) if factors or stacks else {}
     state |= {key: whole[name] for key, (name, _) in wanted.items() if name in whole}
     grown = set(vocabulary.whole) if vocabulary is not None else set()
     odd = sorted(set(wanted) ^ set(state)) + sorted(set(whole) - {name for name, _ in wanted.values()} - set(axes))
@@ -183,7 +193,7 @@ def _resolved(
             )
     if vocabulary is not None:
         state |= {vocabulary.key(strategy, name): whole[name] for name in axes}
-    return strategy, {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+    return strategy, {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}, print_.model
 
 
 def _manifest(

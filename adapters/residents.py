@@ -17,6 +17,7 @@ from adapters import mixing, shards
 from adapters.backbones import plan_padding
 from adapters.changes import Changes, edits_of
 from adapters.devices import size
+from adapters.edits import MergeLayer
 from adapters.errors import FolderError, RequestError, message, nearest
 from adapters.facts import processor_files
 from adapters.manifest import WEIGHTS, read_tensors
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapters.contracts import Task
-    from adapters.mixing import Change
+    from adapters.inserts import Change
     from adapters.trunks import Trunk
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Resident:
     Attributes:
         changed: the names of the backbone's tensors that it changes, head included.
         held: its changes by module; None while they are on disk alone.
+        merged: the paths of weights that a peft method is merged into, because it has no form by rows; held whole.
         apart: why its rows cannot share a pass with others'; None where that is not known, empty where they can.
         gone: it was unloaded.
     """
@@ -60,6 +62,11 @@ class Resident:
         self.held: dict[str, Change] | None = trunk.changed(changes.edits, where)
         self.paths = tuple(self.held)
         self.shape = trunk.shape(self.held)
+        self.merged = tuple(
+            path
+            for path, change in self.held.items()
+            if "weight" in change.whole and isinstance(changes.edits.get(f"{path}.weight"), MergeLayer)
+        )
         self.nbytes = sum(change.nbytes for change in self.held.values())
         self.apart: str | None = None
         self.gone = False

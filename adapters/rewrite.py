@@ -338,8 +338,11 @@ def _by_rows(step: Step, at_once: int) -> Callable[[int, int], Edit] | None:
     rows = by_rows(step.edit, step.source.shape, step.shape)
     if rows is not None or step.source.shape != step.shape:
         return rows
+    from adapters.arithmetic import Fused
     from adapters.roundtrip import RoundTrip, round_trip_by_rows
 
+    if isinstance(step.edit, Fused):
+        return step.edit.by_entries(step.shape)
     if not isinstance(step.edit, RoundTrip):
         return None
     return round_trip_by_rows(step.edit, step.shape, Stored(step.source).part, at_once)

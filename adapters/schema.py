@@ -24,7 +24,7 @@ REFUSED_SUFFIXES = frozenset(
 # Files of a backbone, which an adapter would put in the place of the backbone's own when it is merged.
 RESERVED = frozenset({"config.json", "generation_config.json", shards.INDEX, shards.WEIGHTS})
 # Loading options that open the same weights again. Whatever names other places or lets code run is left to the caller.
-LOAD_OPTIONS = frozenset({"dtype", "attn_implementation", "device_map", "revision", "variant"})
+LOAD_OPTIONS = frozenset({"dtype", "attn_implementation", "device_map", "revision"})
 
 
 def load_fault(options: dict[str, str]) -> str:

@@ -9,9 +9,7 @@ from typing import Any
 
 from adapters import cli
 from adapters.commands.train import train
-from adapters.console import say
 from adapters.errors import RequestError, message, nearest
-from adapters.manifest import RECIPE
 from adapters.recipe import Recipe, changed
 
 
@@ -20,7 +18,8 @@ def run_recipe(recipe: Recipe | None = None, **recipes: Recipe) -> None:
 
     A script that ends in this line takes `--set key=value` and every other option, and ends with the command's exit
     codes. Several recipes run one after the other; each has a name, and `--set name.key=value` says whose key is
-    meant. All of them are checked before the first one runs, and `--resume` leaves out those that are finished.
+    meant. All of them are checked before the first one runs; `--resume`, and a launcher that starts the script again,
+    leave out those that are finished.
 
     Args:
         recipe: the script's only recipe.
@@ -38,21 +37,18 @@ def run_recipe(recipe: Recipe | None = None, **recipes: Recipe) -> None:
     cli.ran(program, sys.argv[1:], Path(sys.argv[0]).name, recipes_with(recipe, recipes))
 
 
-def recipes_with(
-    recipe: Recipe | None, recipes: Mapping[str, Recipe]
-) -> Callable[[Mapping[str, Any], bool | None], list[Recipe]]:
+def recipes_with(recipe: Recipe | None, recipes: Mapping[str, Recipe]) -> Callable[[Mapping[str, Any]], list[Recipe]]:
     """What makes the recipes that run of the changes on the command line.
 
     Args:
         recipe, recipes: as `run_recipe` takes them.
 
     Returns:
-        A function of "key" or "section.key" -> value (with a recipe's name before it where there are several), and of
-        whether interrupted work goes on. It raises RequestError for a key that is nobody's, or that does not say
-        whose it is.
+        A function of "key" or "section.key" -> value (with a recipe's name before it where there are several). It
+        raises RequestError for a key that is nobody's, or that does not say whose it is.
     """
 
-    def made(changes: Mapping[str, Any], resume: bool | None) -> list[Recipe]:
+    def made(changes: Mapping[str, Any]) -> list[Recipe]:
         if recipe is not None:
             return [_changed(recipe, changes, "options")]
         own: dict[str, dict[str, Any]] = {name: {} for name in recipes}
@@ -68,22 +64,9 @@ def recipes_with(
                 faults.append(message(f"no recipe {name!r} is here", where=f"--set {key}", remedy=nearest(name, own)))
         if faults:
             raise RequestError(" ".join(faults))
-        made = {name: _changed(recipes[name], own[name], name) for name in own}
-        left = {name: recipe for name, recipe in made.items() if not (resume and _finished(recipe))}
-        for name in made:
-            if name not in left:
-                say(f"{name}: finished already, {made[name].output} was made by this very recipe")
-        return list(left.values())
+        return [_changed(recipes[name], own[name], name) for name in own]
 
     return made
-
-
-def _finished(recipe: Recipe) -> bool:
-    """Whether the folders that a recipe makes are there, made by the same recipe."""
-    file = Path(recipe.output).expanduser() / RECIPE
-    if not file.is_file() or (recipe.merge is not None and not Path(recipe.merge).expanduser().is_dir()):
-        return False
-    return Recipe.read(file).model_dump() == recipe.model_dump()
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import processes, ranks
-from adapters.anatomy import block_lists, class_name, own_name
+from adapters.anatomy import block_lists, class_name, own_name, put
 from adapters.contracts import Adapted
 from adapters.errors import ContractError, RequestError, message
 from adapters.quantize import packed_modules
@@ -201,13 +201,17 @@ def ready(adapted: Adapted, device: torch.device) -> Iterator[None]:
     bitsandbytes' parameters are a class of their own, which accelerate leaves out of the division: every process would
     hold all of them. As plain bytes they are divided like any others, and no cast of mixed precision touches them;
     their layer keeps how they are packed, and puts the class around them again when it runs.
+
+    What is frozen is divided without its values, and afterwards each process takes its own rows of them: of weights
+    that are pages of the checkpoint it reads no others, and no others are sent to its device.
+
+    Args:
+        adapted: whose model is divided.
+        device: of this process.
     """
     if is_divided(adapted):  # by an earlier run
         yield
         return
-    for parameter in adapted.model.parameters():
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
     for module in packed_modules(adapted.model).values():
         held: Any = module.get_parameter("weight")
         held.quant_state.to(device)  # the scales stay whole, a 32nd of the weights' bytes
@@ -216,14 +220,64 @@ def ready(adapted: Adapted, device: torch.device) -> Iterator[None]:
         _note(plain, held.quant_state)
         module._parameters["weight"] = plain
     model = adapted.model
+    frozen = _emptied(model)
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
     hidden = ("get_input_embeddings", "get_output_embeddings") if _embedded_twice(model) else ()
     for name in hidden:  # accelerate would divide one of several modules that share their tensor
         vars(model)[name] = lambda: None
     try:
         yield
+    except BaseException:
+        for names, whole in frozen:
+            if not ranks.divided(model.get_parameter(names[0])):
+                put(model, names, whole)
+        raise
     finally:
         for name in hidden:
             del vars(model)[name]
+    while frozen:
+        _fill(model, *frozen.pop(), device)
+
+
+def _emptied(model: PreTrainedModel) -> list[tuple[list[str], nn.Parameter]]:
+    """Take what is frozen out of a model, which keeps tensors without memory in its place.
+
+    Returns:
+        Of each parameter its names, several where it is tied, and the parameter.
+    """
+    held: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad and parameter.ndim:
+            held.setdefault(id(parameter), ([], parameter))[0].append(name)
+    for names, parameter in held.values():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        put(model, names, nn.Parameter(empty, requires_grad=False))
+    return list(held.values())
+
+
+def _fill(model: PreTrainedModel, names: Sequence[str], whole: nn.Parameter, device: torch.device) -> None:
+    """Give a divided tensor this process' rows, in memory of their own.
+
+    Args:
+        model: after the division.
+        names: of the tensor.
+        whole: what it was before.
+        device: where this process keeps its part.
+    """
+    from torch.distributed.tensor import DTensor
+
+    parameter: Any = model.get_parameter(names[0])
+    mesh = parameter.device_mesh
+    parts = whole.detach().chunk(mesh.size(), dim=0)  # as torch divides it: the last ones may be empty
+    number = mesh.get_local_rank()
+    part = parts[number] if number < len(parts) else whole.detach()[:0]
+    held = torch.empty(part.shape, dtype=part.dtype, device=device).copy_(part)
+    made: Any = DTensor.from_local(
+        held, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    put(model, names, nn.Parameter(made, requires_grad=False))
 
 
 def _embedded_twice(model: PreTrainedModel) -> bool:

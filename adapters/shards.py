@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
@@ -331,6 +331,14 @@ def read_tensor(slot: Slot) -> Tensor:
             position += got
     dtype: torch.dtype = getattr(torch, slot.dtype)
     return raw.view(dtype).reshape(slot.shape)
+
+
+def is_stack(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a stack of matrices, one an expert: of three axes, and no module's `weight`.
+
+    A convolution's has three axes, too.
+    """
+    return len(shape) == 3 and name.rpartition(".")[2] != "weight"
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -17,7 +17,7 @@ from adapters.fidelity import synthetic
 from adapters.modes import evaluating
 from adapters.predict import BATCH
 from adapters.residents import Resident, Residents
-from adapters.storage import LEVELS, fill_record, strategy_of
+from adapters.storage import LEVELS, fill_record, refuse_merged, strategy_of
 from adapters.trunks import Trunk, key_of, opened
 
 if TYPE_CHECKING:
@@ -92,20 +92,31 @@ class Shared:
 
         Raises:
             FolderError: the folder is damaged, edited or foreign.
-            BackboneError: the adapter was trained on another backbone; the message names what differs.
+            BackboneError: the adapter was trained on another backbone, and the message names what differs; or it was
+                merged into this one already.
             RequestError: a name that is taken; an adapter that is larger than `memory`.
         """
         name = Path(folder).name if name is None else name
         self._residents.refuse(name)
         found = changes.read(folder)
+        if self._verify != "off":
+            refuse_merged(found.document, self._base, self._load)
         key = key_of(found.document, str(found.folder))
         trunk, processor = self._trunks.get(key), None
         if trunk is None:
             trunk, processor = opened(self._base, found, self._load, self._pool, verify=self._verify)
         trunk.accept(found, verified=self._verify != "off")
         processor = self._residents.processor(found, trunk.net, processor)
-        self._residents.add(Resident(name, found, trunk, processor))
+        resident = Resident(name, found, trunk, processor)
+        self._residents.add(resident)
         self._trunks[key] = trunk
+        if resident.merged:
+            logger.warning(
+                "%s holds %d weights whole, %.1f MB in all: what it does to them has no smaller form by rows",
+                name,
+                len(resident.merged),
+                resident.nbytes / 1e6,
+            )
         return name
 
     def unload(self, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from adapters.anatomy import backbone_state, block_lists, plain_name, saved_names
+from adapters.anatomy import backbone_state, block_lists, own_name, plain_name, saved_names
 from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def planned(model: PreTrainedModel, layer: int) -> Shortening | None:
         return Shortening(path, depth, {}, frozenset())
     above = tuple(f"{path}.{index}." for index in range(layer, depth))
     wanted = {name for name in model.state_dict() if not name.startswith(above)}
-    wanted = {name.replace(".base_layer.", ".") for name in wanted}
+    wanted = {own_name(name) for name in wanted}
     document = model.config.to_dict()
     for place in _counts(document, depth):
         changes = {place: layer} | _lists(document, place[:-1], depth, layer)

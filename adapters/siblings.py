@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +14,7 @@ from adapters.manifest import MANIFEST
 from adapters.profile import Place, aligned, cells, order_of, place_of
 from adapters.progress import Job
 from adapters.spectra import norm_of
+from adapters.stored import Stored
 
 SHOWN = 40  # tensors that people are shown
 
@@ -141,16 +143,25 @@ def compare(a: Path, b: Path) -> Checkpoints:
     alike, tensors = 0, []
     with Job("comparing checkpoints", len(shared), "tensors") as job:
         for name in shared:
-            slots = one[name], two[name]
-            if (slots[0].dtype, slots[0].shape) == (slots[1].dtype, slots[1].shape) and _equal(*slots):
-                alike += 1
-            else:
+            for each, *slots in _members(name, one[name], two[name]):
+                if (slots[0].dtype, slots[0].shape) == (slots[1].dtype, slots[1].shape) and _equal(*slots):
+                    alike += 1
+                    continue
                 old, new = (shards.read_tensor(slot).double() for slot in slots)
                 gap = norm_of(new - old) if old.shape == new.shape else None
-                tensors.append(Tensor(name, place_of(name), norm_of(old), norm_of(new), gap))
+                tensors.append(Tensor(each, place_of(each), norm_of(old), norm_of(new), gap))
             job.advance(1)
     only = [tuple(sorted(set(x) - set(y))) for x, y in ((one, two), (two, one))]
     return Checkpoints(str(a), str(b), alike, tuple(tensors), only[0], only[1])
+
+
+def _members(name: str, one: shards.Slot, two: shards.Slot) -> Iterator[tuple[str, shards.Slot, shards.Slot]]:
+    """A tensor of both; a stack of experts as its matrices, each as `name.number`."""
+    if one.shape != two.shape or not shards.is_stack(name, one.shape):
+        yield name, one, two
+        return
+    for index in range(one.shape[0]):
+        yield f"{name}.{index}", Stored(one).entry(index).slot, Stored(two).entry(index).slot
 
 
 def _equal(one: shards.Slot, two: shards.Slot) -> bool:

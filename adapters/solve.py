@@ -15,11 +15,10 @@ from torch import Tensor
 
 from adapters import progress
 from adapters.lbfgs import minimised
+from adapters.principal import Turned, Turns
 
 # L2 penalties on standardised features, beside a loss that is a mean over items: half the penalty times |W|^2.
 PENALTIES: Final = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-FLAT: Final = 1e-6  # spread of a feature, as a share of the largest, below which it is left out
-WIDE: Final = 2048  # features above which directions are not turned
 SCREEN: Final = (1e-2, 1e-3)  # penalties at which many candidates are compared first, roughly
 SCALES: Final = (1.0, 2.0, 4.0, 8.0, 16.0)  # of that first answer: one step from zero stops short of the minimum
 KEPT: Final = 4  # candidates that are then solved
@@ -48,44 +47,6 @@ class Solved:
     def logits(self, features: Tensor) -> Tensor:
         """What the layer answers: features (items, width) -> (items, outputs)."""
         return features.to(self.weight.dtype) @ self.weight.T + self.bias
-
-
-@final
-class _Turned:
-    """Standardised features in their principal directions, and the way back."""
-
-    def __init__(
-        self, features: Tensor, dtype: torch.dtype, *, centred: bool, even: bool = False, turned: bool = True
-    ) -> None:
-        self.mean = features.mean(0, dtype=torch.float64)
-        if not centred:  # there is no bias to take the shift
-            self.mean = torch.zeros_like(self.mean)
-        shifted = features.to(dtype) - self.mean.to(dtype)
-        spread = shifted.square().mean(0, dtype=torch.float64).sqrt()
-        self.scale = torch.where(spread > FLAT * spread.max(), 1 / spread.clamp_min(1e-30), 0.0).to(dtype)
-        if even:
-            whole = features.square().mean(dtype=torch.float64).sqrt().clamp_min(1e-30)
-            self.scale = torch.full_like(self.scale, 1 / float(whole))
-        self.inputs = shifted.mul_(self.scale)
-        self.turn: Tensor | None = None
-        width = self.inputs.shape[1]
-        self.curvature = torch.ones(width, dtype=dtype, device=features.device)
-        self.wide = width > WIDE
-        if turned and not self.wide:
-            curvature, turn = torch.linalg.eigh(self.gram())
-            self.curvature, self.turn = curvature.clamp_min(0), turn
-            self.inputs = self.inputs @ turn
-
-    def gram(self) -> Tensor:
-        """The mean of the features' outer products (width, width)."""
-        return self.inputs.T @ self.inputs / len(self.inputs)
-
-    def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (outputs, width) and bias for plain features."""
-        if self.turn is not None:
-            weight = weight @ self.turn.T
-        weight = weight * self.scale
-        return weight, bias - weight @ self.mean.to(weight.dtype)
 
 
 def probes(
@@ -121,7 +82,7 @@ def probes(
     Returns:
         For each set the layers, in the order of the penalties.
     """
-    fit = _Fit([_Turned(one, dtype, centred=bias, even=even) for one in sets], labels, loss, outputs, items, bias=bias)
+    fit = _Fit([Turned(one, dtype, centred=bias, even=even) for one in sets], labels, loss, outputs, items, bias=bias)
     places = [(number, penalty) for number in range(len(sets)) for penalty in penalties]
     points = fit.minima(places, tolerance=tolerance, steps=steps)
     found = [fit.layer(place, point) for place, point in zip(places, points, strict=True)]
@@ -136,16 +97,26 @@ class _Fit:
     Args:
         sets: the features.
         labels, loss, outputs, items, bias: as `probes` takes them.
+        like: another fit of the same labels by the same loss, for what hangs on these alone.
     """
 
     def __init__(
-        self, sets: Sequence[_Turned], labels: Tensor, loss: Loss, outputs: int, items: int | None, *, bias: bool
+        self,
+        sets: Sequence[Turned],
+        labels: Tensor,
+        loss: Loss,
+        outputs: int,
+        items: int | None,
+        *,
+        bias: bool,
+        like: _Fit | None = None,
     ) -> None:
         self.sets, self.labels, self.loss, self.outputs, self.bias = sets, labels, loss, outputs, bias
         self.items = items if items is not None else len(labels)
-        self.width = max(one.inputs.shape[1] for one in sets)
-        self.dtype = sets[0].inputs.dtype
-        self.curve = _curvature(loss, labels, outputs, self.items, self.dtype)
+        self.width = max(one.width for one in sets)
+        self.dtype = sets[0].dtype
+        self.curve: float = like.curve if like else _curvature(loss, labels, outputs, self.items, self.dtype)
+        self._pulls_at_zero: Tensor | None = like._pulls_at_zero if like else None
 
     def minima(
         self,
@@ -161,7 +132,7 @@ class _Fit:
         scale = torch.zeros(len(places), self.outputs, self.width + 1, dtype=self.dtype, device=self.labels.device)
         for number, (owner, strength) in enumerate(places):
             one = self.sets[owner]
-            scale[number, :, : one.inputs.shape[1]] = 1 / (self.curve * one.curvature + strength).clamp_min(1e-12)
+            scale[number, :, : one.width] = 1 / (self.curve * one.curvature + strength).clamp_min(1e-12)
             scale[number, :, -1] = 1 / self.curve
 
         def evaluate(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +152,7 @@ class _Fit:
         slopes = gradients.view(-1, self.outputs, self.width + 1)
         for number in sorted(set(owners)):
             mine = [place for place, owner in enumerate(owners) if owner == number]
-            inputs = self.sets[number].inputs
-            wide = inputs.shape[1]
+            inputs, wide = self.sets[number].inputs, self.sets[number].width
             logits = torch.matmul(inputs, held[mine, :, :wide].transpose(1, 2)) + held[mine, :, -1][:, None]
             found, pulls = _pulls(self.loss, logits, self.labels, self.items)
             values[mine] = found.to(self.dtype)
@@ -198,18 +168,24 @@ class _Fit:
     def layer(self, place: tuple[int, float], point: Tensor) -> Solved:
         """A point (outputs, width + 1) as a layer for plain features."""
         one = self.sets[place[0]]
-        weight, shift = one.layer(point[:, : one.inputs.shape[1]], point[:, -1])
+        weight, shift = one.layer(point[:, : one.width], point[:, -1])
         return Solved(weight, shift, place[1])
 
-    def first(self, number: int, penalty: float) -> Tensor:
-        """One step of Newton's method from zero, the Hessian taken as equal for all outputs: (outputs, width + 1)."""
+    def first(self, number: int, penalties: Sequence[float]) -> list[Tensor]:
+        """One step of Newton's method from zero for each penalty, the Hessian taken as equal for all outputs.
+
+        Returns:
+            Points (outputs, width + 1).
+        """
         one = self.sets[number]
-        zero = torch.zeros(1, len(self.labels), self.outputs, dtype=self.dtype, device=self.labels.device)
-        pulls = _pulls(self.loss, zero, self.labels, self.items)[1][0].to(self.dtype)
-        bend = torch.diag(one.curvature) if one.turn is not None or one.wide else one.gram()
-        bend = self.curve * bend + penalty * torch.eye(len(bend), dtype=self.dtype, device=bend.device)
-        weight = -torch.linalg.solve(bend, one.inputs.T @ pulls).T
-        return torch.cat([weight, -pulls.sum(0)[:, None] / self.curve * self.bias], dim=1)
+        if self._pulls_at_zero is None:
+            zero = torch.zeros(1, len(self.labels), self.outputs, dtype=self.dtype, device=self.labels.device)
+            self._pulls_at_zero = _pulls(self.loss, zero, self.labels, self.items)[1][0].to(self.dtype)
+        pulls = self._pulls_at_zero
+        bend = self.curve * (torch.diag(one.curvature) if one.turn is not None or one.wide else one.gram)
+        slope, unit = one.inputs.T @ pulls, torch.eye(len(bend), dtype=self.dtype, device=bend.device)
+        shift = -pulls.sum(0)[:, None] / self.curve * self.bias
+        return [torch.cat([-torch.linalg.solve(bend + each * unit, slope).T, shift], dim=1) for each in penalties]
 
 
 def _pulls(loss: Loss, logits: Tensor, labels: Tensor, items: int) -> tuple[Tensor, Tensor]:
@@ -287,6 +263,7 @@ def chosen(
     even: bool = False,
     seed: int = 0,
     penalties: Sequence[float] = PENALTIES,
+    turns: Turns | None = None,
 ) -> Choice:
     """The place to read and the penalty with the smallest loss on other rows.
 
@@ -302,24 +279,26 @@ def chosen(
         bias, even: as `probes` takes them.
         seed: of the parts.
         penalties: to choose among.
+        turns: of these training features, from what was solved on them before by another loss.
     """
     parts = _parts(train, labels, held, seed)
+    turned = [turns if turns is not None and fit is turns.features else Turns(fit, keeps=False) for fit, *_ in parts]
     total = sum(items(part[3]) for part in parts)
     places = list(range(train.shape[1]))
     if len(places) > KEPT:
-        places = _screened(places, parts[:1], loss, outputs, items, bias=bias)
+        places = _screened(places, parts[0], turned[0], loss, outputs, items, bias=bias)
     tried: dict[tuple[int, float], Tried] = {}
     layers: dict[tuple[int, float], Solved] = {}
     fits = [
         _Fit(
-            [_Turned(fit[:, place], torch.float32, centred=bias, even=even) for place in places],
+            [own.at(place, centred=bias, even=even) for place in places],
             fit_labels,
             loss,
             outputs,
             items(fit_labels),
             bias=bias,
         )
-        for fit, fit_labels, _, _ in parts
+        for own, (_, fit_labels, _, _) in zip(turned, parts, strict=True)
     ]
     going = list(range(len(places)))
     starts: list[Tensor | None] = [None] * len(fits)
@@ -371,7 +350,8 @@ def chosen(
 
 def _screened(
     places: Sequence[int],
-    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    part: tuple[Tensor, Tensor, Tensor, Tensor],
+    turns: Turns,
     loss: Loss,
     outputs: int,
     items: Callable[[Tensor], int],
@@ -380,14 +360,15 @@ def _screened(
 ) -> list[int]:
     """The places worth to be solved: the first, and the best by one step of Newton's method, scaled."""
     best = dict.fromkeys(places, float("inf"))
-    for fit, fit_labels, other, other_labels in parts:
-        for place in places:
-            plain = _Turned(fit[:, place], torch.float32, centred=bias, turned=False)
-            rough = _Fit([plain], fit_labels, loss, outputs, items(fit_labels), bias=bias)
-            for penalty in SCREEN:
-                logits = rough.layer((0, penalty), rough.first(0, penalty)).logits(other[:, place])
-                found = [float(loss(logits * scale, other_labels, items(other_labels))) for scale in SCALES]
-                best[place] = min(best[place], *found)
+    _, fit_labels, other, other_labels = part
+    rough: _Fit | None = None
+    for place in places:
+        plain = turns.at(place, centred=bias, turned=False)
+        rough = _Fit([plain], fit_labels, loss, outputs, items(fit_labels), bias=bias, like=rough)
+        for penalty, point in zip(SCREEN, rough.first(0, SCREEN), strict=True):
+            logits = rough.layer((0, penalty), point).logits(other[:, place])
+            found = [float(loss(logits * scale, other_labels, items(other_labels))) for scale in SCALES]
+            best[place] = min(best[place], *found)
     return sorted({places[0], *sorted(places, key=lambda place: best[place])[:KEPT]})
 
 

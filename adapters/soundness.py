@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import data, formats, survey
+from adapters import data, formats, portions, streaming, survey
 from adapters.errors import AdaptersError, DataError, MissingPackageError, RequestError, message, nearest
 from adapters.fitness import Sketch
 from adapters.options import field_names, make
-from adapters.portions import divided
 from adapters.recipe import Recipe
 from adapters.survey import Part
 
@@ -57,12 +56,52 @@ def examine(recipe: Recipe, task: Any, backbone: Sketch | None) -> Findings:
         All that is wrong with them, in all parts and rows.
     """
     found = Findings()
+    if recipe.streaming:
+        return _streamed(recipe, task, backbone, found)
     raw = _read(recipe, found)
     if "train" not in raw:
         if raw or not found.faults:
             what = message("the data has no part 'train'", found=", ".join(raw) or "nothing")
             found.fault("data", DataError(what))
         return found
+    return _looked_at(recipe, task, backbone, raw, found)
+
+
+def _streamed(recipe: Recipe, task: Any, backbone: Sketch | None, found: Findings) -> Findings:
+    """The same where the training rows are a stream, whose first rows are looked at and no others."""
+    try:
+        stream, given = streaming.opened(recipe.data, lambda line: found.remarks.append(("data", "data", line)))
+        sample = streaming.sampled(stream)
+    except AdaptersError as fault:
+        found.fault("data", fault)
+        return found
+    asked = {name: getattr(recipe, name) for name in portions.LEFT if name in recipe.model_fields_set}
+    for text in streaming.lacking(given, asked):
+        found.fault("data", RequestError(text))
+    what = f"{streaming.described(stream)}: its first {len(sample.rows)} rows were looked at, as many of each file"
+    found.remarks.append(("data", "train", f"{what}; a row further on is looked at when a run reads it"))
+    own = _looked_at(recipe, task, backbone, {"train": sample.rows, **given}, Findings(), sample)
+    found.faults += [(k, where, sample.told(text) if where == "train" else text) for k, where, text in own.faults]
+    found.remarks += [(k, where, sample.told(text) if where == "train" else text) for k, where, text in own.remarks]
+    found.fine = own.fine
+    found.rows = {part: count for part, count in own.rows.items() if part != "train"}
+    shown = [streaming.described(stream) + " train", *(f"{count} {part}" for part, count in found.rows.items())]
+    found.fine["rows"] = ", ".join(shown)
+    for name in ("labels", "length"):
+        if name in found.fine:
+            found.fine[name] = f"in the first {len(sample.rows)} rows {found.fine[name]}"
+    return found
+
+
+def _looked_at(
+    recipe: Recipe,
+    task: Any,
+    backbone: Sketch | None,
+    raw: Mapping[str, Dataset],
+    found: Findings,
+    sample: streaming.Sample | None = None,
+) -> Findings:
+    """All parts arranged and looked at; of a stream its sample stands for the training rows."""
     good: dict[str, Part] = {}
     maker = _task_of(recipe, task)
     for part, rows in raw.items():
@@ -71,14 +110,14 @@ def examine(recipe: Recipe, task: Any, backbone: Sketch | None) -> Findings:
             good[part] = _without_blanks(arranged, task, part, found, maker)
     if "train" not in good:
         return found
-    made, settled = _with_labels(recipe, maker, good, found)
+    made, settled = _with_labels(recipe, maker, good, found, sample)
     for part, entry in list(good.items()):
         bad = survey.unusable(entry, lambda rows: made.check(rows, labelled=settled)) if len(entry.rows) else []
         for group in bad:
             found.fault(part, str(group))
         good[part] = entry.without({place for group in bad for place in group.places})
     _repeated(made, good, found)
-    _summary(recipe, made, good, backbone, found)
+    _summary(recipe, made, good, backbone, found, streamed=sample is not None)
     return found
 
 
@@ -164,11 +203,13 @@ def _task_of(recipe: Recipe, task: Any) -> Any:
         return task()
 
 
-def _with_labels(recipe: Recipe, maker: Any, good: dict[str, Part], found: Findings) -> tuple[Any, bool]:
+def _with_labels(
+    recipe: Recipe, maker: Any, good: dict[str, Part], found: Findings, sample: streaming.Sample | None
+) -> tuple[Any, bool]:
     """The task with its labels, and whether they could be read; rows of labels that nobody knows are taken out."""
     train = good["train"].rows
     try:
-        made = maker.with_rows(train)
+        made = maker.with_rows(train) if sample is None else streaming.named(maker, replace(sample, rows=train))
     except AdaptersError as fault:
         found.fault("train", fault)
         return maker, False
@@ -197,6 +238,8 @@ def _with_labels(recipe: Recipe, maker: Any, good: dict[str, Part], found: Findi
             where = f"{entry.shown(numbers)}, column {column!r}"
             found.fault(part, message(what, where=where, remedy=nearest(name, known)))
         good[part] = entry.without({place for numbers in odd.values() for place in numbers})
+    if sample is not None:  # what the first rows lack may stand further on
+        return made, True
     absent = [name for name in known if not there[name]]
     if absent:
         found.remarks.append(("data", "train", f"no row has the label {', '.join(map(repr, absent[:5]))}"))
@@ -229,13 +272,15 @@ def _repeated(made: Any, good: Mapping[str, Part], found: Findings) -> None:
             found.remarks.append(("data", part, said))
 
 
-def _summary(recipe: Recipe, made: Any, good: dict[str, Part], backbone: Sketch | None, found: Findings) -> None:
+def _summary(
+    recipe: Recipe, made: Any, good: dict[str, Part], backbone: Sketch | None, found: Findings, *, streamed: bool
+) -> None:
     """What the rows are, and the parts that a run would make of them."""
     given = {part: entry.rows for part, entry in good.items()}
     if not all(len(rows) for rows in given.values()):
         return
     try:
-        parts, remarks = divided(recipe, dict(given), made)
+        parts, remarks = (given, []) if streamed else portions.divided(recipe, dict(given), made)
     except AdaptersError as fault:
         found.fault("data", fault)
         parts, remarks = given, []
@@ -244,7 +289,7 @@ def _summary(recipe: Recipe, made: Any, good: dict[str, Part], backbone: Sketch 
     shown = ", ".join(f"{n} {part}{'' if part in given else ' (drawn)'}" for part, n in found.rows.items())
     found.fine["rows"] = shown
     train = given["train"]
-    _labels(made, train, found)
+    _labels(made, train, found, streamed=streamed)
     for column in ("text", "source", "prompt", "context", "tokens"):
         if column in train.column_names:
             _length(made, column, train[column][:], backbone, found)
@@ -276,7 +321,7 @@ def _renumbered(remark: str, good: Mapping[str, Part]) -> str:
     return re.sub(r"\b(train|validation|test) row (\d+)", own, remark)
 
 
-def _labels(made: Any, train: Dataset, found: Findings) -> None:
+def _labels(made: Any, train: Dataset, found: Findings, *, streamed: bool) -> None:
     """The labels and how often each occurs."""
     column = next((name for name in ANSWERS if name in train.column_names), None)
     if column is None:
@@ -289,7 +334,7 @@ def _labels(made: Any, train: Dataset, found: Findings) -> None:
         survey.label_names(train, column, many=getattr(made, "problem", "") == "multi-label")
     )
     found.fine["labels"] = survey.balance(counts)
-    if column == "label" and counts and max(counts.values()) >= RARE * min(counts.values()):
+    if column == "label" and not streamed and counts and max(counts.values()) >= RARE * min(counts.values()):
         common, rare = max(counts, key=lambda n: counts[n]), min(counts, key=lambda n: counts[n])
         what = (
             f"{common!r} has {counts[common]} rows and {rare!r} {counts[rare]}: look at macro_f1, not at accuracy alone"

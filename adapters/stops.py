@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NoReturn, final
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -121,12 +122,33 @@ class Stops(TrainerCallback):
 
 @final
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here."""
+    """transformers' early stopping without its demand that transformers reload the best weights: they are kept here.
+
+    What counts is whether training still gets better. A solved start may be ahead of the first epochs and behind the
+    last, whose learning rate is small; it may stay the best, and yet is no reason to stop.
+    """
+
+    def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float | None = 0.0) -> None:
+        super().__init__(early_stopping_patience, early_stopping_threshold)
+        self.reached: float | None = None  # by weights that took steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing to check: `settings` has chosen the metric."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Count the evaluations that choose the best weights: of several validation sets one does."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
+        if state.global_step and f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
+
+    def check_metric_value(self, args: Any, state: Any, control: Any, metric_value: float) -> None:
+        """Compare with what training has reached so far, and not with the start."""
+        so_far = SimpleNamespace(best_metric=self.reached)
+        super().check_metric_value(args, so_far, control, metric_value)  # type: ignore[no-untyped-call]
+        choose = max if args.greater_is_better else min
+        self.reached = metric_value if self.reached is None else choose(self.reached, metric_value)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        found: dict[str, Any] = super().state()
+        found["attributes"]["reached"] = self.reached
+        return found

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters import bare, disk, facts, marks, pooling, progress, ranks, sharded, shards
+from adapters import bare, disk, facts, injection, marks, pooling, progress, ranks, sharded, shards
 from adapters.adapt import STRATEGIES, assemble, from_peft, row_of, task_class
-from adapters.backbones import MAX_CONFIG, PROCESSORS, live_model, local_folder, open_processor
+from adapters.backbones import PROCESSORS, config_at_hand, live_model, open_processor
 from adapters.card import card
 from adapters.contracts import Adapted, Record, Strategy, Task, Vocabulary
 from adapters.errors import AdaptersError, BackboneError, FolderError, NumbersError, RequestError, message
@@ -24,7 +24,6 @@ from adapters.manifest import (
     MANIFEST,
     RECIPE,
     RUN_MARK,
-    VOCABULARIES,
     WEIGHTS,
     backbone_name,
     fetch,
@@ -105,12 +104,17 @@ def write(adapted: Adapted, folder: Path) -> None:
     elsewhere = pooling.placed(adapted.model).elsewhere  # peft would open it, and answer otherwise
     record = adapted.record
     beside = facts.sidecars(adapted.strategy, adapted.vocabulary, record.backbone, record.revision)
-    for name, document in ({} if elsewhere else beside).items():
+    misread = next(filter(None, (injection.misread(adapted.model, config) for config in beside.values())), "")
+    if misread:
+        remark = f"no adapter_config.json was written: {misread}"
+        record.notes += [remark] if remark not in record.notes else []
+        logger.warning(remark)
+    for name, document in ({} if elsewhere or misread else beside).items():
         shards.write_text(folder / name, json.dumps(document, indent=2, sort_keys=True) + "\n")
     if adapted.processor is not None:
         adapted.processor.save_pretrained(folder)
         facts.keep_input_names(adapted.processor, folder)
-        _without_code(folder)
+        facts.without_code(folder)
     if adapted.record.recipe:
         import yaml
 
@@ -119,28 +123,7 @@ def write(adapted: Adapted, folder: Path) -> None:
     document = facts.of(adapted, state)
     shards.write_text(folder / CARD, card(adapted, document))
     seal(folder, document)
-
-
-def _without_code(folder: Path) -> None:
-    """Take the names of code out of a saved processor's settings: it is one of transformers' own and needs none.
-
-    Raises:
-        RequestError: the processor is code of its own.
-    """
-    code = sorted(file.name for file in folder.rglob("*.py"))
-    if code:
-        raise RequestError(
-            message(
-                "the processor brings code, which an adapter folder never holds",
-                where=", ".join(code),
-                remedy="Use a processor that transformers itself has.",
-            )
-        )
-    for file in sorted(folder.glob("*.json")):
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.name not in VOCABULARIES else None
-        if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
-            file.unlink()
-            shards.write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    record.folders[document["digest"]] = marks.content(document["tensors"])
 
 
 # ---------------------------------------------------------------------- reading
@@ -201,7 +184,7 @@ def load(
         raise RequestError(message(f"unknown verify {verify!r}", where="verify", expected=", ".join(LEVELS)))
     folder = fetch(folder_or_hub_id)
     if not (folder / MANIFEST).exists() and (folder / bare.CONFIG).is_file():
-        return _load_bare(folder, model)
+        return _load_bare(folder, model, verified=verify != "off")
     document = read_manifest(folder)
     where = str(folder / MANIFEST)
     tensors = read_tensors(folder, document)
@@ -224,8 +207,7 @@ def load(
     if model is None:
         refuse_gone(document, str(folder))
     if verify != "off":
-        place = type(base).__name__ if live_model(base) else str(base)
-        marks.refuse_marked(document, (document["digest"],), _config_at_hand(base, options), place)
+        refuse_merged(document, base, options)
 
     accept = acceptance(document, str(folder), tensors, saved_strategy, vocabulary, verified=verify != "off")
     from adapters.fingerprint import Fingerprint
@@ -256,6 +238,7 @@ def load(
         )
     put(adapted, tensors, str(folder))
     fill_record(adapted.record, document, folder)
+    _keep_digest(adapted, document["digest"], document["tensors"])
     if adapted.fingerprint is claimed:
         note = "the backbone in 4 bits was not verified (verify='off')"
         adapted.record.notes += [note] if note not in adapted.record.notes else []
@@ -263,16 +246,18 @@ def load(
     return adapted
 
 
-def _config_at_hand(base: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a backbone: a live model's, or the file of one that lies on this machine."""
-    if live_model(base):
-        found: Mapping[str, Any] = base.config.to_dict()
-        return found
-    place = local_folder(str(base), options) if isinstance(base, str | Path) else None
-    if place is None or not (place / "config.json").is_file():
-        return {}
-    config = shards.read_json(place / "config.json", MAX_CONFIG)
-    return config if isinstance(config, dict) else {}
+def refuse_merged(document: Mapping[str, Any], base: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a backbone, live or a name, that the adapter was merged into already.
+
+    Args:
+        document: the adapter's manifest.
+        base: the backbone; options: with which it will be loaded.
+
+    Raises:
+        BackboneError: its config says so.
+    """
+    place = type(base).__name__ if live_model(base) else str(base)
+    marks.refuse_marked(document, (document["digest"],), config_at_hand(base, options), place)
 
 
 def acceptance(
@@ -397,6 +382,13 @@ def put(adapted: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
                 live.index_copy_(axis, adapted.added_ids(live), tensor.to(live))
 
 
+def _keep_digest(adapted: Adapted, digest: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take down from which adapter the live tensors are; those of another dtype than the file's are described anew."""
+    state = adapted.state()
+    alike = all(str(state[name].dtype) == f"torch.{entry['dtype']}" for name, entry in tensors.items())
+    adapted.record.folders[digest] = marks.content(tensors if alike else facts.described(dict(sorted(state.items()))))
+
+
 def fill_record(record: Record, document: Mapping[str, Any], folder: Path) -> None:
     """What a manifest tells of the adapter's past."""
     record.new = tuple(document["new"])
@@ -429,9 +421,10 @@ def _recipe(file: Path) -> dict[str, Any]:
     return found
 
 
-def _load_bare(folder: Path, model: Any) -> Adapted:
+def _load_bare(folder: Path, model: Any, *, verified: bool) -> Adapted:
     """A folder that peft itself wrote: it names no backbone that could be verified."""
     config, tensors = bare.read(folder)
+    digest = bare.digest(folder)
     if model is None or not live_model(model):
         raise RequestError(
             message(
@@ -442,6 +435,8 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
         )
     from adapters.adapt import adapt
 
+    if verified:
+        marks.refuse_marked(None, (digest,), config_at_hand(model, {}), type(model).__name__)
     logger.warning(
         "%s is a plain peft folder: it does not say on which backbone it was trained, so that cannot be verified",
         folder,
@@ -453,4 +448,5 @@ def _load_bare(folder: Path, model: Any) -> Adapted:
         if key not in tensors and name in adapted.head:
             tensors[key] = parameters[name].detach().clone()
     put(adapted, tensors, str(folder))
+    _keep_digest(adapted, digest, facts.described(dict(sorted(adapted.state().items()))))
     return adapted

@@ -11,9 +11,9 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters import jsontext
 from adapters.errors import DataError, message
@@ -21,6 +21,7 @@ from adapters.errors import DataError, message
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(1 << 30)  # characters; a long text is one field
 
 
@@ -35,20 +36,35 @@ def text_of(path: Path) -> str:
         content = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as fault:
         raise DataError(message("cannot read the file", where=str(path), found=" ".join(str(fault).split()))) from fault
-    content = content.removeprefix(b"\xef\xbb\xbf")
+    content = content.removeprefix(BOM)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as fault:
         start = content.rfind(b"\n", 0, fault.start) + 1
-        raise DataError(
-            message(
-                "the file is not utf-8",
-                where=f"{path}, line {content.count(bytes([10]), 0, fault.start) + 1}, byte {fault.start - start + 1}",
-                expected="utf-8 text",
-                found=f"the byte 0x{content[fault.start]:02x}",
-                remedy="Save the file as utf-8.",
-            )
-        ) from fault
+        line = content.count(bytes([10]), 0, fault.start) + 1
+        refuse_bytes(path, line, fault.start - start + 1, fault)
+
+
+def refuse_bytes(path: Path, line: int, place: int, fault: UnicodeDecodeError) -> NoReturn:
+    """Refuse a file that is no utf-8.
+
+    Args:
+        path: the file.
+        line, place: of the byte, from 1; the place within its line.
+        fault: at the byte.
+
+    Raises:
+        DataError: naming the byte.
+    """
+    raise DataError(
+        message(
+            "the file is not utf-8",
+            where=f"{path}, line {line}, byte {place}",
+            expected="utf-8 text",
+            found=f"the byte 0x{fault.object[fault.start]:02x}",
+            remedy="Save the file as utf-8.",
+        )
+    ) from fault
 
 
 def read_csv(path: Path) -> Dataset:
@@ -59,37 +75,54 @@ def read_csv(path: Path) -> Dataset:
     """
     from datasets import Dataset
 
+    rows = [fields for _, fields in csv_rows(io.StringIO(text_of(path), newline=""), path)]
+    if len(rows) < 2:
+        raise DataError(message("the data is empty", where=str(path), found="a header and 0 rows"))
+    return Dataset.from_dict({column: [row[index] for row in rows[1:]] for index, column in enumerate(rows[0])})
+
+
+def csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The header of a table and then its rows, as they are read; each with the line that it ends in.
+
+    Args:
+        lines: of the file, with their ends.
+        path: of the file; its name tells the separator.
+
+    Raises:
+        DataError: as `read_csv`, but for a table without rows.
+    """
     separator, other = ("\t", ",") if path.name.lower().removesuffix(".gz").endswith(".tsv") else (",", "\t")
-    rows: list[list[str]] = []
-    reader = csv.reader(io.StringIO(text_of(path), newline=""), delimiter=separator, strict=True)
+    header: list[str] = []
+    count = 0
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     try:
         for row in reader:
-            if row and rows and len(row) != len(rows[0]):
+            if not row:
+                continue
+            if not header:
+                _check_header(row, path, separator, other)
+                header = row
+            elif len(row) != len(header):
                 raise DataError(
                     message(
                         "a row with another number of fields than the header",
                         where=f"{path}, line {reader.line_num}",
-                        expected=f"{len(rows[0])} fields",
+                        expected=f"{len(header)} fields",
                         found=f"saw {len(row)}",
                         remedy="Put texts that hold the separator into double quotes.",
                     )
                 )
-            if row:
-                rows.append(row)
-            if len(rows) == 1:
-                _check_header(rows[0], path, separator, other)
+            count += 1
+            yield reader.line_num, row
     except csv.Error as fault:
         raise DataError(
             message(
                 "cannot read the table",
-                where=f"{path}, row {len(rows)}",
+                where=f"{path}, row {count}, line {reader.line_num}",
                 expected="fields in double quotes where they hold the separator",
                 found=" ".join(str(fault).split()),
             )
         ) from fault
-    if len(rows) < 2:
-        raise DataError(message("the data is empty", where=str(path), found="a header and 0 rows"))
-    return Dataset.from_dict({column: [row[index] for row in rows[1:]] for index, column in enumerate(rows[0])})
 
 
 def _check_header(header: list[str], path: Path, separator: str, other: str) -> None:
@@ -103,10 +136,15 @@ def _check_header(header: list[str], path: Path, separator: str, other: str) -> 
                 remedy="Save the file with commas as .csv, or with tabs as .tsv.",
             )
         )
-    _check_names(header, path)
+    check_names(header, path)
 
 
-def _check_names(names: list[str], path: Path) -> None:
+def check_names(names: list[str], path: Path) -> None:
+    """Refuse a column that stands twice.
+
+    Raises:
+        DataError: naming it.
+    """
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise DataError(message(f"the column {twice[0]!r} stands twice", where=str(path)))
@@ -120,12 +158,7 @@ def read_json(path: Path) -> list[Any]:
     """
     text = text_of(path)
     marks: list[str] = []
-
-    def constant(word: str) -> float:
-        marks.append(word)
-        return float(word)
-
-    decoder = json.JSONDecoder(object_pairs_hook=jsontext.record, parse_constant=constant)
+    decoder = json_decoder(marks)
     rows: list[Any] = []
     if text.lstrip().startswith("["):
         try:
@@ -144,8 +177,18 @@ def read_json(path: Path) -> list[Any]:
                         break
                     raise DataError(message("broken JSON", where=f"{path}, line {number}", found=fault)) from fault
     if marks:
-        _refuse_marks(rows, str(path), marks[0])
+        refuse_marks(enumerate(rows), str(path), "row", marks[0])
     return rows
+
+
+def json_decoder(marks: list[str]) -> json.JSONDecoder:
+    """Reads JSON in which no key stands twice; NaN and Infinity, which are no JSON, are added to `marks`."""
+
+    def constant(word: str) -> float:
+        marks.append(word)
+        return float(word)
+
+    return json.JSONDecoder(object_pairs_hook=jsontext.record, parse_constant=constant)
 
 
 def _whole(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
@@ -158,7 +201,18 @@ def _whole(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
     return found if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values) else None
 
 
-def _refuse_marks(rows: list[Any], where: str, mark: str) -> None:
+def refuse_marks(rows: Iterable[tuple[int, Any]], where: str, unit: str, mark: str) -> None:
+    """Refuse the number that is none.
+
+    Args:
+        rows: with their numbers.
+        where, unit: the file, and what of it the numbers count: "row", "line".
+        mark: what stands there.
+
+    Raises:
+        DataError: naming the row and the column.
+    """
+
     def holds(value: Any) -> bool:
         if isinstance(value, Mapping):
             return any(holds(inner) for inner in value.values())
@@ -166,13 +220,13 @@ def _refuse_marks(rows: list[Any], where: str, mark: str) -> None:
             return any(holds(inner) for inner in value)
         return isinstance(value, float) and (value != value or abs(value) == float("inf"))
 
-    for number, row in enumerate(rows):
+    for number, row in rows:
         for column, value in row.items() if isinstance(row, Mapping) else [("", row)]:
             if holds(value):
                 raise DataError(
                     message(
                         "not a finite number",
-                        where=f"{where}, row {number}, column {column!r}",
+                        where=f"{where}, {unit} {number}, column {column!r}",
                         expected="a number, or null where there is none",
                         found=mark,
                         remedy="Fill or remove the row.",
@@ -195,7 +249,7 @@ def read_parquet(path: Path) -> Dataset:
             table = file.read()
     except (pyarrow.ArrowInvalid, OSError) as fault:
         raise DataError(message("cannot read the parquet file", where=str(path), found=fault)) from fault
-    _check_names(table.column_names, path)
+    check_names(table.column_names, path)
     return Dataset(table)
 
 
@@ -255,28 +309,6 @@ def from_dicts(rows: list[Any], where: str) -> Dataset:
         return Dataset.from_list([dict(row) for row in rows])
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as fault:
         raise DataError(message("rows of different shapes", where=where, found=fault)) from fault
-
-
-def refuse_partial(files: list[Path]) -> None:
-    """Refuse the files of one part (train-00000-of-00002.parquet ...) where one is missing or one is too many.
-
-    Raises:
-        DataError: naming it.
-    """
-    count = int(files[0].name.split(".")[0].rpartition("-")[2])
-    names = [file.name for file in files]
-    stem, ending = files[0].name.split("-00000-of-")[0], files[0].name.partition(".")[2]
-    wanted = [f"{stem}-{number:05d}-of-{count:05d}.{ending}" for number in range(count)]
-    odd = [name for name in wanted if name not in names] or [name for name in names if name not in wanted]
-    if odd:
-        raise DataError(
-            message(
-                "the files of a part are not whole",
-                where=str(files[0].parent),
-                expected=f"{wanted[0]} to {wanted[-1]}",
-                found=f"{', '.join(names[:4])}; {odd[0]} is {'missing' if odd[0] in wanted else 'one too many'}",
-            )
-        )
 
 
 def _kind(value: Any) -> str:

@@ -6,18 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapters import exchange, identity, portions, processes, ranks
+from adapters.inflow import Inflow
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from adapters.contracts import Task
 
 SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def drawn(
-    recipe: portions.Asked, say: Callable[[str], None]
-) -> tuple[dict[str, Dataset], Task, dict[str, Any], list[str]]:
+def drawn(recipe: portions.Asked, say: Callable[[str], None]) -> tuple[portions.Parts, Task, dict[str, Any], list[str]]:
     """The rows of a recipe in every process: the first reads them, downloads and all, and then the others do.
 
     Args, returns and errors are those of `portions.drawn`.
@@ -30,7 +27,10 @@ def drawn(
         if found is None:
             found = portions.drawn(recipe, lambda line: None)
     if processes.count() > 1:
-        prints = {name: identity.fingerprint(rows) for name, rows in found[0].items()}
+        prints = {
+            name: rows.fingerprint() if isinstance(rows, Inflow) else identity.fingerprint(rows)
+            for name, rows in found[0].items()
+        }
         exchange.alike(
             {f"the {name} rows": print["sha256"] for name, print in prints.items()},
             str(recipe.data),

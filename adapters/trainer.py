@@ -287,6 +287,7 @@ class Trainer(ObjectiveTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         start.put()
         if self.eval_dataset is not None and self._evaluates:
+            self._prefix = self._kept_prefix(steps=False)
             self._determine_best_metric(self.evaluate(), None)
         metrics = {"train_loss": start.choice.train_loss, "train_runtime": round(start.seconds, 4)}
         self.log(dict(metrics))
@@ -304,6 +305,15 @@ class Trainer(ObjectiveTrainer):
             self.state.best_global_step = self.state.global_step
             self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}
         return better
+
+    def baseline(self, rows: Any) -> dict[str, float]:
+        """The metrics over prepared rows of an answer without a look at them, as the training rows have it.
+
+        A stream is not counted: there it is what the validation rows have it, or these rows themselves.
+        """
+        counted = next((part for part in (self.train_dataset, self.eval_dataset) if is_prepared(part)), rows)
+        found: dict[str, float] = self.task.baseline(counted, rows, self.adapted.processor)
+        return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log; the mean loss at the end is over all steps, those before a resume too."""
@@ -323,8 +333,7 @@ class Trainer(ObjectiveTrainer):
         name = str(self.args.metric_for_best_model).removeprefix("eval_")
         if self.state.best_metric is None or self._own_metrics or not is_prepared(self.eval_dataset):
             return
-        train = self.train_dataset if is_prepared(self.train_dataset) else self.eval_dataset  # a stream is not counted
-        baseline = self.task.baseline(train, self.eval_dataset, self.adapted.processor)
+        baseline = self.baseline(self.eval_dataset)
         if self._witness is not None:
             self._witness.floor(baseline)
         greater = bool(self.args.greater_is_better)
@@ -367,7 +376,7 @@ class Trainer(ObjectiveTrainer):
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
         }
-        said = {"run": self._run, "launch": restarts.launch(), "terms": self._terms(), "progress": place_in}
+        said = {"run": self._run, **restarts.written(), "terms": self._terms(), "progress": place_in}
         step = self.state.best_global_step
         try:
             with progress.Job("saving a checkpoint"), checkpoints.staged(place, said) as self._stage:

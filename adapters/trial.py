@@ -9,8 +9,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+import torch
+
 from adapters.anatomy import LinearMap, own_name, passed_over, skeleton
 from adapters.contracts import Strategy
+from adapters.errors import RequestError, message
 from adapters.pooling import refuse_unread
 from adapters.quantize import Storage, packable, refuse_nothing
 from adapters.reading import Reading
@@ -56,7 +59,8 @@ def tried(
         storage: how the frozen rest is to be kept.
 
     Raises:
-        RequestError: whatever the strategy refuses; what would train without being read; a packing of nothing.
+        RequestError: whatever the strategy refuses; what would train without being read, or in float16; a packing of
+            nothing.
     """
     ghost = skeleton(model)
     if storage.quantization is not None:
@@ -65,6 +69,14 @@ def tried(
     names = {own_name(name) for name in strategy.apply(ghost)}
     refuse_unread(names, unread, passed_over(model), reading)
     names -= set(unread)
+    if any(p.dtype == torch.float16 and name in names | head for name, p in model.named_parameters()):
+        raise RequestError(
+            message(
+                "fp16 weights cannot train: their gradients overflow and the optimizer's steps vanish",
+                where=type(model).__name__,
+                remedy="Load the backbone with load={'dtype': 'bfloat16'} or 'float32'.",
+            )
+        )
     maps = [found for found in packable(model) if f"{found.path}.weight" not in names | head]
     refuse_nothing(maps, storage)
     return Trial(strategy, ghost, names, maps)

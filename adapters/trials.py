@@ -26,7 +26,7 @@ FORMAT: Final = 1
 MAX_RESULT: Final = 1 << 20  # bytes
 STEPS: Final = ("learning_rate", "num_train_epochs", "max_steps")  # settings of steps, which a solved strategy lacks
 # Keys whose change would make two settings answer different questions.
-FIXED: Final = ("data", "columns", "labels", "task", "validation", "test", "limit", "split_seed")
+FIXED: Final = ("data", "streaming", "columns", "labels", "task", "validation", "test", "limit", "split_seed")
 
 
 @final
@@ -87,6 +87,10 @@ class Space:
             RequestError: every key at fault, with the right names.
         """
         faults = [fault for one in self.over if (fault := self._fault(one))]
+        if self.recipe.streaming:
+            what = "a sweep over a stream: its trials share rows that are read once"
+            remedy = "Sweep over a file of some of the rows, then train its best recipe with streaming: true."
+            faults.append(message(what, where="recipe: streaming", remedy=remedy))
         if faults:
             raise RequestError(" ".join(faults))
         remarks = []
@@ -229,7 +233,7 @@ def key_of(recipe: Recipe, identity: Mapping[str, str]) -> str:
         recipe: with its seed.
         identity: digests of the rows of every part, and of the backbone.
     """
-    beside = {"model", "data", "columns", "output", "validation", "test", "limit", "split_seed", "merge"}
+    beside = {"model", "data", "streaming", "columns", "output", "validation", "test", "limit", "split_seed", "merge"}
     said = recipe.model_dump(exclude=beside)
     said["labels"] = list(said["labels"] or ())
     text = json.dumps({"recipe": said, **identity, "format": FORMAT}, sort_keys=True, default=str)

@@ -6,22 +6,24 @@ An adapter is put in beside them: as a `mixing.Change` of each module that it ch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from adapters import mixing, reading
+from adapters import mixing, onload, reading, rowforms
 from adapters.adapt import assemble
 from adapters.anatomy import copied, linear_map, owner, plain_name
 from adapters.backbones import live_model
 from adapters.changes import Changes
-from adapters.edits import AddLowRank, Edit, Replace
-from adapters.errors import FolderError, message
+from adapters.edits import AddLowRank, Edit, MergeLayer, Replace
+from adapters.errors import FolderError, RequestError, message
 from adapters.fingerprint import Fingerprint
+from adapters.inserts import Change, Pair
 from adapters.manifest import refuse_other_backbone
-from adapters.mixing import Change, Choice, Mixed, Pair
+from adapters.mixing import Choice, Mixed
 from adapters.modes import evaluating
 from adapters.prefix import Cut, cut_of
 from adapters.quantize import dequantized, is_packed
@@ -114,30 +116,49 @@ class Trunk:
         Raises:
             FolderError: a tensor of another shape.
         """
-        pairs: dict[str, Pair] = {}
+        forms: dict[str, Change] = {}
         whole: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, edit in edits.items():
+                (path, leaf), *others = self.owners[name]
+                form = self._form(path, edit) if leaf == "weight" and not others else None
+                if form is not None:
+                    forms[path] = form
+            for name, edit in edits.items():
                 places = self.owners[name]
-                path, _ = places[0]
-                pair = self._pair(path, edit) if len(places) == 1 and name.endswith(".weight") else None
-                if pair is not None:
-                    pairs[path] = pair
-                    continue
+                path, leaf = places[0]
+                if path in forms and (leaf == "weight" or isinstance(edit, MergeLayer)):
+                    continue  # a layer's form has its bias in it
                 new = self._whole(name, edit, where)
                 for path, leaf in places:
                     whole.setdefault(path, {})[leaf] = new
-        return {path: Change(pairs.get(path), whole.get(path, {})) for path in {**pairs, **whole}}
+            return {path: self._change(path, forms.get(path), whole.get(path, {})) for path in {**forms, **whole}}
 
-    def _pair(self, path: str, edit: Edit) -> Pair | None:
-        """A low-rank edit as what it adds to the output; None for other edits, and for other modules."""
-        described = linear_map(path, self.net.get_submodule(path))
-        if not isinstance(edit, AddLowRank) or described is None:
+    def _form(self, path: str, edit: Edit) -> Change | None:
+        """An edit of a linear map's weight as what happens to rows; None for other edits, and for other modules."""
+        module = self.net.get_submodule(path)
+        described = linear_map(path, module)
+        if described is None:
             return None
-        if (edit.down.shape[1], edit.up.shape[0]) != tuple(described.shape):
+        own, device = module.get_parameter("weight"), self.net.device
+        if isinstance(edit, AddLowRank) and (edit.down.shape[1], edit.up.shape[0]) == tuple(described.shape):
+            dtype = torch.promote_types(edit.down.dtype, own.dtype)
+            down, up = edit.down.to(device, dtype), (edit.up.to(dtype) * edit.scale).T.to(device)
+            return Change(Pair(down.contiguous(), up.contiguous()))
+        if not isinstance(edit, MergeLayer) or edit.part != "weight":
             return None
-        device = self.net.device
-        return Pair(edit.down.contiguous().to(device), (edit.up * edit.scale).T.contiguous().to(device))
+        plain = own.detach().T if described.transposed else own.detach()
+        weight = dequantized(module) if is_packed(module) else plain
+        bias = module._parameters.get("bias")
+        form = rowforms.form_of(edit, weight.cpu(), None if bias is None else bias.detach().cpu())
+        return None if form is None else form.to(device)
+
+    def _change(self, path: str, form: Change | None, whole: Mapping[str, Tensor]) -> Change:
+        """What an adapter does to a module: a form by rows, whole tensors, or both."""
+        if form is None or form.gain is None or "bias" not in whole:
+            return dataclasses.replace(form, whole=whole) if form is not None else Change(whole=whole)
+        own = self.net.get_submodule(path).get_parameter("bias")  # scaled with the outputs: the trained one is not
+        return dataclasses.replace(form, shift=whole["bias"] - form.gain * own)
 
     def _whole(self, name: str, edit: Edit, where: str) -> Tensor:
         path, leaf = self.owners[name][0]
@@ -179,9 +200,9 @@ class Trunk:
             packed = is_packed(module) and "weight" in change.whole
             for leaf, tensor in {} if packed else change.whole.items():
                 module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            if change.pair is not None or packed:
+            if change.by_rows or packed:
                 slot = Mixed(path, module, choice)
-                slot.changes[name] = change if packed else Change(change.pair)
+                slot.changes[name] = change if packed else dataclasses.replace(change, whole={})
                 vars(module)["forward"] = slot
         return net
 
@@ -243,7 +264,7 @@ def opened(
 
     Raises:
         BackboneError: another backbone.
-        RequestError: a backbone that cannot be opened for the adapter's task.
+        RequestError: a backbone that cannot be opened for the adapter's task, or lies on several devices.
     """
     document, where = changes.document, str(changes.folder)
     strategy, task, vocabulary = strategy_of(document, where), task_of(document, where), of_manifest(document, where)
@@ -262,6 +283,17 @@ def opened(
         added_tokens=vocabulary.tokens if vocabulary is not None else (),
         claimed=Fingerprint.from_json(backbone["fingerprint"]) if verify == "off" else None,
     )
+    away = onload.placed(adapted.model)
+    if away is not None and away.device.type != "cpu":
+        raise RequestError(
+            message(
+                "a shared backbone lies on one device",
+                where=f"{base if not live else type(base).__name__}, load: device_map",
+                expected="every weight there, beside what each adapter changes",
+                found=f"{len(away.names)} parameters elsewhere than on {away.device}",
+                remedy="Leave device_map out, or answer with one adapter at a time (adapters.load, predict).",
+            )
+        )
     return Trunk(adapted, pool), adapted.processor
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
-from adapters import fitness, manifest, processes, settings
+from adapters import fitness, loadoptions, manifest, processes, settings, streaming
 from adapters.adapt import Row, row_of, task_class
 from adapters.errors import AdaptersError, RequestError, message, nearest, unquoted
 from adapters.options import divide_options, field_names, make
@@ -128,6 +128,12 @@ def validate(file: str | Path, changes: Mapping[str, Any] | None = None) -> Repo
         faults.append(Fault("recipe", places.of("model"), str(fault)))
     launch = processes.command(_section(said, "train"))
     task, row = _known(said)
+    try:
+        loadoptions.check_packing(
+            _section(said, "load"), said.get("quantization") or getattr(row, "quantization", None)
+        )
+    except RequestError as fault:
+        faults.append(Fault("recipe", places.of("load", "device_map"), str(fault)))
     if backbone is not None and task is not None and row is not None:
         found = list(fitness.faults(backbone, task, row, _section(said, "options"), _section(said, "load")))
         faults += [Fault("recipe", places.at(text, "model"), text) for text in found]
@@ -223,6 +229,9 @@ def _recipe_faults(said: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
             yield (name,), str(unknown)
     if len(kinds) == 2:
         yield from _option_faults(said, kinds)
+    if said.get("streaming") is True:
+        for place, text in streaming.faults(said):
+            yield place, text.replace("args: ", "").replace(" (args)", "")
     train = said.get("train")
     for name, value in train.items() if isinstance(train, Mapping) else ():
         for text in settings.faults({str(name): value}):
@@ -299,10 +308,10 @@ def _run_faults(said: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
 
 def _usable(said: Mapping[str, Any], task: Any) -> Recipe | None:
     """A recipe of what is fine, enough to look at the rows; None where not even the data or the task is named."""
-    if task is None or not isinstance(said.get("data"), str | Mapping):
+    if task is None or not isinstance(said.get("data"), str | list | Mapping):
         return None
     kept = {"model": "none", "output": "none", "data": said["data"], "task": task.name}
-    for name in ("columns", "labels", "validation", "test", "seed", "split_seed", "limit"):
+    for name in ("streaming", "columns", "labels", "validation", "test", "seed", "split_seed", "limit"):
         if name in said:
             try:
                 Recipe(**{**kept, name: said[name]})

@@ -1,10 +1,11 @@
 """QLoRA of a 70B decoder over several GPUs with FSDP: the settings, by transformers' and accelerate's names.
 
-Each process reads the whole checkpoint into main memory, packs it, and then keeps its share. Run in one process the
-recipe says what it needs and stops before a byte is read.
+The weights are packed one after the other. What is packed is written once for all processes of a machine, into a
+folder that is yours to delete, and each process keeps its share of it. Run in one process the recipe says what it needs
+and stops before a byte is read.
 
 Needs     39.9 GB for the packed weights alone (adapters plan), shared by the GPUs: 4 of 24 GB;
-          141 GB of main memory a process while it loads;
+          as much of a disk on each machine, and a few GB of main memory a process;
           pip install "holdfast[qlora]"
 Reaches   not measured here.
 Run       accelerate launch --num_processes 4 recipes/qlora_70b_fsdp.py
@@ -20,7 +21,10 @@ RECIPE = adapters.Recipe(
     task="causal-lm",
     strategy="qlora",
     output="out/70b-qlora",
-    load={"dtype": "bfloat16"},  # the packed bytes are divided as bytes
+    load={
+        "dtype": "bfloat16",  # the packed bytes are divided as bytes
+        "offload_folder": "out/70b-packed",  # on a local disk
+    },
     options={"max_length": 1024, "r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "chat_template": "chatml"},
     train={
         "learning_rate": 1e-4,  # Dettmers et al. (2023) halve it from 33B on

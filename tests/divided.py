@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "gpt2 full": ("gpt2", GENERATES, "full"),  # its embeddings are its output layer
     "llama lora": ("llama", GENERATES, "lora"),
     "llama qlora": ("llama", GENERATES, "qlora"),
+    "mixtral lora": ("mixtral", GENERATES, "lora"),  # beside its experts, too, which are tensors of three axes
     "t5 lora": ("t5", tiny.CLASSIFICATION, "lora"),  # two stacks, one table of embeddings
     "vit full": ("vit", "AutoModelForImageClassification", "full"),
 }
@@ -54,6 +55,8 @@ def adapted(case: str, dtype: Any = None, **options: Any) -> Any:
     """A model without dropout, which would be drawn for other rows in other processes, and a strategy on it."""
     _, auto, strategy = CASES[case]
     net = backbone(case, dtype)
+    if case == "mixtral lora":
+        options["target_parameters"] = "all-experts"
     options |= {"task": "causal-lm"} if auto == GENERATES else {"labels": list(tiny.LABELS)}
     return adapters.adapt(net, strategy, processor=tiny.processor(CASES[case][0]), **options)
 
@@ -211,6 +214,59 @@ def refused(folder: str) -> dict[str, Any]:
         "optimizer": lambda: trainer(place / "9", "bert lora", optim="adafactor"),
     }
     return {name: refusal(run) for name, run in runs.items()}
+
+
+# ---------------------------------------------------------------------- what each process reads
+
+
+def mapped(*folders: Path) -> int:
+    """Bytes of safetensors files in these folders that this process has looked at through its maps."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            inside = bool(rest) and Path(rest[-1]).parent in folders and rest[-1].endswith(".safetensors")
+        elif inside and first == "Rss:":
+            found += int(rest[0]) << 10
+    return found
+
+
+def reading(folder: str, out: str, load: dict[str, Any], strategy: str = "lora") -> dict[str, Any]:
+    """A run over a checkpoint: what it comes to, and what of the frozen weights this process has looked at and held."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_init
+
+    from benchmarks.huge import Anonymous
+
+    ranks.join()
+    folders = [Path(folder), Path(load.get("offload_folder", folder))]
+    looked, sent, held = [0], [0], [0]
+    fill, move = sharded._fill, _fsdp_init._move_states_to_device
+
+    def filling(model: Any, names: Any, whole: Any, device: Any) -> None:
+        fill(model, names, whole, device)
+        looked[0] = max(looked[0], mapped(*folders))
+        held[0] += ranks.part(model.get_parameter(names[0])).nbytes
+
+    def moving(params: Any, buffers: Any, device: Any) -> None:
+        sent[0] += sum(tensor.nbytes for tensor in params if not tensor.is_meta)
+        move(params, buffers, device)
+
+    sharded._fill, _fsdp_init._move_states_to_device = filling, moving
+    with Anonymous() as opening:
+        one = adapters.adapt(folder, strategy, task="causal-lm", load=load)
+    frozen = sum(p.nbytes for name, p in one.model.named_parameters() if name not in one.trained)
+    with Anonymous() as running:
+        found = trainer(Path(out) / "run", f"llama {strategy}", one)
+        found.train()
+    gave = told(found, Path(out) / "adapter")
+    gave |= {"frozen": frozen, "trained": one.adapter_bytes, "looked": looked[0], "sent": sent[0], "held": held[0]}
+    return {**gave, "opening": opening.bytes, "running": running.bytes, "fingerprint": one.fingerprint.digest}
+
+
+def cut_short(folder: str) -> list[str]:
+    """What a checkpoint with a file that is not whole is refused with, in each process."""
+    ranks.join()
+    return refusal(lambda: adapters.adapt(folder, "lora", task="causal-lm"))
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -25,6 +25,7 @@ MODELS = {
     "gpt2": ("gpt2", "AutoModelForCausalLM"),
     "meta-llama/Llama-3.2-1B": ("llama", "AutoModelForCausalLM"),
     "meta-llama/Llama-3.1-8B": ("llama", "AutoModelForCausalLM"),
+    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", "AutoModelForCausalLM"),
     "t5-small": ("t5", "AutoModelForSeq2SeqLM"),
     "facebook/bart-base": ("bart", "AutoModelForSeq2SeqLM"),
     "google/vit-base-patch16-224": ("vit", "AutoModel"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 import adapters
 from adapters import ranks
+from adapters.predict import measure
 
 
 class At(TrainerCallback):
@@ -155,6 +157,57 @@ def unreadable(folder: str) -> dict[str, Any]:
     return {"said": ending(trainer.train)}
 
 
+class NotOurs(Exception):
+    """An error of a caller's own."""
+
+
+def unmeasured(folder: str) -> dict[str, Any]:
+    """An evaluation that one process cannot finish: in a pass, a batch, the metrics; by errors of ours and others."""
+    raised: dict[str, Callable[[], Exception]] = {
+        "ours": lambda: adapters.DataError("the picture cannot be read (row 3)"),
+        "not ours": lambda: NotOurs("the metric is out of reach"),
+    }
+    found: dict[str, Any] = {}
+
+    def at_fault(kind: str, after: int, act: Any) -> Any:
+        """The same act, but for the second process, which it fails in after some times."""
+        calls = iter(range(99))
+
+        def outer(*args: Any, **more: Any) -> Any:
+            if ranks.rank() == 1 and next(calls) == after:
+                raise raised[kind]()
+            return act(*args, **more)
+
+        return outer
+
+    for kind in raised:
+        for when, after in (("first", 0), ("last", 2)):
+            trainer = made(folder, f"pass {kind} {when}", batch=6)
+            trainer.args.per_device_eval_batch_size = 1
+            trainer.prediction_step = at_fault(kind, after, trainer.prediction_step)
+            found[f"pass, {kind}, {when}"] = ending(trainer.evaluate)
+        trainer = made(folder, f"batch {kind}", batch=6)
+        trainer.args.per_device_eval_batch_size = 1
+        trainer.data_collator = at_fault(kind, 1, trainer.data_collator)
+        found[f"batch, {kind}"] = ending(trainer.evaluate)
+        trainer = made(folder, f"metrics {kind}", batch=6, compute_metrics=at_fault(kind, 0, lambda found: {"x": 1.0}))
+        found[f"metrics, {kind}"] = ending(trainer.evaluate)
+        trainer = made(folder, f"run {kind}", batch=3)
+        trainer.prediction_step = at_fault(kind, 0, trainer.prediction_step)
+        found[f"run, {kind}"] = ending(trainer.train)
+        rows = trainer.prepared(lockstep.uneven("text-classification", 8, seed=1))
+        kind_of = type(trainer.adapted.task)
+        inner = kind_of.measured
+        try:
+            kind_of.measured = at_fault(kind, 1, inner)
+            measured = ending(functools.partial(measure, trainer.adapted, rows, batch_size=2, together=True))
+        finally:
+            kind_of.measured = inner
+        found[f"measure, {kind}"] = measured
+        found[f"afterwards, {kind}"] = trainer.evaluate()["eval_accuracy"]  # the processes are in step still
+    return found
+
+
 def short_of_memory(folder: str) -> dict[str, Any]:
     """Memory that runs out in one process at more than one row."""
     found = {}
@@ -227,7 +280,7 @@ def answered(folder: str) -> dict[str, Any]:
 def all_of(folder: str) -> dict[str, Any]:
     """Every fault in turn; the group of processes outlives them all."""
     ranks.join()
-    acts = (spoilt, parted, others, full_disk, unreadable, short_of_memory, dropped, answered)
+    acts = (spoilt, parted, others, full_disk, unreadable, unmeasured, short_of_memory, dropped, answered)
     found = {act.__name__: act(folder) for act in acts}
     for number in (signal.SIGINT, signal.SIGTERM):
         found[f"told_to_stop{int(number)}"] = told_to_stop(folder, int(number))

@@ -16,7 +16,7 @@ import tiny
 import torch
 
 import adapters
-from adapters import arithmetic, changes, manifest, shards, weighing
+from adapters import arithmetic, changes, exactness, manifest, mixture, reference, shards, weighing
 from adapters.arithmetic import METHODS, Term
 from adapters.inspection import describe, lines
 
@@ -114,6 +114,19 @@ def close(model: Any, reference: Any, within: float = 1e-5) -> None:
     torch.testing.assert_close(tiny.logits(model, inputs).double(), expected.double(), atol=within, rtol=within)
 
 
+def proven(report: adapters.CombineReport, against: str) -> None:
+    """A merged model that was read back answers as it must."""
+    assert report.form == "merged"
+    assert report.logits_checked
+    assert report.skipped == ""
+    assert against in report.against
+    assert report.max_difference is not None
+    assert report.spread is not None
+    assert report.max_difference <= 1e-5 * report.spread
+    assert report.agreement == 1.0
+    assert not report.accepted
+
+
 # ---------------------------------------------------------------------- laws
 
 
@@ -156,7 +169,7 @@ def test_a_sum_is_the_sum_of_what_each_did(make: Make, tmp_path: Path, kind: str
     close(live(tmp_path / "out"), reference)
     # Merged afterwards, and merged at once: the same model.
     adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", check_logits=False)
-    adapters.combine(weights, tmp_path / "at-once", head=one, merged=True)
+    proven(adapters.combine(weights, tmp_path / "at-once", head=one, merged=True), "the weighted sum")
     for name in ("merged", "at-once"):
         close(type(reference).from_pretrained(tmp_path / name), reference)
 
@@ -177,7 +190,8 @@ def test_each_method_works_on_what_each_strategy_did(
     folders, weights = [make(kind, first), make(kind, second, 2)], [0.7, 0.6]
     options: dict[str, Any] = {"method": method, "head": folders[0], "density": 0.4, "seed": 3}
     adapters.combine(list(zip(folders, weights, strict=True)), tmp_path / "out", **options)
-    adapters.combine(list(zip(folders, weights, strict=True)), tmp_path / "merged", merged=True, **options)
+    report = adapters.combine(list(zip(folders, weights, strict=True)), tmp_path / "merged", merged=True, **options)
+    proven(report, f"with what {method} makes of what the adapters did")
     found = adapters.merge(adapters.load(tmp_path / "out"))
     plain = type(found).from_pretrained(tmp_path / "merged")
     parts = [changes.read(folder) for folder in folders]
@@ -481,7 +495,7 @@ def test_rows_of_added_tokens_are_averaged(tmp_path: Path, strategy: str) -> Non
     weights = [a.model.get_input_embeddings().weight for a in (found, first, second)]
     torch.testing.assert_close(weights[0][ids], 0.75 * weights[1][ids] + 0.25 * weights[2][ids])
     torch.testing.assert_close(weights[0][:60], 0.75 * weights[1][:60] + 0.25 * weights[2][:60], atol=1e-6, rtol=1e-5)
-    adapters.combine({one: 0.75, two: 0.25}, tmp_path / "merged", merged=True)
+    proven(adapters.combine({one: 0.75, two: 0.25}, tmp_path / "merged", merged=True), "the weighted sum")
     from transformers import AutoModelForCausalLM
 
     ids_in = {"input_ids": torch.tensor([[5, *ids, 9, 11]])}
@@ -518,6 +532,94 @@ def test_adapters_over_four_bits_go_together_and_with_no_others(make: Make, tmp_
     full = make("bert", "lora")
     with pytest.raises(adapters.RequestError, match="differ in their storage of the frozen weights"):
         adapters.combine({one: 0.5, full: 0.5}, tmp_path / "other", head=one)
+
+
+# ---------------------------------------------------------------------- merged models prove themselves
+
+
+def test_one_adapter_merged_at_weight_1_answers_as_itself(make: Make, tmp_path: Path) -> None:
+    folder = make("gpt2", "rslora")
+    report = adapters.combine({folder: 1.0}, tmp_path / "merged", merged=True, rows=["my parcel is late", "money back"])
+    assert report.itself
+    proven(report, "the adapter itself, on its backbone")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    digest = manifest.read_manifest(folder)["digest"]
+    assert config["merged_adapters"] == [digest]
+    parts = {folder: 1.0, make("gpt2", "dora", 2): 0.0}
+    adapters.combine(parts, tmp_path / "merged", head=folder, merged=True, check_logits=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["merged_adapters"] == [digest]  # what counts for nothing is not in it
+
+
+@pytest.mark.parametrize("method", ["linear", "negate", "ties", "dare", "della"])
+def test_a_merged_folder_that_answers_otherwise_is_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """What is written here is not what was asked for; the process that compares makes its own of the adapters."""
+    parts = {make("bert", "rslora"): 0.6} | ({} if METHODS[method].single else {make("bert", "dora", 2): 0.4})
+    edits = mixture.Mixture.edits
+    monkeypatch.setattr(mixture.Mixture, "edits", lambda self, weights: edits(self, [2 * each for each in weights]))
+    with pytest.raises(
+        adapters.NumbersError, match=r"does not answer as the combined adapters do in memory.*merged.*logits within"
+    ):
+        adapters.combine(parts, tmp_path / "merged", method=method, head=next(iter(parts)), merged=True)
+    assert list(tmp_path.iterdir()) == []
+    unseen = adapters.combine(
+        parts, tmp_path / "merged", method=method, head=next(iter(parts)), merged=True, check_logits=False
+    )
+    assert (unseen.logits_checked, unseen.skipped) == (False, "the logits check was not asked for")
+
+
+def test_one_byte_of_a_merged_folder_is_enough(make: Make, tmp_path: Path) -> None:
+    one, two = make("llama", "patterns"), make("llama", "lora", 2)
+    adapters.combine({one: 0.5, two: 0.5}, tmp_path / "merged", head=one, merged=True)
+    mixed = {"folders": [str(one), str(two)], "method": "linear", "density": 1.0, "scale": 1.0, "seed": 0}
+    asked: Any = (mixed | {"head": str(one)}, (0.5, 0.5), str(tmp_path / "merged"), str(one.parent / "llama"), None)
+    same = reference.compare(*asked)
+    assert same["max_difference"] <= 1e-5 * same["spread"]
+    assert same["dtype"] == "float32"
+    file = tmp_path / "merged" / "model.safetensors"
+    slot = shards.read_directory(tmp_path / "merged")["model.layers.1.mlp.up_proj.weight"]
+    content = bytearray(file.read_bytes())
+    content[slot.start + 3] ^= 0x40  # the exponent of one weight
+    file.write_bytes(bytes(content))
+    other = reference.compare(*asked)
+    assert not other["max_difference"] <= 1e-4 * other["spread"]
+    assert reference.compare(*asked, few=True)["spread"] != same["spread"]  # other, shorter inputs
+
+
+def test_a_backbone_in_four_bits_and_a_head_that_reads_elsewhere(make: Make, tmp_path: Path) -> None:
+    one, two = make("bert", "qlora", 1, r=2), make("bert", "qlora", 2, r=3)
+    proven(adapters.combine({one: 0.5, two: 0.5}, tmp_path / "packed", head=one, merged=True), "the weighted sum")
+    mean, plain = make("bert", "lora", 1, pooling="mean"), make("bert", "rslora", 2)
+    report = adapters.combine({mean: 0.5, plain: 0.5}, tmp_path / "mean", head=mean, merged=True)
+    proven(report, "the weighted sum")
+    assert adapters.load(tmp_path / "mean").task.pooling == "mean"  # type: ignore[attr-defined]
+
+
+def test_rounding_to_16_bits_is_measured_and_may_be_accepted(make: Make, tmp_path: Path) -> None:
+    one, two = make("bert", "rslora"), make("bert", "dora", 2)
+    request: dict[str, Any] = {"head": one, "merged": True, "dtype": "bfloat16"}
+    report = adapters.combine({one: 0.6, two: 0.4}, tmp_path / "merged", **request)
+    assert report.bound == 0.1
+    assert report.max_difference is not None
+    assert report.spread is not None
+    assert 1e-4 * report.spread < report.max_difference <= 0.1 * report.spread
+    assert not report.accepted
+
+
+def test_what_is_too_large_for_this_machine_says_so(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = make("bert", "rslora"), make("bert", "dora", 2)
+    asked = []
+    monkeypatch.setattr(exactness, "too_large", lambda *given: asked.append(given) or "no memory for two models")
+    report = adapters.combine({one: 0.6, two: 0.4}, tmp_path / "merged", head=one, merged=True)
+    assert (report.logits_checked, report.skipped) == (False, "no memory for two models")
+    (size, mapped), *_ = asked
+    assert 0 < mapped < size  # what the edits change is in memory
+    command(f"{one}:0.6", f"{two}:0.4", "--head", one, "--merge", "-o", tmp_path / "merged")
+    assert "answers   not compared: no memory for two models" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- weights found on rows
@@ -588,6 +690,10 @@ def test_weights_are_found_on_rows(make: Make, tmp_path: Path, second: str, size
         ({"scale": math.inf}, "a wrong scale"),
         ({"merged": True, "rank": 2}, "a merge is exact"),
         ({"dtype": "bfloat16"}, "a dtype is a merged model's"),
+        ({"rows": ["a parcel"]}, r"logits of a merged model are compared \(rows\).*Say merged"),
+        ({"check_logits": False}, r"logits of a merged model are compared \(check_logits\)"),
+        ({"accept": True}, r"logits of a merged model are compared \(accept\)"),
+        ({"rows": [object()]}, "no plain values"),
         ({"search": [], "energy": 0.5}, "a search needs ranks that stay"),
         ({"search": [], "trials": 0}, "a wrong number of trials"),
     ],
@@ -641,7 +747,10 @@ def masked(tmp_path: Path, number: int, strategy: str = "rslora", **options: Any
 def test_pretrained_heads_are_changed_like_any_tensor(tmp_path: Path, weights: tuple[float, float]) -> None:
     one, two = masked(tmp_path, 1), masked(tmp_path, 2, "lora")
     report = adapters.combine(dict(zip((one, two), weights, strict=True)), tmp_path / "out")
-    adapters.combine(dict(zip((one, two), weights, strict=True)), tmp_path / "merged", merged=True)
+    proven(
+        adapters.combine(dict(zip((one, two), weights, strict=True)), tmp_path / "merged", merged=True),
+        "the weighted sum",
+    )
     from transformers import AutoModelForMaskedLM
 
     total = {}
@@ -757,6 +866,10 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     command(f"{one}:0.6", f"{two}:0.4", "--head", one.name, "--merge", "-o", tmp_path / "merged", "--json")
     found = json.loads(capsys.readouterr().out)
     assert (found["form"], found["weights"]) == ("merged", [0.6, 0.4])
+    command(f"{one}:0.6", f"{two}:0.4", "--head", one.name, "--merge", "-o", tmp_path / "merged")
+    said = capsys.readouterr().out
+    assert "answers   agree on 100 %, logits within " in said
+    assert "against   the backbone in memory, with the weighted sum of what the adapters did in it" in said
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in tiny.rows(12)))
     command(f"{one}:0.6", f"{two}:0.4", "--head", one.name, "--search", rows, "--trials", 3, "-o", tmp_path / "out")

@@ -629,6 +629,30 @@ def test_a_fingerprint_tells_rows_and_columns() -> None:
     assert len(found["sha256"]) == 64
 
 
+def test_rows_at_places_are_those_taken_one_by_one() -> None:
+    rows = Dataset.from_list(
+        [{"a": [number] * (number % 3), "b": f"text {number}", "c": number} for number in range(9)]
+    )
+    places = [7, 0, 3, 3]
+    assert data.at(rows, places) == [rows[place] for place in places]
+    assert data.at(rows.shuffle(seed=1), places) == [rows.shuffle(seed=1)[place] for place in places]
+    assert data.at(list(rows), places) == [rows[place] for place in places]
+    assert data.at(rows, []) == []
+
+
+def test_a_fingerprint_is_taken_once_of_rows_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_list(ROWS)
+    first = identity.fingerprint(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "__iter__", lambda self: pytest.fail("the rows are read again"))
+        assert identity.fingerprint(rows) == first
+    first["rows"] = 0  # the caller's own
+    assert identity.fingerprint(rows)["rows"] == len(ROWS)
+    column = rows.column_names[0]
+    rows.set_transform(lambda batch: {column: ["other"] * len(batch[column])})
+    assert identity.fingerprint(rows)["sha256"] != first["sha256"]
+
+
 def test_equal_rows_have_one_fingerprint_wherever_they_come_from(tmp_path: Path) -> None:
     sources: list[Any] = [ROWS, Dataset.from_list(ROWS)]
     for kind, write in WRITERS.items():

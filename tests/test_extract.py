@@ -15,7 +15,7 @@ import torch
 from test_remake import adapter
 
 import adapters
-from adapters import exactness, manifest, packing, shards
+from adapters import changes, exactness, manifest, packing, shards
 
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
@@ -25,6 +25,7 @@ AUTO = {
     "t5": "AutoModelForSeq2SeqLM",
     "roberta": "AutoModelForMaskedLM",
     "resnet": "AutoModelForImageClassification",
+    "mixtral": "AutoModelForCausalLM",
 }
 STRATEGIES = ("full", "freeze", "bitfit", "lora", "dora", "rslora", "pissa", "ia3", "oft", "loha", "lokr", "hra")
 # Every strategy on BERT; elsewhere those that differ by family, and one of peft's own (of which GPT-2 takes IA3 alone).
@@ -246,6 +247,193 @@ def test_checkpoints_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> No
     again = adapters.load(tmp_path / "out")
     limit = 1e-5 if again.model.dtype == torch.float32 else 5e-3  # factors on a bfloat16 backbone are bfloat16
     assert apart(net, again.model.float()) < limit
+
+
+# ---------------------------------------------------------------------- experts
+
+
+def experts(tmp_path: Path, *moved: tuple[str, int]) -> Any:
+    """A Mixtral and a checkpoint of it in which these experts alone have moved; the tuned model."""
+    import transformers
+
+    if not (tmp_path / "base").exists():
+        tiny.folder("mixtral", tmp_path / "base", auto="AutoModelForCausalLM")
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, expert in moved:
+            matrix = net.get_parameter(name)[expert]
+            matrix.add_(0.05 * torch.randn(matrix.shape, generator=generator))
+    return net
+
+
+UP, DOWN = (f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
+
+
+@pytest.mark.parametrize("form", ["lora", "delta", "packed"])
+def test_of_experts_only_the_stacks_that_changed_are_kept(tmp_path: Path, form: str) -> None:
+    net = experts(tmp_path, (UP, 2), (DOWN, 0))
+    net.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
+    report = adapters.extract(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base", form=form)
+    assert report.logits_checked
+    assert (report.factors, report.whole, report.left_out, report.error) == (0, 2, 0, 0.0)
+    if form == "lora":
+        assert "2 stacks of experts had changed and are held whole" in " ".join(report.notes)
+        with pytest.raises(adapters.RequestError, match="nothing is left for an adapter to hold"):
+            extracted(tmp_path / "tuned", tmp_path / "none", base=tmp_path / "base", only_factors=True)
+    if form == "packed":
+        extracted(tmp_path / "out", tmp_path / "unpacked", form="delta")
+    folder = tmp_path / ("unpacked" if form == "packed" else "out")
+    again = adapters.load(folder)
+    assert set(again.trained) == {UP, DOWN}
+    assert apart(again.model, net) == 0
+    adapters.merge_on_disk(folder, tmp_path / "merged", check_logits=False)
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        assert file.exists()
+    tuned, merged, base = (shards.read_directory(tmp_path / name) for name in ("tuned", "merged", "base"))
+    differ = {name for name, slot in merged.items() if not same(slot, base[name])}
+    assert differ == {f"model.layers.1.block_sparse_moe.experts.{place}.weight" for place in ("2.w1", "2.w3", "0.w2")}
+    assert all(same(merged[name], tuned[name]) for name in merged)
+
+
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(shards.read_tensor(one), shards.read_tensor(other))
+
+
+def test_experts_and_factors_lie_side_by_side(tmp_path: Path) -> None:
+    net = experts(tmp_path, (DOWN, 1))
+    with torch.no_grad():
+        net.model.layers[0].self_attn.q_proj.weight.add_(0.02 * torch.randn(32, 32))
+    net.save_pretrained(tmp_path / "tuned")
+    report = extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
+    assert (report.strategy, report.factors, report.whole) == ("lora", 1, 1)
+    assert apart(adapters.load(tmp_path / "out").model, net) < 1e-5
+    left = extracted(tmp_path / "tuned", tmp_path / "factors", base=tmp_path / "base", only_factors=True)
+    assert (left.factors, left.left_out) == (1, 1)
+    assert 0 < left.error < 1
+
+
+def test_experts_are_inspected_and_compared_one_by_one(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for name, moved in (("one", [(UP, 2), (DOWN, 0)]), ("two", [(UP, 2), (UP, 3)])):
+        experts(tmp_path, *moved).save_pretrained(tmp_path / f"tuned-{name}")
+        extracted(tmp_path / f"tuned-{name}", tmp_path / name, base=base, form="delta")
+    profile = adapters.inspect(tmp_path / "one")
+    norms = {one.name: one.norm for one in profile.tensors}
+    assert set(norms) == {f"{stack}.{expert}" for stack in (UP, DOWN) for expert in range(4)}
+    assert {name for name, norm in norms.items() if norm} == {f"{UP}.2", f"{DOWN}.0"}
+    moved = next(one for one in profile.tensors if one.name == f"{UP}.2")
+    old, new = (load_stack(tmp_path / folder, UP)[2].double() for folder in ("base", "tuned-one"))
+    assert moved.shape == (96, 32)
+    assert moved.norm == pytest.approx(float((new - old).norm()), rel=1e-6)
+    assert moved.base == pytest.approx(float(old.norm()), rel=1e-6)
+    assert moved.spectrum is not None
+    assert moved.spectrum.rank == 32
+    assert moved.place.kind == "mlp.experts.gate_up_proj.*"
+    found = {one.name: one for one in adapters.diff(tmp_path / "one", tmp_path / "two").tensors}
+    both = {name for name, one in found.items() if one.changed == "both" and one.a and one.b}
+    assert both == {f"{UP}.2"}
+    assert found[f"{UP}.2"].cosine == pytest.approx(1.0)  # moved by the same draw
+    assert found[f"{UP}.3"].a == 0.0
+    assert found[f"{DOWN}.0"].changed == "a"
+    pieces = adapters.diff(base, tmp_path / "tuned-one")
+    assert sorted(one.name.partition("experts.")[2] for one in pieces.tensors) == [
+        "0.w2.weight",
+        "2.w1.weight",
+        "2.w3.weight",
+    ]
+
+
+def load_stack(folder: Path, name: str) -> torch.Tensor:
+    import transformers
+
+    found: torch.Tensor = transformers.AutoModelForCausalLM.from_pretrained(folder).get_parameter(name).detach()
+    return found
+
+
+def test_another_expert_in_the_base_is_refused(tmp_path: Path) -> None:
+    experts(tmp_path, (DOWN, 1)).save_pretrained(tmp_path / "tuned")
+    extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base", form="delta")
+    experts(tmp_path, (DOWN, 3)).save_pretrained(tmp_path / "other")
+    for action in (
+        lambda: adapters.inspect(tmp_path / "out", base=tmp_path / "other"),
+        lambda: extracted(tmp_path / "out", tmp_path / "again", base=tmp_path / "other"),
+    ):
+        with pytest.raises(adapters.BackboneError, match=r"not the backbone.*experts\.3\.w2"):
+            action()
+
+
+def test_experts_of_other_numbers_are_refused(tmp_path: Path) -> None:
+    experts(tmp_path, (DOWN, 1)).save_pretrained(tmp_path / "tuned")
+    cases = [
+        ({"num_local_experts": 5}, r"experts\.4\.w1\.weight: missing"),
+        ({"num_local_experts": 3}, r"experts\.3\.w1\.weight: one too many"),
+        ({"intermediate_size": 40}, r"experts\.0\.w1\.weight: shape \(48, 32\)"),
+    ]
+    for number, (changed, said) in enumerate(cases):
+        base = tiny.folder("mixtral", tmp_path / f"other-{number}", auto="AutoModelForCausalLM", **changed)
+        with pytest.raises(adapters.BackboneError, match=rf"do not hold the same tensors.*{said}"):
+            extracted(tmp_path / "tuned", tmp_path / "out", base=base)
+
+
+def test_experts_pass_a_merge_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the adapter's file no more than one piece of one expert is read at a time."""
+    experts(tmp_path, (UP, 2), (DOWN, 0)).save_pretrained(tmp_path / "tuned")
+    extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base", form="delta")
+    monkeypatch.setattr(changes, "LARGE", 1)
+    whole, sizes = shards.read_tensor, []
+
+    def read(slot: Any) -> Any:
+        if slot.file.parent == tmp_path / "out":
+            sizes.append(slot.nbytes)
+        return whole(slot)
+
+    monkeypatch.setattr(shards, "read_tensor", read)
+    adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", check_logits=False)
+    assert max(sizes) == 48 * 32 * 4  # a third of one expert
+
+
+def test_pieces_of_stacks_are_the_rows_that_transformers_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import core_model_loading
+
+    from adapters import parts
+
+    net = experts(tmp_path)
+    shapes = {name: tuple(net.get_parameter(name).shape) for name in (UP, DOWN)}
+    found = parts.divided(net, shapes)
+    slots = shards.read_directory(tmp_path / "base")
+    assert sum(len(pieces) for pieces in found.values()) == 4 * 3
+    for name, pieces in found.items():
+        stack = net.get_parameter(name)
+        places = [(piece.entry, piece.start) for piece in pieces]
+        assert places == sorted(places)
+        for piece in pieces:
+            rows = parts.rows_of(stack, piece.entry, piece.start, piece.stop)
+            assert torch.equal(shards.read_tensor(slots[piece.name]), rows)
+    assert parts.divided(net, {}) == {}
+    real = core_model_loading.revert_weight_conversion
+
+    def turned(model: Any, state: Any) -> Any:
+        return {name: tensor.flip(0) if ".0.w1" in name else tensor for name, tensor in real(model, state).items()}
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", turned)
+    assert set(parts.divided(net, shapes)) == {DOWN}
+
+
+def test_stacks_of_experts_are_combined_and_merged(tmp_path: Path) -> None:
+    for name, moved in (("one", [(UP, 2), (DOWN, 0)]), ("two", [(UP, 2), (UP, 3)])):
+        experts(tmp_path, *moved).save_pretrained(tmp_path / f"tuned-{name}")
+        extracted(tmp_path / f"tuned-{name}", tmp_path / name, base=tmp_path / "base", form="delta")
+    weights = {tmp_path / "one": 0.75, tmp_path / "two": 0.5}
+    report = adapters.combine(weights, tmp_path / "merged", merged=True)
+    assert report.logits_checked
+    adapters.combine(weights, tmp_path / "both")
+    for stack in (UP, DOWN):
+        old, one, two = (load_stack(tmp_path / name, stack) for name in ("base", "tuned-one", "tuned-two"))
+        wanted = old + 0.75 * (one - old) + 0.5 * (two - old)
+        torch.testing.assert_close(load_stack(tmp_path / "merged", stack), wanted, atol=1e-6, rtol=1e-6)
+        both = adapters.load(tmp_path / "both").model.get_parameter(stack)
+        torch.testing.assert_close(both, wanted, atol=1e-6, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------- deltas

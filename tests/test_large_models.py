@@ -229,18 +229,6 @@ def test_processes_of_a_machine_read_a_model_once(
     assert one["gradients"] == other["gradients"]
 
 
-# ---------------------------------------------------------------------- what is not in memory
-
-
-def test_offloaded_weights_are_refused_before_anything_is_done(tmp_path: Path) -> None:
-    folder = written(tmp_path / "base", "llama")
-    places = {f"model.{part}": "cpu" for part in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")}
-    load = {"device_map": {**places, "score": "cpu", "model.layers.2": "disk"}, "offload_folder": str(tmp_path / "off")}
-    for quantization in (None, "nf4"):
-        with pytest.raises(adapters.RequestError, match=r"offloaded.*Leave device_map out"):
-            adapters.adapt(folder, "lora", labels=["a", "b"], load=load, quantization=quantization)
-
-
 # ---------------------------------------------------------------------- compared though larger than memory
 
 

@@ -23,7 +23,7 @@ from test_docs import launches
 from test_recipes_folder import FOLDER, ROOT, both, places, words
 
 import adapters
-from adapters import doctor, processes
+from adapters import doctor, processes, sharded
 from adapters.errors import RequestError
 from adapters.shards import read_header, read_tensor
 
@@ -93,13 +93,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(slot) for name, slot in slots.items()}
 
 
-def same_adapter(one: Path, other: Path) -> None:
+def same_adapter(one: Path, other: Path, bound: float = WEIGHTS) -> None:
     """Within the bound, and moved by far more than it."""
     ours, theirs = tensors(one), tensors(other)
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=WEIGHTS)
-    assert max(float(tensor.abs().max()) for name, tensor in ours.items() if "lora_B" in name) > 100 * WEIGHTS
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=bound)
+    assert max(float(tensor.abs().max()) for name, tensor in ours.items() if "lora_B" in name) > 100 * bound
 
 
 def document(ended: list[Ended]) -> dict[str, Any]:
@@ -169,6 +169,53 @@ def test_accelerate_launches_two_processes_on_the_cpu(
     same_adapter(alone[0], tmp_path / "out")
     begun = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert "accelerate.commands.launch --cpu --num_processes 2" in begun["command"]
+
+
+# ---------------------------------------------------------------------- a divided model
+
+
+def test_a_divided_model_gives_the_adapter_of_one_process(
+    many: Launch, keys: dict[str, Any], alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, before = alone
+    given = words(keys | {"output": "out", "train.fsdp": True})
+    ended = many("test_launched:program", 2, tmp_path, CLASSIFICATION, *given, "--json")
+    found = document(ended)
+    assert sharded.WITHOUT in found["notes"]
+    same_adapter(out, tmp_path / "out")
+    for name in ("majority", "untrained", "test"):
+        assert found[name] == pytest.approx(before[name], abs=1e-4)
+    for name in ("rows", "metric", "trained_parameters", "adapter_bytes", "backbone_bytes"):
+        assert found[name] == before[name]
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+    # Stopped in the midst, it goes on in one process that holds all of it.
+    arguments = [CLASSIFICATION, *words(keys | {"output": "cut", "train.fsdp": True})]
+    ended = many("test_launched:interrupted", 2, tmp_path, 3, *arguments, fails=True)
+    assert [one.code for one in ended] == [143, 143]
+    alone_again = [CLASSIFICATION, *words(keys | {"output": "cut"}), "--resume"]
+    many("test_launched:program", 1, tmp_path, *alone_again)
+    same_adapter(out, tmp_path / "cut")
+
+
+def test_accelerate_launches_a_divided_model(
+    keys: dict[str, Any], alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The command of the page on scale, with two processes; a machine without a GPU it takes as it is."""
+    page = next(words for where, _, words in launches() if "scale.md" in where and "--use_fsdp" in words)
+    page[page.index("--num_processes") + 1] = "2"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *page[: page.index("-m")]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [str(CLASSIFICATION), *words(keys | {"output": "out"}), "--json"]
+    ran = subprocess.run(
+        [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sharded.WITHOUT in json.loads(ran.stdout)["notes"]
+    same_adapter(alone[0], tmp_path / "out")
+    begun = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert begun["processes"] == 2
+    assert "--use_fsdp --fsdp_version 2" in begun["command"]
 
 
 @pytest.mark.parametrize("name", ["named_entities", "translation"])

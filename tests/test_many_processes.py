@@ -205,6 +205,25 @@ def test_rows_that_one_process_cannot_read_stop_all(ended: list[dict[str, Any]])
         assert "the picture cannot be read (row 5)" in gave["said"][1]
 
 
+def test_an_evaluation_that_one_process_cannot_finish_stops_all_by_class_and_words(
+    ended: list[dict[str, Any]],
+) -> None:
+    first, second = (found["unmeasured"] for found in ended)
+    places = [name.removesuffix(", ours") for name in first if name.endswith(", ours") and "afterwards" not in name]
+    places += [name.replace(", ours", "") for name in first if ", ours, " in name]
+    assert sorted(places) == ["batch", "measure", "metrics", "pass, first", "pass, last", "run"]
+    for name, said in first.items():
+        if name.startswith("afterwards"):
+            assert said == second[name]
+        elif ", not ours" in name:
+            assert second[name] == ["NotOurs", "the metric is out of reach"], name
+            assert said[0] == "RankError", (name, said)
+            assert "NotOurs: the metric is out of reach" in said[1], (name, said)
+        else:
+            assert second[name] == ["DataError", "the picture cannot be read (row 3)"], name
+            assert said == ["DataError", "process 1: the picture cannot be read (row 3)"], name
+
+
 def test_memory_that_runs_out_in_one_process_changes_nothing(ended: list[dict[str, Any]]) -> None:
     for gave in (found["short_of_memory"] for found in ended):
         assert_one_run(gave["ample"], gave["short"], Case())

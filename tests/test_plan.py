@@ -235,6 +235,14 @@ def recipe(folders: dict[str, str], tmp_path: Path, **more: Any) -> adapters.Rec
     return adapters.Recipe(model=folders["bert"], data=str(data), output=str(tmp_path / "out"), **more)
 
 
+@pytest.mark.parametrize(("placed", "said"), [({"": "disk"}, True), ("cpu", False), ({"bert": 0, "": "cpu"}, True)])
+def test_a_plan_of_what_is_offloaded_says_that_it_counts_it_whole(
+    folders: dict[str, str], placed: Any, said: bool
+) -> None:
+    found = adapters.plan(folders["bert"], "lora", labels=3, load={"device_map": placed}, memory="1GB")
+    assert any(note.startswith("load.device_map: all weights are counted") for note in found.notes) is said
+
+
 def test_a_dry_run_reads_the_rows_and_writes_nothing(folders: dict[str, str], tmp_path: Path) -> None:
     data = recipe(folders, tmp_path).data
     before = sorted(tmp_path.rglob("*"))

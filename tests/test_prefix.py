@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
-from adapters import prefix
+from adapters import kept, prefix
 from adapters.anatomy import block_lists
 from adapters.forms import Form
 from adapters.states import States
@@ -124,6 +125,37 @@ def test_rows_are_known_by_content_not_by_padding() -> None:
     changed["input_ids"][0, 1] += 1
     assert kept.keys(changed)[0] != kept.keys(wide)[0]
     assert kept.keys(changed)[1:] == kept.keys(wide)[1:]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_keys_are_those_of_the_plain_way(padded: bool) -> None:
+    """Row by row, value by value: what earlier runs have kept must be found."""
+    import xxhash
+
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    inputs = {
+        "input_ids": torch.arange(12).reshape(3, 4),
+        "attention_mask": mask,
+        "boxes": torch.arange(24, dtype=torch.int32).reshape(3, 4, 2),
+        "other": torch.rand(3, 5).to(torch.bfloat16),
+        "mean": torch.rand(3, 2, 3).transpose(1, 2),
+        "alone": torch.tensor([0.5, 1.5, 2.5], dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "labels": torch.tensor([0, 1, 0]),
+    }
+    if not padded:
+        del inputs["attention_mask"]
+    wanted = []
+    for row in range(3):
+        state = xxhash.xxh3_128()
+        for name in sorted(set(inputs) - {"labels"}):
+            value = inputs[name][row]
+            if padded and value.ndim and inputs[name].shape[1] == 4:
+                value = value[: int(mask[row].sum())]
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        wanted.append(state.digest())
+    assert prefix.row_keys(inputs) == wanted
 
 
 def test_a_row_that_is_not_kept_is_computed() -> None:
@@ -269,6 +301,66 @@ def test_only_rows_that_are_new_are_computed(tmp_path: Path, monkeypatch: pytest
     run(tmp_path / "first", "probe", rows=16)
     _, computed = run(tmp_path / "second", "probe", rows=24)
     assert 0 < sum(computed) <= 8
+
+
+def test_rows_that_are_known_and_kept_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By runs that share what rows are known by; a collate that makes others of them is noticed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny.backbone("bert", 0, "AutoModelForSequenceClassification").eval()
+    rows = Dataset.from_list(
+        [{"input_ids": [2, 5 + row, *range(20, 20 + row % 7)], "length": 2 + row % 7, "row": row} for row in range(40)]
+    )
+    made: list[int] = []
+    shift = 0
+
+    def collate(some: Any, training: bool) -> dict[str, Any]:
+        made.append(len(some))
+        width = max(len(row["input_ids"]) for row in some)
+        ids = [[token + shift for token in row["input_ids"]] + [0] * (width - len(row["input_ids"])) for row in some]
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in some]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    names: kept.Names = {}
+
+    def keep(part: Any) -> Any:
+        made.clear()
+        request = kept.Request(
+            sets=[part, rows],
+            passes=[3.0, 0.0],  # rows that are not passed lose nothing of what is known of them
+            collate=collate,
+            redraw=lambda epoch: None,
+            dtype=None,
+            device=model.device,
+            noisy=False,
+            fingerprint="a",
+            gigabytes=1,
+            say=print,
+            names=names,
+        )
+        found, why = kept.kept(model, head_of(model), request)
+        assert found is not None, why
+        known = found.known(part)
+        assert known is not None
+        assert len(known) == 40
+        assert all(key in found.states for key in known.values())
+        return known
+
+    first = keep(rows)
+    assert sum(made) > 40
+    assert keep(rows) == first
+    assert sum(made) <= 7, "three rows in turn to see whether they are drawn anew, one to see that it is the same"
+    shift = 3
+    other = keep(rows)
+    assert sum(made) > 40
+    assert not set(other.values()) & set(first.values())
+    shift = 0
+    same = rows.select(range(40))
+    assert keep(same) == first
+    assert sum(made) > 40, "another set is looked at"
+    for part in (tmp_path / "cache" / "holdfast" / "prefix").glob("*/*.safetensors"):
+        part.unlink()
+    assert keep(same) == first
+    assert sum(made) > 40, "known, but no longer kept"
 
 
 def test_another_backbone_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from many import Ended
 from warm_host import ROOT, environment
 
 import adapters
-from adapters import attendance, locks, presence, ranks
+from adapters import attendance, locks, presence, processes, ranks
 from adapters.errors import FolderError, NumbersError, RankError, message
 
 STEPS = 6
@@ -274,11 +275,20 @@ from adapters import ranks
 folder, result = sys.argv[1:]
 if ranks.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     test_rank_faults.armed(test_rank_faults.STEP, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-ranks.join(15.0)  # torch's own meeting of restarted processes may hang; then the launcher tries again
+ranks.join(60.0)
 found = test_rank_faults.training(folder)
 if ranks.first():
     open(result, "w").write(json.dumps(found))
 """
+
+
+def torchrun(restarts: int, script: Path, *words: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script under the launcher, which starts them again so often."""
+    where = environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", str(restarts)]
+    command += ["--standalone", "--monitor_interval", "0.1", str(script), *map(str, words)]
+    return subprocess.run(command, env=where, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_torchrun_starts_it_again_and_it_goes_on(ends: Callable[[str], Any], tmp_path: Path) -> None:
@@ -287,13 +297,115 @@ def test_torchrun_starts_it_again_and_it_goes_on(ends: Callable[[str], Any], tmp
     script.write_text(LAUNCHED)
     earlier = next(tmp_path.parent.glob("strikes*/undisturbed 2")) / "checkpoint-6"
     shutil.copytree(earlier, folder / "checkpoint-6")  # another launch's, with the same terms: not where this goes on
-    where = environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "6"]
-    command += ["--standalone", "--monitor_interval", "0.1", str(script), str(folder), str(result)]
-    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False, timeout=240)
+    done = torchrun(1, script, folder, result)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"started again by the launcher: goes on from {folder}/checkpoint-3" in done.stderr
     found = json.loads(result.read_text())
     assert found["state"] == undisturbed["state"]
     assert found["log"] == undisturbed["log"]
+
+
+MEETING = """
+import os, signal
+import torch
+import torch.distributed as dist
+from adapters import ranks
+ranks.join(60.0)
+dist.all_reduce(torch.ones(3))
+there = ranks.gathered(ranks.rank())
+os.write(1, f"met {os.environ['TORCHELASTIC_RESTART_COUNT']} {there}\\n".encode())  # whole, where two write
+if ranks.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] != "4":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_that_are_started_again_meet_each_time(tmp_path: Path) -> None:
+    """The launcher keeps the store in which they met before; what the dead wrote there leads nobody astray."""
+    (tmp_path / "script.py").write_text(MEETING)
+    done = torchrun(4, tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("met")]
+    assert {f"met {again} [0, 1]" for again in range(5)} <= set(lines), lines
+
+
+@pytest.mark.parametrize(("own", "said"), [(0, "no sign of rank 1 after 0:00:01"), (1, "adapters/meeting/to/")])
+def test_who_does_not_come_to_the_meeting_is_said(own: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("adapters/meeting/from/1", "a word of one that is dead")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in (place | {"WORLD_SIZE": 2, "RANK": own, "ACCELERATE_USE_CPU": "true"}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RankError, match="do not find each other") as caught:
+        ranks.join(1.0)
+    assert said in str(caught.value)
+
+
+# ---------------------------------------------------------------------- nodes
+
+NODE = """
+import json, os, pathlib, signal, sys
+import test_rank_faults
+from adapters import ranks
+folder, result, fallen = sys.argv[1:]
+def fall():
+    pathlib.Path(fallen).touch()
+    os.kill(os.getppid(), signal.SIGKILL)  # the launcher, as when a machine is switched off
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["NODE"] == "second" and not os.path.exists(fallen):
+    test_rank_faults.armed(test_rank_faults.STEP, 4, fall)
+ranks.join(60.0)
+found = test_rank_faults.training(folder)
+if ranks.first():
+    open(result, "w").write(json.dumps(found))
+"""
+
+
+def test_a_node_that_is_gone_and_comes_back_is_taken_in(ends: Callable[[str], Any], tmp_path: Path) -> None:
+    """Two launchers, as on two machines: one is killed with its process, and started again by the same command."""
+    undisturbed = ends("another in a step")[3]
+    script, result, fallen = tmp_path / "script.py", tmp_path / "result.json", tmp_path / "fallen"
+    script.write_text(NODE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def launched(node: str) -> subprocess.Popen[str]:
+        where = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "NODE": node}
+        where["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), where["PYTHONPATH"]])
+        where["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command += ["--rdzv_id", "7", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+        command += ["--rdzv_conf", f"is_host={int(node == 'first')},keep_alive_interval=1,keep_alive_max_attempt=3"]
+        command += ["--max_restarts", "3", "--monitor_interval", "0.1", "--local_addr", "127.0.0.1"]
+        command += [str(script), str(tmp_path / "run"), str(result), str(fallen)]
+        return subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True)
+
+    first, second = launched("first"), launched("second")
+    try:
+        said = second.communicate(timeout=120)[1]
+        assert second.returncode == -signal.SIGKILL, said[-4000:]
+        assert fallen.exists()
+        time.sleep(4)  # longer than a node may be silent
+        second = launched("second")
+        others, own = second.communicate(timeout=120)[1], first.communicate(timeout=120)[1]
+    finally:
+        for one in (first, second):
+            one.kill()
+    assert (first.returncode, second.returncode) == (0, 0), own[-4000:] + others[-4000:]
+    assert f"started again by the launcher: goes on from {tmp_path / 'run'}/checkpoint-3" in own + others
+    found = json.loads(result.read_text())
+    assert found["state"] == undisturbed["state"]
+    assert found["log"] == undisturbed["log"]
+
+
+@pytest.mark.parametrize(
+    ("agent", "nodes", "restarts", "said"),
+    [("True", "2", "3", True), ("False", "2", "3", False), ("True", "1", "3", False), ("True", "2", "0", False)],
+)
+def test_launchers_that_say_only_once_where_all_meet_are_known(
+    agent: str, nodes: str, restarts: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert processes.forgetful() is said

@@ -288,7 +288,7 @@ def test_every_sharding_setting_is_one() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_every_loading_option_is_one(name: str) -> None:
     """from_pretrained takes **kwargs; these are the ones that the library documents."""
-    assert set(ALL[name].load) <= {"dtype", "device_map", "revision", "token", "attn_implementation"}
+    assert set(ALL[name].load) <= {"dtype", "device_map", "revision", "token", "attn_implementation", "offload_folder"}
 
 
 # ---------------------------------------------------------------------- what happens
@@ -438,7 +438,7 @@ def test_run_recipe_takes_one_or_several() -> None:
 
 
 def test_changes_leave_the_rest_as_it_was() -> None:
-    made = script.recipes_with(ALL["dora"], {})({"options.r": 8, "seed": 3}, None)
+    made = script.recipes_with(ALL["dora"], {})({"options.r": 8, "seed": 3})
     assert made[0].model_dump() == ALL["dora"].model_dump() | {"options": ALL["dora"].options | {"r": 8}, "seed": 3}
     assert made[0].model_fields_set == ALL["dora"].model_fields_set | {"seed"}
 

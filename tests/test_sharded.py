@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,7 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"fsdp": "full_shard offload"}, "cpu_offload"),
     ({"fsdp": "hybrid_shard"}, "hybrid_shard"),
     ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "activation_checkpointing: true in train"),
-    ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "every process reads the checkpoint"),
+    ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "every process reads its own part"),
     ({"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "one by one"),
     ({"fsdp": True, "fsdp_config": {"reshard_after": True}}, "reshard_after_forward"),
     ({"fsdp": True, "fp16": True}, "bf16"),
@@ -233,6 +235,89 @@ def test_a_division_that_accelerate_leaves_out_is_refused(many: Launch, tmp_path
     for ended in many("divided:left_out", 2, tmp_path):
         assert ended.gave[0] == "RequestError"
         assert "accelerate does not divide the model" in ended.gave[1]
+
+
+# ---------------------------------------------------------------------- what each process reads
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Iterator[Path]:
+    """A Llama in bfloat16, one file of 26 MB, in memory: there a page that is looked at brings few others with it."""
+    place = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="holdfast-")
+    folder = Path(place.name)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
+    tiny.folder("llama", folder, auto=divided.GENERATES, num_hidden_layers=4, dtype="bfloat16", **sizes)
+    yield folder
+    place.cleanup()
+
+
+def test_each_process_reads_its_own_part_of_the_checkpoint(many: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    """Pages of the file that a process has looked at, frozen bytes that its device is sent, and those that it keeps."""
+    (one,) = (ended.gave for ended in many("divided:reading", 1, checkpoint, tmp_path / "one", {}))
+    for count in (2, 3):
+        found = [ended.gave for ended in many("divided:reading", count, checkpoint, tmp_path / str(count), {})]
+        for number, gave in enumerate(found):
+            assert gave["divided"]
+            assert gave["fingerprint"] == one["fingerprint"]
+            assert gave["sent"] <= gave["trained"]
+            assert gave["held"] <= gave["frozen"] / count * 1.02
+            if number:  # the first one prepares the rows, and tries on two texts whether the model looks ahead
+                assert 0 < gave["looked"] <= gave["frozen"] / count + 0.2 * gave["frozen"]  # and the pages around
+            assert losses(gave) == pytest.approx(losses(one), rel=HALF)
+            assert gave["state"] == found[0]["state"]
+            assert distance(one, gave) <= MOVED
+        assert sum(gave["held"] for gave in found) == one["frozen"]
+
+
+def test_packed_weights_are_written_once_for_a_machine_and_read_in_parts(
+    many: Launch, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Four bits as pages of files: a process keeps its rows of them, and has looked at no others."""
+    held = many("divided:reading", 1, checkpoint, tmp_path / "one", {}, "qlora")[0].gave
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="holdfast-") as off:
+        load = {"offload_folder": off}
+        found = [ended.gave for ended in many("divided:reading", 2, checkpoint, tmp_path / "two", load, "qlora")]
+        names = {file.name for file in Path(off).glob("*.safetensors")}
+    for number, gave in enumerate(found):
+        assert gave["divided"]
+        assert gave["fingerprint"] == held["fingerprint"]
+        assert gave["frozen"] == held["frozen"]
+        assert gave["held"] <= gave["frozen"] / 2 * 1.02
+        if number:
+            assert 0 < gave["looked"] <= gave["frozen"] / 2 + 0.2 * gave["frozen"]
+        assert losses(gave) == pytest.approx(losses(held), rel=HALF)
+        assert gave["state"] == found[0]["state"]
+        assert distance(held, gave) <= MOVED
+    assert len(names) == 4 * 7, names  # one file a linear map, whoever wrote it
+
+
+def test_weights_in_another_dtype_are_cast_once_for_a_machine_and_read_in_parts(
+    many: Launch, checkpoint: Path, tmp_path: Path
+) -> None:
+    (one,) = (ended.gave for ended in many("divided:reading", 1, checkpoint, tmp_path / "one", {"dtype": "float32"}))
+    load = {"dtype": "float32", "device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off")}
+    found = [ended.gave for ended in many("divided:reading", 2, checkpoint, tmp_path / "two", load)]
+    for gave in found:
+        assert gave["divided"]
+        assert gave["fingerprint"] == one["fingerprint"]
+        assert gave["opening"] < 0.4 * gave["frozen"] < 0.8 * one["opening"]
+        assert gave["held"] <= gave["frozen"] / 2 * 1.02
+        assert losses(gave) == pytest.approx(losses(one), rel=LOSS)
+        assert gave["state"] == found[0]["state"]
+        assert apart(one, gave) <= WEIGHT
+
+
+def test_a_checkpoint_that_is_cut_short_is_named_in_every_process(
+    many: Launch, checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    file = broken / "model.safetensors"
+    with file.open("rb+") as stream:
+        stream.truncate(file.stat().st_size - 16)
+    for ended in many("divided:cut_short", 2, broken):
+        assert ended.gave[0] == "FolderError"
+        assert file.name in ended.gave[1]
 
 
 # ---------------------------------------------------------------------- checkpoints

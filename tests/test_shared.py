@@ -18,6 +18,22 @@ from adapters.prefix import Prefix
 from adapters.rowwise import Below
 
 BOUND = 1e-5  # of the logits' spread, fp32
+TIGHT = 1e-12  # of it, float64
+BY_ROWS = {  # what has a form by rows, by name: strategy and options
+    "factors": ("lora", {"r": 3}),
+    "magnitudes": ("dora", {"r": 2}),
+    "magnitudes and biases": ("dora", {"r": 3, "bias": "lora_only"}),
+    "outputs": ("ia3", {}),
+    "inputs": ("ia3", {"feedforward_modules": ["output.dense"]}),
+    "blocks": ("oft", {"oft_block_size": 8}),
+    "small blocks": ("oft", {"oft_block_size": 4, "use_cayley_neumann": False}),
+    "one block": ("oft", {"oft_block_size": 8, "block_share": True}),
+    "reflections": ("hra", {"r": 4}),
+    "entries": ("loha", {"r": 2}),
+    "kronecker": ("lokr", {"r": 2, "decompose_factor": 4}),
+    "factors of kronecker": ("lokr", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
+    "offsets": ("peft", {"config": {"peft_type": "LORA", "r": 2, "lora_bias": True, "target_modules": ["query"]}}),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "freeze": {"layers": 1},
@@ -28,9 +44,9 @@ MIXABLE = ("lora", "rslora", "dora", "pissa", "bitfit", "freeze", "probe", "ia3"
 STRATEGIES = {
     "bert": (*MIXABLE, "full"),
     "gpt2": ("lora", "dora", "freeze", "bitfit", "ia3", "full"),
-    "llama": ("lora", "rslora", "freeze", "probe", "oft", "full"),
-    "vit": ("lora", "dora", "bitfit", "freeze", "full"),
-    "t5": ("lora", "rslora", "freeze", "loha", "full"),
+    "llama": ("lora", "rslora", "freeze", "probe", "oft", "dora", "hra", "full"),
+    "vit": ("lora", "dora", "bitfit", "freeze", "ia3", "full"),
+    "t5": ("lora", "rslora", "freeze", "loha", "ia3", "full"),
     "deberta-v2": ("lora", "bitfit"),
     "roberta": ("lora", "bitfit"),
     "swin": ("lora", "freeze"),
@@ -155,6 +171,143 @@ def test_mixed_logits_are_those_of_each_adapter_alone(made: Callable[[str], Made
         assert float((own[0] - logits[row]).abs().max()) <= BOUND * spread, name
         view = tiny.logits(shared.use(name).model, {key: value[row : row + 1] for key, value in inputs.items()})
         assert float((own - view).abs().max()) <= BOUND * spread, name
+
+
+# ---------------------------------------------------------------------- forms by rows
+
+
+@pytest.fixture(scope="module")
+def formed(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Adapters of a BERT of which none needs a weight of its own."""
+    found = Made(tmp_path_factory.mktemp("formed"), "bert")
+    for name, (strategy, options) in BY_ROWS.items():
+        found.add(name, strategy, **options)
+    return found
+
+
+def double(found: Made, name: str) -> Any:
+    """One adapter by itself as peft computes it, all of it in float64."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForSequenceClassification
+    live = auto.from_pretrained(found.base, num_labels=3, dtype=torch.float64)
+    return adapters.load(found.root / name, live).model.double()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", TIGHT), ("float32", BOUND)])
+def test_rows_by_form_answer_as_peft_does(formed: Made, dtype: str, bound: float) -> None:
+    """All methods in one batch, LoRA among them, in an order that tears each one's rows apart."""
+    shared = adapters.Shared(formed.base, load={"dtype": dtype})
+    names = [*BY_ROWS, *reversed(BY_ROWS)]
+    for name in BY_ROWS:
+        shared.load(formed.root / name)
+        assert not shared._residents[name].merged
+        changes = (shared._residents[name].held or {}).items()
+        assert [path for path, change in changes if "weight" in change.whole] == ["classifier"]
+    alone = {name: double(formed, name) if dtype == "float64" else formed.alone(name).model for name in BY_ROWS}
+    inputs = tiny.inputs(alone["factors"], len(names))
+    with shared.mixed(names) as model:
+        logits = model(**inputs).logits
+        again = model(**inputs).logits  # what is gathered is kept from now on
+        kept = model(**inputs).logits
+    assert torch.equal(logits, again)
+    assert torch.equal(logits, kept)
+    assert str(logits.dtype) == f"torch.{dtype}"
+    spread = float(logits.std())
+    for row, name in enumerate(names):
+        own = tiny.logits(alone[name], {key: value[row : row + 1] for key, value in inputs.items()})
+        assert float((own[0] - logits[row]).abs().max()) <= bound * spread, name
+    for name in BY_ROWS:  # one adapter in all rows, and by itself
+        own = tiny.logits(alone[name], inputs)
+        with shared.mixed([name] * len(names)) as model:
+            assert float((own - model(**inputs).logits).abs().max()) <= bound * spread, name
+        assert float((own - tiny.logits(shared.use(name).model, inputs)).abs().max()) <= bound * spread, name
+
+
+def file_bytes(found: Made, name: str, *parts: str) -> int:
+    """Bytes of those tensors of an adapter's file whose names have one of these parts."""
+    from adapters import shards
+
+    slots, _ = shards.read_header(found.root / name / "adapter_model.safetensors")
+    return sum(slot.nbytes for key, slot in slots.items() if any(part in key for part in parts))
+
+
+def kronecker_bytes(found: Made, name: str) -> int:
+    """Bytes of the matrices of LoKr's products, by the shapes in an adapter's file."""
+    from adapters import shards
+
+    slots, _ = shards.read_header(found.root / name / "adapter_model.safetensors")
+    shapes = {key: slot.shape for key, slot in slots.items() if "lokr" in key}
+    whole = [shape for key, shape in shapes.items() if not key.endswith(("_a", "_b"))]
+    whole += [(shape[0], shapes[f"{key[:-2]}_b"][1]) for key, shape in shapes.items() if key.endswith("_a")]
+    return sum(4 * rows * columns for rows, columns in whole)
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_an_adapter_with_a_form_takes_its_own_size_in_memory(formed: Made, name: str) -> None:
+    """Counted against its file: what is more is a vector a layer (DoRA's shift), or a block beside its upper half."""
+    shared = adapters.Shared(formed.base)
+    shared.load(formed.root / name)
+    held = shared._residents[name].held or {}
+    head = file_bytes(formed, name, "classifier")
+    taken = shared.nbytes - head
+    maps = {path: change for path, change in held.items() if change.by_rows}
+    outputs = {path: shared._residents[name].trunk.net.get_submodule(path).weight.shape[0] for path in maps}
+    small = 4 * sum(outputs.values())  # one float32 an output
+    strategy, options = BY_ROWS[name]
+    if strategy == "dora":  # the magnitude has become a gain; the shift takes the place of a trained bias
+        assert taken == file_bytes(formed, name, "lora_A", "lora_B", "magnitude") + small
+    elif strategy == "oft":
+        size = options["oft_block_size"]
+        upper = file_bytes(formed, name, "oft_R")
+        assert taken == upper * 2 * size // (size - 1)  # size^2 entries for size (size - 1) / 2
+    elif strategy == "hra":
+        assert taken == 2 * file_bytes(formed, name, "hra_u")
+    elif strategy == "loha":  # rank r^2 for two times r
+        assert taken == options["r"] * file_bytes(formed, name, "hada_w1")
+    elif strategy == "lokr":  # both matrices, of which the file may hold factors
+        assert taken == kronecker_bytes(formed, name)
+    else:
+        assert taken == file_bytes(formed, name, "lora_A", "lora_B", "ia3_l")
+    net: Any = shared._residents[name].trunk.net
+    assert taken < sum(net.get_submodule(path).weight.nbytes for path in maps)
+
+
+def test_a_method_without_a_form_is_held_whole_and_says_so(
+    made: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = made("bert")
+    shared = adapters.Shared(found.base)
+    with caplog.at_level(logging.WARNING):
+        for name in ("dora", "ia3", "oft", "hra", "lokr", "freeze", "bitfit"):
+            shared.load(found.root / name)
+        assert not [record for record in caplog.records if "whole" in record.message]
+        shared.load(found.root / "loha")
+    said = [record.message for record in caplog.records if "whole" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("loha holds 18 weights whole, 0.")
+    weights = sum(
+        module.weight.nbytes
+        for path, module in shared._residents["loha"].trunk.net.named_modules()
+        if path in shared._residents["loha"].merged
+    )
+    assert shared._residents["loha"].nbytes > weights > 0
+
+
+def test_forms_in_generation_with_beams(tmp_path: Path) -> None:
+    found = Made.__new__(Made)
+    found.root, found.kind, found.base = tmp_path, "t5", tmp_path / "base"
+    tiny.folder("t5", found.base, auto="AutoModelForSeq2SeqLM")
+    strategies = {"one": "dora", "two": "oft", "three": "ia3", "four": "hra", "five": "lora"}
+    for name, strategy in strategies.items():
+        found.add(name, strategy, task="seq2seq", max_new_tokens=6, num_beams=3)
+    shared = adapters.Shared(found.base)
+    for name in strategies:
+        shared.load(found.root / name)
+    rows, names = [row["text"] for row in tiny.rows(10)], list(strategies) * 2
+    answers = adapters.predict(shared, rows, adapter=names)
+    for place, name in enumerate(names):
+        agree([answers[place]], adapters.predict(found.alone(name), [rows[place]]))
 
 
 def test_the_backbone_is_as_it_was(made: Callable[[str], Made]) -> None:
@@ -373,11 +526,14 @@ def test_packed_backbones(tmp_path: Path) -> None:
     found.add("one", "qlora", r=3)
     found.add("two", "qlora", r=2)
     found.add("three", "dora", quantization="nf4")
+    found.add("four", "ia3", quantization="nf4")
+    found.add("five", "oft", quantization="nf4")
     shared = adapters.Shared(found.base)
-    names = ["one", "two", "three"]
+    names = ["one", "two", "three", "four", "five"]
     for name in names:
         shared.load(found.root / name)
-    rows = rows_of("bert", 6)
+    assert not any(shared._residents[name].merged for name in names)
+    rows = rows_of("bert", 10)
     answers = adapters.predict(shared, rows, adapter=names * 2)
     for place, name in enumerate(names * 2):
         agree([answers[place]], adapters.predict(found.alone(name), [rows[place]]))
@@ -477,14 +633,14 @@ def test_a_backbone_in_bfloat16(made: Callable[[str], Made]) -> None:
 
     found = made("llama")
     shared = adapters.Shared(found.base, load={"dtype": "bfloat16"})
-    names = ["lora", "rslora", "freeze"]
+    names = ["lora", "rslora", "freeze", "dora", "oft", "hra"]
     alone = {}
     for name in names:
         shared.load(found.root / name)
         auto: Any = transformers.AutoModelForSequenceClassification
         live = auto.from_pretrained(found.base, num_labels=3, dtype=torch.bfloat16)
         alone[name] = adapters.load(found.root / name, live).model
-    inputs = tiny.inputs(alone["lora"], 6)
+    inputs = tiny.inputs(alone["lora"], 12)
     with shared.mixed(names * 2) as model:
         logits = model(**inputs).logits
     for row, name in enumerate(names * 2):
@@ -555,5 +711,7 @@ def test_a_damaged_folder(made: Callable[[str], Made], tmp_path: Path) -> None:
 def test_a_merged_backbone_is_another_one(made: Callable[[str], Made], tmp_path: Path) -> None:
     found = made("bert")
     adapters.merge_on_disk(found.root / "lora", tmp_path / "merged")
-    with pytest.raises(adapters.BackboneError, match="not the backbone"):
+    with pytest.raises(adapters.BackboneError, match="merged into this backbone already"):
         adapters.Shared(tmp_path / "merged").load(found.root / "lora")
+    with pytest.raises(adapters.BackboneError, match="not the backbone"):
+        adapters.Shared(tmp_path / "merged").load(found.root / "rslora")

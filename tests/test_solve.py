@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from adapters import features, pooling, solve
+from adapters import features, pooling, principal, solve
 from adapters.anatomy import block_lists
 from adapters.classes import Classes
 from adapters.lbfgs import minimised
@@ -162,6 +163,39 @@ def test_the_informative_place_is_chosen_on_other_rows() -> None:
     assert found.tried[0].loss < found.blind
     assert {one.place for one in found.tried} >= {0, 5}
     assert found.items == 120
+
+
+def test_what_hangs_on_features_alone_is_made_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    train, other = (torch.randn(90, 7, 6, generator=generator) for _ in range(2))
+    labels, truth = (torch.randint(0, 3, (90,), generator=generator) for _ in range(2))
+    turns, initial = principal.Turns(train), principal.Turned.__init__
+    made: list[Any] = []
+    monkeypatch.setattr(
+        principal.Turned,
+        "__init__",
+        lambda self, *args, **how: made.append(how) or initial(self, *args, **how),  # type: ignore[func-returns-value]
+    )
+
+    def chosen(smoothing: float, known: principal.Turns | None) -> solve.Choice:
+        def loss(logits: torch.Tensor, targets: torch.Tensor, items: int) -> torch.Tensor:
+            return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) / items
+
+        return solve.chosen(train, labels, loss, 3, items=items, held=(other, truth), turns=known)
+
+    for smoothing in (0.0, 0.1):
+        alone = chosen(smoothing, None)
+        made.clear()
+        shared = chosen(smoothing, turns)
+        assert shared.tried == alone.tried
+        assert torch.equal(shared.layer.weight, alone.layer.weight)
+        assert torch.equal(shared.layer.bias, alone.layer.bias)
+    before = len(made)
+    assert before <= 1 + 7, "the answer without a look at the input, and places that were not solved yet"
+    chosen(0.1, principal.Turns(train))
+    assert len(made) > before + 7
+    other_rows = chosen(0.1, principal.Turns(train.flip(0)))  # of other rows: not taken
+    assert other_rows.tried == alone.tried
 
 
 def test_without_other_rows_parts_choose_and_all_are_fitted() -> None:

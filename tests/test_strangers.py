@@ -379,6 +379,54 @@ def test_code_of_a_backbone_runs_only_where_the_caller_says_so(folders: dict[str
     assert (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("load", "remedy"),
+    [
+        ({"subfolder": "sub"}, "base/sub"),
+        ({"variant": "fp16"}, "a folder of its own"),
+        ({"gguf_file": "model.gguf"}, "save_pretrained"),
+        ({"state_dict": {"a": 1}}, "save_pretrained"),
+        ({"use_safetensors": False}, "Leave it out"),
+    ],
+)
+def test_weights_that_the_name_does_not_stand_for_are_refused(
+    folders: dict[str, Path], load: dict[str, Any], remedy: str
+) -> None:
+    """They would be trained on, and others fingerprinted, merged into and opened again."""
+    refused(
+        lambda: adapters.adapt(str(folders["backbone"]), labels=LABELS, load=load),
+        *(f"load: {next(iter(load))}", "other weights", remedy),
+    )
+
+
+def test_settings_that_no_adapter_brings_are_refused(folders: dict[str, Path]) -> None:
+    """They would be trained with, and the adapter opened without them. What is gone after training may be changed."""
+    base = str(folders["backbone"])
+    refused(
+        lambda: adapters.adapt(base, labels=LABELS, load={"layer_norm_eps": 0.5}),
+        *("load: layer_norm_eps", "0.5", "config.json"),
+    )
+    same = json.loads((folders["backbone"] / "config.json").read_text())["layer_norm_eps"]
+    given = {"hidden_dropout_prob": 0.3, "layer_norm_eps": same, "initializer_range": 0.1, "dtype": "float32"}
+    adapted = adapters.adapt(base, labels=LABELS, load=given)
+    assert adapted.model.config.hidden_dropout_prob == 0.3
+
+
+def test_a_live_model_with_other_settings_is_said(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base = str(folders["backbone"])
+    for changes, words in (({"layer_norm_eps": 0.5}, "layer_norm_eps is 0.5, was 1e-12"), ({}, "")):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=3, hidden_dropout_prob=0.3, **changes
+        )
+        caplog.clear()
+        adapted = adapters.adapt(model, labels=LABELS)
+        said = [note for note in adapted.record.notes if "settings are not those" in note]
+        assert len(said) == len(changes)
+        assert all(words in note and note in caplog.text for note in said)
+
+
 def test_an_adapter_never_says_that_code_may_run(folders: dict[str, Path], tmp_path: Path) -> None:
     options = {"trust_remote_code": True, "dtype": "float32"}
     adapted = adapters.adapt(str(folders["backbone"]), "probe", labels=LABELS, load=options)

@@ -17,7 +17,7 @@ import torch
 
 import adapters
 from adapters import adapt as _adapt  # noqa: F401
-from adapters import attempts, axes, campaign, search, standings, trials, watermark
+from adapters import attempts, axes, campaign, search, solve, standings, storage, trials, watermark
 from adapters.attempts import Ground
 from adapters.axes import Axis
 from adapters.errors import AdaptersError, FolderError, MissingPackageError, RequestError
@@ -281,6 +281,56 @@ def test_a_backbone_that_does_not_come_back_is_opened_again(base: str) -> None:
         lent.begin()
 
 
+def test_a_tokenizer_is_lent_as_it_was_read(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied again where the last borrower changed it, and only there; a saved adapter brings its own."""
+    from transformers import PreTrainedTokenizerBase
+
+    from adapters import lent as room
+
+    copies: list[Any] = []
+    real = room.copy.deepcopy
+
+    def copying(one: Any, *memo: Any) -> Any:
+        copies.append(one)
+        return real(one, *memo)
+
+    monkeypatch.setattr(room.copy, "deepcopy", copying)
+    lent = opener(base)
+
+    def borrowed() -> Any:
+        adapted = adapters.adapt(lent, "probe", labels=tiny.LABELS)
+        assert lent.give_back(adapted.strategy.strip) == ""
+        return adapted.processor
+
+    def counted() -> int:
+        return sum(isinstance(one, PreTrainedTokenizerBase) for one in copies)
+
+    first = borrowed()
+    said = first.backend_tokenizer.to_str()
+    assert borrowed() is first
+    assert counted() == 1
+    adapted = adapters.adapt(lent, "probe", labels=tiny.LABELS)
+    adapters.save(adapted, tmp_path / "a")
+    adapted.processor("changed", padding="max_length", max_length=9, truncation=True)
+    assert adapted.processor.backend_tokenizer.to_str() != said
+    lent.give_back(adapted.strategy.strip)
+    second = borrowed()
+    assert second is not first
+    assert second.backend_tokenizer.to_str() == said
+    assert borrowed() is second
+    second.add_tokens(["brandnew"])  # by a borrower who has given it back
+    third = borrowed()
+    assert third is not second
+    assert len(third) == len(second) - 1
+    third.padding_side = "left"
+    assert borrowed() is not third
+    before = counted()
+    opened = storage.load(tmp_path / "a", lent)  # type: ignore[arg-type]
+    assert opened.processor is not lent._copy[0]  # type: ignore[index]
+    assert opened.processor.name_or_path == str(tmp_path / "a")
+    assert counted() == before
+
+
 def test_memory_is_watched() -> None:
     with watermark.watched() as small:
         pass
@@ -392,6 +442,57 @@ def test_places_to_read_do_not_take_each_others_features(
         numbers.append([sorted(notes), *({o["name"]: o[part]["mean"] for o in found["standings"]} for part in PARTS)])
     assert len(numbers[0][0]) == 4
     assert numbers[0] == numbers[1]
+
+
+def test_what_many_probes_share_is_computed_once(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials with the same features and loss solve once; validation and test rows pass the frozen blocks once."""
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    solved, trial = [], {"rows": 0}
+    chosen, forward = solve.chosen, BertLayer.forward
+
+    def counted(*args: Any, **named: Any) -> Any:
+        solved.append(named["seed"])
+        return chosen(*args, **named)
+
+    def passing(self: Any, hidden_states: Any, *args: Any, **named: Any) -> Any:
+        trial["rows"] += len(hidden_states)
+        return forward(self, hidden_states, *args, **named)
+
+    monkeypatch.setattr(solve, "chosen", counted)
+    monkeypatch.setattr(BertLayer, "forward", passing)
+    passed = []
+    for step in ("trained", "tested"):
+        original = getattr(attempts, step)
+
+        def watched(*args: Any, made: Any = original) -> Any:
+            before = trial["rows"]
+            found = made(*args)
+            passed.append(trial["rows"] - before)
+            return found
+
+        monkeypatch.setattr(attempts, step, watched)
+    given = {**recipe, "strategy": "probe", "train": {}, "options": {"pooling": "mean", "layer": 2}}
+    sweep = made(given, tmp_path, over={"options.label_smoothing": [0.0, 0.1]}, seeds=3, keep="all")
+    found = sweep.run(lambda line: None)
+    assert len(solved) == 2, "once for each loss"
+    assert len(passed) == 12
+    assert passed[0] > 2 * 36, "two blocks run"
+    assert max(passed[1:6]) < passed[0] / 2
+    # What is left is where loading finds out where the head reads, whatever the number of rows.
+    assert max(passed[7:]) <= passed[6] - 2 * 12
+    # What was shared is what each would have had alone.
+    results = [trials.read_result(folder) for folder in (tmp_path / "sweep" / "trials").iterdir()]
+    one = next(result for result in results if result and result["seed"] == 2)
+    alone = adapters.Recipe(**{**one["recipe"], "output": str(tmp_path / "alone")}).run(lambda line: None)
+    assert alone["validation"]["accuracy"] == one["validation"]
+    assert alone["test"] == pytest.approx(one["test"], rel=1e-5)
+    there = adapters.load(tmp_path / "sweep" / "trials" / one["key"] / "adapter").state()
+    assert all(torch.equal(there[name], tensor) for name, tensor in adapters.load(tmp_path / "alone").state().items())
+    assert found["standings"][0]["test"] is not None
 
 
 def test_a_trial_is_the_run_of_its_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:

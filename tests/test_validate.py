@@ -155,6 +155,8 @@ def test_changes_of_the_command_line_are_looked_at_too(base: str, tmp_path: Path
     [
         ({"task": "text-clasification"}, "Did you mean 'text-classification'"),
         ({"strategy": "lroa"}, "Did you mean 'lora'"),
+        ({"strategy": "qlora", "load": {"device_map": {"": "disk"}}}, "packed to 4 bits is not offloaded"),
+        ({"quantization": "nf4", "load": {"device_map": {"bert": 0, "classifier": "cpu"}}}, "is not offloaded"),
         ({"strategy": "freeze", "options": {"layers": 7}}, "expected 1 to"),
         ({"strategy": "freeze", "options": {"layers": 1, "pattern": "x"}}, "exclude each other"),
         ({"options": {"r": 0}}, "a whole number > 0"),

@@ -11,8 +11,10 @@ import pytest
 import tiny
 import torch
 from transformers import TrainerCallback
+from transformers.models.bert.modeling_bert import BertLayer
 
 import adapters
+from adapters import features
 from adapters.checks import frozen
 from adapters.errors import RequestError
 
@@ -31,7 +33,8 @@ def trainer(adapted: Any, folder: Path, train: Any = None, held: Any = None, **m
 
 
 def head(adapted: Any) -> torch.Tensor:
-    return adapted.model.classifier.weight.detach().clone()
+    classifier = adapted.model.classifier
+    return getattr(classifier, "out_proj", classifier).weight.detach().clone()
 
 
 class Begun(TrainerCallback):
@@ -83,6 +86,92 @@ def test_what_was_kept_for_one_place_is_not_taken_for_another(base: str, tmp_pat
         assert torch.allclose(*solved, atol=1e-4), (pooling, layer)
 
 
+def test_a_second_probe_computes_nothing_below_its_head(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features and the validation rows' states are those of the first run; only the contract's few rows pass."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    numbers, counted = [], []
+    rows: list[int] = []
+    forward = BertLayer.forward
+
+    def counting(self: Any, hidden_states: Any, *args: Any, **named: Any) -> Any:
+        rows.append(len(hidden_states) if self is lowest else 0)
+        return forward(self, hidden_states, *args, **named)
+
+    monkeypatch.setattr(BertLayer, "forward", counting)
+    for _ in range(2):
+        adapted = adapters.adapt(base, "probe", **TEXTS)
+        lowest = adapted.model.base_model.encoder.layer[0]
+        rows.clear()
+        run = trainer(adapted, tmp_path, tiny.rows(150), tiny.rows(90, seed=3))
+        run.train()
+        counted.append(sum(rows))
+        numbers.append((head(adapted), run.state.best_metric, run.state.log_history[-2]["eval_loss"]))
+    assert counted[0] > 150 + 90
+    assert counted[1] < 60
+    assert torch.equal(numbers[0][0], numbers[1][0])
+    assert numbers[0][1:] == numbers[1][1:]
+    # And both are what an evaluation finds that passes every row through every block.
+    assert adapters.evaluate(adapted, tiny.rows(90, seed=3))["loss"] == pytest.approx(numbers[1][2], rel=1e-5)
+
+
+def test_a_start_before_any_step_of_lora_is_kept_for_the_next(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter whose product is zero changes no feature: the next run finds them, whatever its rank or strategy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO, logger="adapters.headstart")
+    read: list[int] = []
+    whole = features.Extract.batch
+
+    def counting(self: Any, inputs: Any) -> torch.Tensor:
+        found: torch.Tensor = whole(self, inputs)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr("adapters.features.Extract.batch", counting)
+    starts = []
+    plans: list[tuple[str, dict[str, Any], bool]] = [
+        ("lora", {}, True),
+        ("lora", {"r": 2, "seed": 3}, False),
+        ("full", {}, False),
+        ("lora", {"init_lora_weights": False}, True),  # factors that are not zero: other features
+        ("lora", {"init_lora_weights": False}, True),
+    ]
+    for strategy, options, computed in plans:
+        read.clear()
+        adapted = adapters.adapt(base, strategy, **TEXTS, **options)
+        begun = Begun(adapted)
+        run = trainer(adapted, tmp_path / "run", warm_head=True, max_steps=1)
+        run.add_callback(begun)
+        run.train()
+        assert bool(read) is computed, (strategy, options)
+        starts.append(begun.weights[0])
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.allclose(starts[0], starts[3])
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_kept_features_are_those_of_the_heads_own_dense_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """RoBERTa's head puts a new dense layer, another one for each seed, before its output layer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = tiny.folder("roberta", tmp_path / "roberta")
+    for seed in (0, 1):
+        starts = []
+        for gigabytes in (1, 0):  # with what the seed before kept on disk, and without
+            adapted = adapters.adapt(base, strategy, seed=seed, **TEXTS)
+            run = trainer(adapted, tmp_path / "run", warm_head=True, max_steps=1, prefix_cache_gb=gigabytes)
+            begun = Begun(adapted)
+            run.add_callback(begun)
+            run.train()
+            starts.append(begun.weights[0])
+        assert torch.allclose(*starts, rtol=1e-3, atol=1e-4), seed
+
+
 @pytest.mark.parametrize("asked", [{"num_train_epochs": 1}, {"max_steps": 2}, {"learning_rate": 1e-3, "max_steps": 2}])
 def test_a_caller_who_asks_for_steps_gets_them(base: str, tmp_path: Path, asked: dict[str, Any]) -> None:
     adapted = adapters.adapt(base, "probe", **TEXTS)
@@ -102,6 +191,31 @@ def test_training_starts_from_the_solved_head_or_not(base: str, tmp_path: Path, 
         found[wanted] = run.state.log_history
     measured = [[entry["step"] for entry in found[wanted] if "eval_accuracy" in entry] for wanted in (True, False)]
     assert measured == [[0, 1], [1]]  # a solved start is measured too: it may stay the best
+
+
+def test_a_start_that_is_never_reached_again_stops_no_run_that_gets_better(base: str, tmp_path: Path) -> None:
+    """Patience compares epochs with epochs; the start stays the best weights."""
+    script = iter([0.9, 0.3, 0.4, 0.5, 0.6, 0.6, 0.5])  # of the start, and after each epoch
+    adapted = adapters.adapt(base, "lora", **TEXTS)
+    settings = {
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+        "num_train_epochs": 9,
+        "early_stopping_patience": 2,
+    }
+    begun = Begun(adapted)
+    run = adapters.Trainer(
+        adapted,
+        {**QUIET, "output_dir": str(tmp_path / "run"), "warm_head": True, **settings},
+        tiny.rows(48),
+        tiny.rows(24, seed=3),
+        compute_metrics=lambda _: {"score": next(script)},
+        callbacks=[begun],
+    )
+    run.train()
+    assert run.state.epoch == 6
+    assert run.state.best_metric == 0.9
+    assert torch.equal(head(adapted), begun.weights[0])
 
 
 def test_a_head_that_was_trained_is_never_overwritten(base: str, tmp_path: Path) -> None:

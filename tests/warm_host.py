@@ -46,7 +46,8 @@ for line in sys.stdin:
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # as a shell leaves them, whatever has started the tests
+                signal.signal(number, signal.SIG_DFL)
             for number, stream in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
                 handle = os.open(stream, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, number)

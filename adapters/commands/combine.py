@@ -31,6 +31,10 @@ def combine(
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a merged model instead of an adapter.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Of a merged model: float32, bfloat16 or float16.")] = None,
+    accept: Annotated[
+        bool,
+        typer.Option("--accept", help="Of a merged model: go on where rounding moves the answers beyond the bound."),
+    ] = False,
     search: Annotated[str | None, typer.Option(help="Labelled rows on which better weights are looked for.")] = None,
     trials: Annotated[int, typer.Option(help="Weights that the search measures at most.")] = 40,
     columns: Columns = None,
@@ -60,6 +64,7 @@ def combine(
         base=base,
         merged=merge,
         dtype=dtype,
+        accept=accept,
         search=rows,
         trials=trials,
     )
@@ -80,6 +85,8 @@ def combine(
         print(f"head      of {report.head}")
     if report.form == "merged":
         print(f"merged    {report.whole} tensors changed, {report.bytes / 1e6:.1f} MB, each read back and verified")
+        print(_answers(report))
+        print(f"against   {report.against}")
         print(f"next      transformers opens {Path(report.output).as_posix()!r} like any other model")
         return
     print(f"holds     {_holds(report)}: {report.parameters:,} parameters, {report.bytes / 1e6:.2f} MB")
@@ -134,8 +141,17 @@ def _holds(report: Any) -> str:
         return f"the adapter itself, bit for bit ({report.strategy})"
     low, high = report.ranks
     rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    factors = f"{report.modules} linear maps of {rank}, " if report.modules else ""
+    held = ((report.modules, "linear maps"), (report.stacks, "stacks of experts"))
+    counted = " and ".join(f"{count} {what}" for count, what in held if count)
+    factors = f"{counted} of {rank}, " if counted else ""
     return f"{factors}{report.whole} whole tensors ({report.strategy})"
+
+
+def _answers(report: Any) -> str:
+    if not report.logits_checked:
+        return f"answers   not compared: {report.skipped}"
+    said = "; above the bound, which was accepted" if report.accepted else ""
+    return f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}{said}"
 
 
 def _share(share: float) -> str:

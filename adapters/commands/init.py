@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ TASKS_ALONE = TASK_NAMES.replace(" (unless another is named)", "")
 
 def init(
     data: Annotated[
-        list[str], typer.Option(help="Your rows: a file, folder or hub id; several files as --data train=a.csv.")
+        list[str], typer.Option(help="Your rows: a file, pattern, folder or hub id; several as --data train=a.csv.")
     ],
     task: Annotated[str | None, typer.Option(help=f"Left out: found from the columns. {TASKS_ALONE}.")] = None,
     model: Annotated[str | None, typer.Option(help="Id or folder of the backbone; left out: a small one.")] = None,
@@ -25,6 +25,9 @@ def init(
     columns: Annotated[
         list[str] | None, typer.Option("--column", help="task column=data column, where the names do not tell.")
     ] = None,
+    streamed: Annotated[
+        bool, typer.Option("--streaming", help="The training rows are to be read as they are needed.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +41,8 @@ def init(
         remedy = "Take another name with --output, or say --force to replace it."
         raise FolderError(message("the file is there already", where=output, remedy=remedy))
     named = {key: str(value) for key, value in pairs(columns or [], "--column").items()}
-    made = draft(data, task=task, model=model, strategy=strategy, output=adapter, columns=named, file=output, say=say)
+    chosen: dict[str, Any] = {"task": task, "model": model, "strategy": strategy, "output": adapter}
+    made = draft(data, **chosen, columns=named, streamed=streamed, file=output, say=say)
     write(made, output, force=force)
     if as_json:
         out({"file": output, "recipe": dict(made.recipe), "choices": list(made.choices)})

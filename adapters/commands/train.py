@@ -44,7 +44,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter: from a recipe, or from options alone."""
-    from adapters import exchange, launch, processes, ranks
+    from adapters import completed, exchange, launch, processes, ranks
 
     several = launch.unstarted()
     if several > 1:
@@ -60,22 +60,21 @@ def train(
             changes |= pairs(assign or [], "--set")
             for wanted, found in pairs(columns or [], "--column").items():
                 changes[f"columns.{wanted}"] = str(found)
-            plans = _plans(context.obj, recipe, changes, resume)
+            plans = _plans(context.obj, recipe, changes)
         finally:
             if not dry_run:  # before anybody leaves with a fault that all have
                 ranks.join(plans[0].train.get("ddp_timeout") if plans else None)
     program = ["adapters"] if context.obj is None else ["python", sys.argv[0]]
     onward = shlex.join(launch.onward([*program, *sys.argv[1:]]))
+    several = processes.count()
     if dry_run:
-        several = processes.count()
         processes.alone()
-        for plan in plans:
-            forget()
-            _dry(plan, several, as_json=as_json)
-        return
-    left = ranks.told([plan.output for plan in plans])  # the first sees what is finished
-    for plan in [plan for plan in plans if plan.output in left]:
+    # One recipe alone is done again where somebody asks for it; a launcher that starts it again does not ask.
+    for plan in completed.left(plans, say, resume=resume if len(plans) > 1 else None):
         forget()
+        if dry_run:
+            _dry(plan, several, as_json=as_json)
+            continue
         results = plan.run(say, resume=resume, override=override or [], onward=onward)
         if not ranks.first():
             continue
@@ -86,10 +85,7 @@ def train(
 
 
 def _plans(
-    script: Callable[[Mapping[str, Any], bool | None], list[Recipe]] | None,
-    recipe: str | None,
-    changes: Mapping[str, Any],
-    resume: bool | None,
+    script: Callable[[Mapping[str, Any]], list[Recipe]] | None, recipe: str | None, changes: Mapping[str, Any]
 ) -> list[Recipe]:
     """The recipes that run: those of a script, or the one of a file or of options alone."""
     from adapters.recipe import Recipe, changed
@@ -101,7 +97,7 @@ def _plans(
     if script is not None:  # a script's own recipes
         if recipe is not None:
             raise RequestError(message("two recipes", where=recipe, expected="options: the script is the recipe"))
-        return script(changes, resume)
+        return script(changes)
     return [Recipe.read(recipe, changes) if recipe is not None else Recipe.make(changed({}, changes), "options")]
 
 
@@ -147,6 +143,7 @@ def _example(task: str, plan: Recipe) -> str:
 
     if str(next(iter(task_class(task).columns))) in ("text", "tokens", "source"):
         return "'a text'"
-    data = plan.data if isinstance(plan.data, str) else plan.data.get("test", next(iter(plan.data.values())))
+    data = plan.data.get("test", next(iter(plan.data.values()))) if isinstance(plan.data, dict) else plan.data
+    data = data if isinstance(data, str) else data[0]
     renamed = [f"--column {shlex.quote(f'{wanted}={found}')}" for wanted, found in plan.columns.items()]
     return " ".join(["--data", shlex.quote(data), *renamed])

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from adapters import deferred
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
     from adapters.anatomy import LinearMap
     from adapters.edits import Edit
-    from adapters.lowrank import Factors
+    from adapters.lowrank import Factors, FactorStack
     from adapters.pace import Pace
 
+    Stacks = Mapping[str, FactorStack]
+
+NONE: Mapping[str, Any] = {}  # no stacks of experts
 PAIRED = re.compile(r"pissa(_niter_[1-9][0-9]*)?|olora")  # starts that are factors of the weight
 STARTS = 'True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<number of iterations>" or "olora"'
 # Why peft's other starts cannot be had.
@@ -57,12 +61,16 @@ class Lora:
         lora_dropout: dropout on the update's input while training.
         target_modules: None or "all-linear" for every linear map inside the blocks, never the head; a list of
             names or dotted suffixes; or one regular expression over whole paths.
-        exclude_modules: what is left out of these, in the same forms.
+            [] for none, where target_parameters names some.
+        target_parameters: stacks of experts that get factors, too, a pair for each expert: "all-experts", or a list of
+            names or dotted suffixes ("mlp.experts.down_proj"); None for none.
+        exclude_modules: what is left out of target_modules, in the same forms.
         layers_to_transform: numbers of the blocks that are adapted, None for all.
         bias: "none", or "lora_only": the adapted modules' biases train too, or "all".
         use_rslora: rank-stabilised scale (Kalajdzievski, 2023).
         use_dora: weight-decomposed update (Liu et al., 2024).
-        rank_pattern, alpha_pattern: other r or lora_alpha for modules whose path ends in a key (a regular expression).
+        rank_pattern, alpha_pattern: other r or lora_alpha for modules or stacks whose path ends in a key (a regular
+            expression).
         init_lora_weights: True for the standard start (B = 0), False for random factors, "gaussian", "orthogonal"
             (both factors random, their product 0), "pissa" (the largest singular directions, Meng et al., 2024) or
             "pissa_niter_16" (the same, found faster in 16 iterations), or "olora" (a QR decomposition, Buyukakyuz,
@@ -71,6 +79,7 @@ class Lora:
             trains whole beside the factors (layer norms, say). Each must find something.
         modules_to_save: filled on resolving: the head and other modules that train whole.
         modules: filled on resolving: path -> [in, out, transposed, has bias] of each adapted module.
+        stacks: filled on resolving: name -> [experts, in, out, transposed, path of peft's layer] of each stack.
     """
 
     name: ClassVar[str] = "lora"
@@ -80,6 +89,7 @@ class Lora:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: Sequence[str] | str | None = None
+    target_parameters: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
     layers_to_transform: Sequence[int] | int | None = None
     bias: str = "none"
@@ -91,6 +101,7 @@ class Lora:
     unfrozen_parameters: Sequence[str] = ()
     modules_to_save: Sequence[str] = field(default=(), metadata=RESOLVED)
     modules: Mapping[str, Sequence[Any]] = field(default_factory=dict, metadata=RESOLVED)
+    stacks: Mapping[str, Sequence[Any]] = field(default_factory=dict, metadata=RESOLVED)
 
     def __post_init__(self) -> None:
         if isinstance(self.unfrozen_parameters, str):
@@ -105,34 +116,48 @@ class Lora:
         Raises:
             RequestError: a value out of range, or a pattern that matches nothing.
         """
+        from adapters import experts
         from adapters.anatomy import shortest_suffixes
         from adapters.injection import candidates, check_patterns, choose, layout, whole_modules
 
-        every_layer = choose(model, head, patterns=self.target_modules, exclude=self.exclude_modules)
-        chosen = choose(
-            model,
-            head,
-            patterns=self.target_modules,
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-        )
+        stacks = experts.chosen(model, self.target_parameters, self.layers_to_transform)
+        start = self.init_lora_weights
+        asked = {
+            "lora_dropout": (self.lora_dropout, self.lora_dropout == 0, "0"),
+            "use_dora": (self.use_dora, not self.use_dora, "False"),
+            "init_lora_weights": (start, isinstance(start, bool) or start == "gaussian", 'True, False or "gaussian"'),
+        }
+        experts.refuse_options(stacks, asked)
+        every_layer, chosen = {}, {}
+        if self._adapts_modules or not stacks:
+            names: dict[str, Any] = {"patterns": self.target_modules, "exclude": self.exclude_modules}
+            every_layer = choose(model, head, **names)
+            chosen = choose(model, head, **names, layers=self.layers_to_transform)
         # Named against every other module of the model, so that the saved suffixes cannot catch a head or a pooler.
         others = [path for path, _ in model.named_modules() if path not in every_layer]
         others += [path for path in candidates(model, head) if path not in every_layer]
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            check_patterns(option, patterns, chosen)
+            check_patterns(option, patterns, [*chosen, *stacks])
         self._check_ranks(chosen)
-        unfrozen = self._unfrozen(model, chosen)
+        unfrozen = self._unfrozen(model, {**chosen, **stacks})
         layers = self.layers_to_transform
+        beside = [name for name, _ in model.named_parameters() if name not in stacks]
         return replace(
             self,
             target_modules=tuple(shortest_suffixes(every_layer, others)),
+            target_parameters=tuple(shortest_suffixes(stacks, beside)) if stacks else None,
             exclude_modules=None,
             layers_to_transform=[layers] if isinstance(layers, int) else None if layers is None else list(layers),
             unfrozen_parameters=tuple(self.unfrozen_parameters),
             modules_to_save=tuple(whole_modules(model, head | unfrozen)),
             modules=layout(chosen),
+            stacks={name: stack.to_json() for name, stack in stacks.items()},
         )
+
+    @property
+    def _adapts_modules(self) -> bool:
+        """Whether any linear map is to be adapted: an empty list says that none is."""
+        return self.target_modules is None or len(self.target_modules) > 0
 
     def _unfrozen(self, model: PreTrainedModel, chosen: Collection[str]) -> set[str]:
         """The parameters that train whole beside the factors, by the backbone's own names.
@@ -144,13 +169,13 @@ class Lora:
         from adapters.errors import RequestError, message
 
         found = found_parameters(model, self.unfrozen_parameters, "unfrozen_parameters")
-        both = sorted(name for name in found if name.endswith(".weight") and owner(name) in chosen)
+        both = sorted(n for n in found if n in chosen or (n.endswith(".weight") and owner(n) in chosen))
         if both:
             raise RequestError(
                 message(
                     "a weight cannot be adapted and train whole as well",
                     where=f"unfrozen_parameters: {both[0]}",
-                    remedy="Take its module out of target_modules, or narrow the pattern.",
+                    remedy="Take it out of target_modules or target_parameters, or narrow the pattern.",
                 )
             )
         return found
@@ -227,12 +252,14 @@ class Lora:
 
     def apply(self, model: PreTrainedModel) -> set[str]:
         """Put peft's layers around the target modules; their factors (and the biases asked for) train."""
-        from adapters import starts
-        from adapters.anatomy import own_name
+        from adapters import experts, starts
+        from adapters.anatomy import own_name, owner
         from adapters.injection import inject
 
-        names = inject(model, self._config(), self.modules)
-        own = self._unfrozen(model, self.modules)
+        experts.ordered(model, self.stacks)
+        names = inject(model, self._config(), [*self.modules, *map(owner, self.stacks)])
+        experts.refuse_misplaced(model, self.stacks)
+        own = self._unfrozen(model, {**self.modules, **self.stacks})
         names |= {name for name, _ in model.named_parameters() if own_name(name) in own}
         if self._paired:
             for path in self.modules:
@@ -269,9 +296,10 @@ class Lora:
         options = {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if entry.name not in ("modules", "modules_to_save", "exclude_modules", "unfrozen_parameters")
+            if entry.name not in ("modules", "stacks", "modules_to_save", "exclude_modules", "unfrozen_parameters")
         }
         options["target_modules"] = list(self.target_modules or ())
+        options["target_parameters"] = list(self.target_parameters) if self.target_parameters else None
         options["init_lora_weights"] = True if self._paired else self.init_lora_weights
         return peft.LoraConfig(**options | self._sizes(), fan_in_fan_out=self._transposed())
 
@@ -304,14 +332,19 @@ class Lora:
 
         DoRA and biases on the update go through peft's own merge.
         """
+        from adapters import experts
         from adapters.edits import AddLowRank, replace_all
         from adapters.injection import grouped, merge_edits
 
         if self.use_dora:
             full_names = {f"{n}.weight" if n.endswith("lora_magnitude_vector") else n: t for n, t in state.items()}
             return merge_edits(self._config(), self.modules, full_names)
-        by_module, whole = grouped(state, self.modules)
         edits: dict[str, Edit] = {}
+        for name, entry in self.stacks.items():
+            keys = self._stack_keys(name)
+            edits[name] = experts.edit(entry, state[keys[0]], state[keys[1]], self._scale(name))
+            state = {key: tensor for key, tensor in state.items() if key not in keys}
+        by_module, whole = grouped(state, self.modules)
         for path, tensors in by_module.items():
             down = tensors.get("lora_A.weight", tensors.get("lora_embedding_A"))
             up = tensors.get("lora_B.weight", tensors.get("lora_embedding_B"))
@@ -325,33 +358,40 @@ class Lora:
         return edits | replace_all(whole)
 
     @classmethod
-    def of_factors(cls, factors: Mapping[str, Factors], unfrozen: Collection[str] = ()) -> Lora:
+    def of_factors(cls, factors: Mapping[str, Factors], unfrozen: Collection[str] = (), stacks: Stacks = NONE) -> Lora:
         """The adapter that holds computed factors as they are (its scale is 1), and whole tensors beside them.
 
         Args:
             factors: by module path.
             unfrozen: the backbone's own names of the whole tensors, the head's left out.
+            stacks: factors of experts, by name.
 
         Returns:
             Not resolved: the model tells the rest.
         """
         ranks = {path: found.rank for path, found in factors.items()}
+        ranks |= {name: found.rank for name, found in stacks.items()}
         most = Counter(ranks.values()).most_common(1)[0][0]
         others = {path: rank for path, rank in ranks.items() if rank != most}
         return cls(
             r=most,
             lora_alpha=most,
-            target_modules=tuple(ranks),
+            target_modules=tuple(factors),
+            target_parameters=tuple(stacks) or None,
             rank_pattern={re.escape(path): rank for path, rank in others.items()},
             alpha_pattern={re.escape(path): float(rank) for path, rank in others.items()},
             unfrozen_parameters=tuple(f"^{re.escape(name)}$" for name in sorted(unfrozen)),
         )
 
-    def tensors(self, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    def tensors(self, factors: Mapping[str, Factors], stacks: Stacks = NONE) -> dict[str, Tensor]:
         """Computed factors by their keys in the adapter file; B is divided by the scale that each module has here."""
+        from adapters import experts
         from adapters.injection import PREFIX
 
-        found = {}
+        found: dict[str, Tensor] = {}
+        for name, stack in stacks.items():
+            flat = experts.flat(stack.down, stack.up / self._scale(name))
+            found |= dict(zip(self._stack_keys(name), flat, strict=True))
         for path, pair in factors.items():
             _, _, transposed, has_bias = self.modules[path]
             first, second = (
@@ -363,6 +403,13 @@ class Lora:
             found[f"{PREFIX}{path}.{second}"] = pair.up / self._scale(path)
         return found
 
+    def _stack_keys(self, name: str) -> tuple[str, str]:
+        """The keys of a stack's two factors in the adapter file."""
+        from adapters.injection import PREFIX
+
+        place = f"{PREFIX}{self.stacks[name][4]}"
+        return f"{place}.lora_A.weight", f"{place}.lora_B.weight"
+
     def _scale(self, path: str) -> float:
         from adapters.injection import by_pattern
 
@@ -373,9 +420,11 @@ class Lora:
 
     def strip(self, model: PreTrainedModel) -> None:
         """Take peft's layers out again."""
+        from adapters import experts
         from adapters.injection import strip
 
         strip(model)
+        experts.restored(model, self.stacks)
 
     def sidecars(self) -> dict[str, dict[str, Any]]:
         """A minimal adapter_config.json, so that peft, vLLM and TGI read the folder."""
@@ -391,6 +440,8 @@ class Lora:
             "use_dora": self.use_dora,
             "modules_to_save": list(self.modules_to_save) or None,
         }
+        if self.target_parameters:
+            options |= {"target_parameters": list(self.target_parameters), "peft_version": version("peft")}
         if self.layers_to_transform is not None:
             options["layers_to_transform"] = self.layers_to_transform
         options |= {name: value for name, value in self._sizes().items() if value != {}}

@@ -149,6 +149,15 @@ class Peft:
                     remedy=f"Take 'lora', or a method that adapts layers: {', '.join(METHODS)} ...",
                 )
             )
+        if options.get("target_parameters"):
+            raise RequestError(
+                message(
+                    "factors of experts belong to the strategy 'lora'",
+                    where=f"{where} of {kind}: target_parameters",
+                    found=repr(options["target_parameters"])[:80],
+                    remedy="Take the strategy 'lora' with target_parameters, and of peft's options those that it has.",
+                )
+            )
         if kind == "LORA" and options.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
             raise RequestError(
                 message(

@@ -243,7 +243,7 @@ class ImageClassification:
         """Accuracy and macro F1; for regression Pearson's correlation and the mean squared error."""
         import numpy as np
 
-        return self._classes.metrics(found[0], np.asarray(rows["labels"]))
+        return self._classes.metrics(found[0], np.asarray(rows["labels"][:]))
 
     def findings(
         self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
@@ -260,7 +260,7 @@ class ImageClassification:
             picture = images.thumbnail(held[row]["image"], f"row {number}") if held is not None else None
             return {"row": number, "image": picture}
 
-        return self._classes.findings(found[0], np.asarray(rows["labels"]), shown, findings.PICTURES)
+        return self._classes.findings(found[0], np.asarray(rows["labels"][:]), shown, findings.PICTURES)
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, labels)."""
@@ -276,4 +276,4 @@ class ImageClassification:
         """The metrics of always answering the training rows' majority class, label set, or mean."""
         import numpy as np
 
-        return self._classes.baseline(np.asarray(train["labels"]), np.asarray(test["labels"]))
+        return self._classes.baseline(np.asarray(train["labels"][:]), np.asarray(test["labels"][:]))

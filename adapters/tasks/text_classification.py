@@ -158,8 +158,8 @@ class TextClassification:
             return prepared, []
         tokens.need_tokenizer(processor)
         self.check(rows, labelled=labelled)
-        pairs = list(rows["text_pair"]) if "text_pair" in rows.column_names else None
-        columns, cut = tokens.encode(list(rows["text"]), pairs, processor, model, max_length=self.max_length)
+        pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else None
+        columns, cut = tokens.encode(rows["text"][:], pairs, processor, model, max_length=self.max_length)
         if labelled:
             classes = self._classes
             columns["labels"] = [classes.target(named(rows, cell), n) for n, cell in enumerate(rows["label"])]
@@ -197,7 +197,7 @@ class TextClassification:
         """Accuracy and macro F1; for regression Pearson's correlation and the mean squared error."""
         import numpy as np
 
-        return self._classes.metrics(found[0], np.asarray(rows["labels"]))
+        return self._classes.metrics(found[0], np.asarray(rows["labels"][:]))
 
     def findings(
         self, found: Sequence[np.ndarray[Any, Any]], rows: Dataset, raw: Dataset | None, processor: Any
@@ -214,7 +214,7 @@ class TextClassification:
             pair = {"pair": findings.cut(raw[number]["text_pair"])} if "text_pair" in raw.column_names else {}
             return {"row": number, "text": findings.cut(raw[number]["text"]), **pair}
 
-        return self._classes.findings(found[0], np.asarray(rows["labels"]), shown)
+        return self._classes.findings(found[0], np.asarray(rows["labels"][:]), shown)
 
     def answered(self, model: PreTrainedModel, batch: Mapping[str, Any], processor: Any) -> tuple[Tensor, ...]:
         """The logits, shape (rows, labels)."""
@@ -230,4 +230,4 @@ class TextClassification:
         """The metrics of always answering the training rows' majority class, label set, or mean."""
         import numpy as np
 
-        return self._classes.baseline(np.asarray(train["labels"]), np.asarray(test["labels"]))
+        return self._classes.baseline(np.asarray(train["labels"][:]), np.asarray(test["labels"][:]))
