@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from adapters import processes, sharded
+from adapters import processes, sharded, zero
 from adapters.contracts import Adapted
 from adapters.errors import RequestError, message
 from adapters.order import frozen_below
@@ -77,7 +77,7 @@ def _refuse(given: Mapping[str, Any], own_metrics: bool, *, literal: bool = True
 
 def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
     """What of the given goes to transformers: without our own settings and those that are settled here."""
-    taken = {name: value for name, value in given.items() if name not in OWN and name not in SETTLED}
+    taken = {name: value for name, value in given.items() if name not in (*OWN, *SETTLED, "deepspeed")}
     for kind in ("eval", "save"):  # a number of steps asks for steps
         if taken.get(f"{kind}_steps") is not None:
             taken.setdefault(f"{kind}_strategy", "steps")
@@ -86,7 +86,7 @@ def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def made(kind: type[TrainingArguments], options: Mapping[str, Any]) -> TrainingArguments:
     """Training arguments, with transformers' own complaints as errors of ours."""
-    with complaints():
+    with complaints(), processes.saying(processes.ZERO, None):
         return kind(**options)
 
 
@@ -162,6 +162,9 @@ def settings(
     asked = processes.fsdp(literal)
     if asked is not None:
         merged |= {"fsdp": True, "fsdp_config": sharded.config(adapted.model, asked)}
+    divided = processes.deepspeed(given)
+    if divided is not None:
+        own["deepspeed"] = zero.config(divided)
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from transformers import TrainerCallback
 
-from adapters import finite, ranks, sharded
+from adapters import finite, ranks, sharded, zero
 from adapters.adapt import live_names
 from adapters.anatomy import never_saved, own_name
 from adapters.contracts import Adapted
@@ -253,7 +253,9 @@ class Contract(TrainerCallback):
         self._in_step = []
         if not self._watched:
             return
-        rates = {id(p): float(group["lr"]) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        engine = zero.of(kwargs["optimizer"])
+        groups = kwargs["optimizer"].param_groups if engine is None else engine.groups()
+        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         missing = [name for name in self._watched if id(self._parameters[name]) not in rates]
         if missing:
             raise ContractError(
@@ -267,7 +269,8 @@ class Contract(TrainerCallback):
         turn = [n for n in self._watched if self._parameters[n].requires_grad and rates[id(self._parameters[n])] > 0]
         gradients = {name: self._parameters[name].grad for name in turn}
         norms = {name: _greatest(gradient) for name, gradient in gradients.items() if gradient is not None}
-        if any(map(ranks.divided, self._parameters.values())):
+        norms = norms if engine is None else engine.greatest()
+        if engine is not None or any(map(ranks.divided, self._parameters.values())):
             said = ranks.gathered(norms)
             norms = {name: max(one.get(name, 0.0) for one in said) for name in turn if any(name in one for one in said)}
         floor = NEGLIGIBLE * max(norms.values(), default=0.0)

@@ -15,25 +15,24 @@ from adapters.errors import NumbersError, message
 SKIPPED = 24  # halvings that bring the first loss scale, 2 ** 16, far below 1
 
 
-def check_gradients(parameters: Mapping[str, torch.Tensor], where: str) -> None:
+def check_gradients(gradients: Mapping[str, torch.Tensor], where: str) -> None:
     """Look at every gradient, before the optimizer uses it.
 
     Args:
-        parameters: what trains, after a backward pass.
+        gradients: of what trains, by its name.
         where: step, epoch and rows, for the message.
 
     Raises:
         NumbersError: naming the first tensor at fault.
     """
-    named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    bad = _overflowing(named)
+    bad = _overflowing(gradients)
     if not bad:
         return
     raise NumbersError(
         message(
             "gradients are not finite",
             where=where,
-            found=f"{len(bad)} of {len(named)} tensors, {own_name(bad[0])} first",
+            found=f"{len(bad)} of {len(gradients)} tensors, {own_name(bad[0])} first",
             remedy="No step was taken. Look at these rows, or take a smaller learning rate.",
         )
     )

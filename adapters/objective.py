@@ -78,6 +78,7 @@ class ObjectiveTrainer(DividedTrainer):
         arguments, own = settings(
             adapted, args, evaluated=evaluated, own_metrics=own_metrics, parts=parts, streamed=of_recipe
         )
+        self._own = own
         if idle := one_gpu(arguments):
             self._say(idle)
         task = adapted.task
@@ -124,7 +125,6 @@ class ObjectiveTrainer(DividedTrainer):
             if (dead := checks.check_rows(train_dataset, task)) is not None:
                 self._say(dead)
             self.add_callback(pace.Joining(self._paces))
-        self._own = own
         self.is_fsdp_enabled = False  # accelerate divides the model; transformers would save and load all of it
         alone = tasks_loss and self._undivided and not self.args.torch_compile
         wanted = own.get("chunked_loss") if alone else False
@@ -135,7 +135,7 @@ class ObjectiveTrainer(DividedTrainer):
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
         many = self.args.world_size > 1
-        self._accord = Accord(self.accelerator, self._training, divided=not self._undivided) if many else None
+        self._accord = Accord(self.accelerator, self._training, divided=not self._apart) if many else None
         self._shares: shares.Shares | None = None  # this process' rows of the steps
         self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
         self._blank = False

@@ -7,12 +7,12 @@ torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters import jsontext
 from adapters.errors import RequestError, message, nearest
 
 # What launchers set: accelerate and torchrun the first, MPI's kinds the others; accelerate reads them in this order.
@@ -29,7 +29,7 @@ LOCAL = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "M
 # Settings of transformers that divide one model over processes, and what each of them is.
 SHARDING = {
     "fsdp": "FSDP divides the weights, gradients and optimizer of one model over several processes",
-    "deepspeed": "DeepSpeed divides the weights, gradients and optimizer of one model over several processes",
+    "deepspeed": "DeepSpeed divides the gradients and the optimizer of one run over several processes",
     "parallelism_config": "these settings divide one model over several processes",
 }
 LAUNCH = "accelerate launch --num_processes N"
@@ -62,7 +62,44 @@ LAUNCHED = {
     "FSDP_OFFLOAD_PARAMS": "cpu_offload",
     "FSDP_ACTIVATION_CHECKPOINTING": "activation_checkpointing",
 }
-OTHERS = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
+ZERO = "ACCELERATE_USE_DEEPSPEED"
+OTHERS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
+# What a file of DeepSpeed's may say: key -> the values that work here (types: any of them), and what to do instead.
+_RUN = "Say it in train, for the run: per_device_train_batch_size, gradient_accumulation_steps, max_grad_norm."
+_WIDE = "Take more processes, quantization: nf4, or fsdp: true, which divides the weights as well."
+_CAST = "Load the backbone with load: {dtype: bfloat16}; factors and heads stay in float32."
+STEPS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), (("auto",), _RUN)),
+    **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), (("auto",), _RUN)),
+    **dict.fromkeys(("bf16", "fp16"), (({"enabled": False},), _CAST)),
+    **dict.fromkeys(("wall_clock_breakdown", "zero_allow_untested_optimizer"), ((bool,), "Leave it out.")),
+    "steps_per_print": ((int,), "Leave it out."),
+}
+ZERO_SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "stage": (
+        (1, 2),
+        "Of stage 0 leave deepspeed out; for stage 3, which divides the weights as well, say fsdp: true.",
+    ),
+    **dict.fromkeys(("allgather_partitions", "reduce_scatter", "overlap_comm"), ((bool,), "Say true or false.")),
+    "contiguous_gradients": ((bool,), "Say true or false."),
+    **dict.fromkeys(
+        ("allgather_bucket_size", "reduce_bucket_size"), ((int,), "Say how many entries, or leave it out.")
+    ),
+    **dict.fromkeys(("offload_optimizer", "offload_param"), (({"device": "none"},), _WIDE)),
+    "stage3_gather_16bit_weights_on_model_save": ((False,), "Leave it out: it is of stage 3."),
+}
+ELSEWHERE = {
+    "optimizer": "Say it in train: optim, learning_rate, weight_decay.",
+    "scheduler": "Say it in train: lr_scheduler_type, warmup_steps.",
+    "activation_checkpointing": "Say activation_checkpointing: true in train.",
+}
+ZERO_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+# What a launcher's environment says of DeepSpeed without a file -> the key of `zero_optimization`.
+LAUNCHED_ZERO = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "stage",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param",
+}
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 CPU = "ACCELERATE_USE_CPU"
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun
@@ -147,8 +184,7 @@ def fsdp(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if not asked:
         return _launched() if yes("ACCELERATE_USE_FSDP") else None
     given = settings.get("fsdp_config") or {}
-    if isinstance(given, str | Path):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    given = _file(given, "fsdp_config")
     found = {str(name).removeprefix("fsdp_"): value for name, value in given.items()}
     if asked is True or str(asked).lower() == "true":
         return found
@@ -160,6 +196,47 @@ def fsdp(settings: Mapping[str, Any]) -> dict[str, Any] | None:
             found.setdefault("reshard_after_forward", WORDS[word])
         elif word not in WORDS:
             found[word] = True  # told as a key that is none
+    return found
+
+
+def deepspeed(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """DeepSpeed's settings as they were said; None where it was not asked for.
+
+    The settings go before the launcher's environment (`accelerate launch --use_deepspeed`, its config file).
+
+    Args:
+        settings: training settings by transformers' names.
+    """
+    asked: Any = settings.get("deepspeed")
+    if not asked:
+        if not yes(ZERO):
+            return None
+        said = {key: os.environ[name] for name, key in LAUNCHED_ZERO.items() if name in os.environ}
+        asked = os.environ.get(ZERO_FILE) or {
+            "zero_optimization": {
+                "stage": int(said.pop("stage", "2")),
+                **{key: {"device": value} for key, value in said.items()},
+            }
+        }
+    return _file(asked, "deepspeed")
+
+
+def _file(given: Any, name: str) -> dict[str, Any]:
+    """Settings, or those of a file of JSON.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no settings.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    what, where = "a file of settings cannot be read", f"train: {name}"
+    try:
+        found = jsontext.parse(Path(str(given)).read_bytes())
+    except (OSError, ValueError) as fault:
+        expected = "settings, or the path of a file of JSON that holds them"
+        raise RequestError(message(what, where=where, expected=expected, found=f"{given}: {fault}")) from fault
+    if not isinstance(found, dict):
+        raise RequestError(message(what, where=where, expected="an object of JSON", found=f"{given}"))
     return found
 
 
@@ -195,12 +272,12 @@ def sharding(settings: Mapping[str, Any]) -> list[str]:
         settings: training settings by transformers' names.
     """
     found = wrong(settings)
-    if fsdp(settings) is not None and count() == 1:
-        remedy = f"Start it as {LAUNCH}, N > 1, or leave fsdp out."
-        expected = "one process a GPU, N > 1 in all"
-        found.append(
-            message(SHARDING["fsdp"], where="train: fsdp", expected=expected, found="1 process", remedy=remedy)
-        )
+    for name, asked in (("fsdp", fsdp(settings)), ("deepspeed", deepspeed(settings))):
+        if asked is not None and count() == 1:
+            remedy = f"Start it as {LAUNCH}, N > 1, or leave {name} out."
+            expected = "one process a GPU, N > 1 in all"
+            where = f"train: {name}"
+            found.append(message(SHARDING[name], where=where, expected=expected, found="1 process", remedy=remedy))
     return found
 
 
@@ -210,7 +287,7 @@ def wrong(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: training settings by transformers' names.
     """
-    asked = {name for name in ("deepspeed", "parallelism_config") if settings.get(name)}
+    asked = {name for name in ("parallelism_config",) if settings.get(name)}
     asked |= {name for variable, name in OTHERS.items() if yes(variable)}
     found = [
         message(
@@ -222,12 +299,18 @@ def wrong(settings: Mapping[str, Any]) -> list[str]:
         )
         for name in sorted(asked)
     ]
-    config = fsdp(settings)
-    return found if config is None else found + _configured(settings, config)
+    config, other = fsdp(settings), deepspeed(settings)
+    if config is not None and other is not None:
+        found.append(
+            message("two engines for one run", where="train: fsdp, deepspeed", remedy="Leave one of them out.")
+        )
+    found += [] if other is None else _zero_faults(other)
+    found += [] if config is None else _configured(config)
+    return found if config is None and other is None else found + _beside(settings, "deepspeed" if other else "fsdp")
 
 
-def _configured(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with FSDP's own settings, and with those beside them."""
+def _configured(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with FSDP's own settings."""
     found = []
     for key, value in config.items():
         if key in FREE:
@@ -243,12 +326,55 @@ def _configured(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[
             where = f"train: fsdp_config {key}"
             what = "an FSDP setting that does not work here"
             found.append(message(what, where=where, expected=expected, found=repr(value), remedy=remedy))
+    return found
+
+
+def _zero_faults(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with DeepSpeed's own settings."""
+    found = []
+    plain = {name: value for name, value in config.items() if name != "zero_optimization"}
+    inner = config.get("zero_optimization", {})
+    if not isinstance(inner, Mapping):
+        where = "train: deepspeed zero_optimization"
+        return [message("settings under their names are missing", where=where, found=repr(inner))]
+    entries = [(name, value, STEPS) for name, value in plain.items()]
+    entries += [(f"zero_optimization {name}", value, ZERO_SETTINGS) for name, value in inner.items()]
+    for name, value, known in entries:
+        key = name.removeprefix("zero_optimization ")
+        where = f"train: deepspeed {name}"
+        if key not in known:
+            what = f"DeepSpeed's {key!r} is not known to give the run that was asked for"
+            found.append(message(what, where=where, found=repr(value), remedy=ELSEWHERE.get(key, "Leave it out.")))
+            continue
+        fine, remedy = known[key]
+        off = isinstance(value, Mapping) and value.get("enabled", value.get("device")) in (False, "auto", "none", None)
+        if not (off or value in fine or (bool in fine and isinstance(value, bool)) or (int in fine and _count(value))):
+            expected = " or ".join(_shown(entry) for entry in fine)
+            what = "a setting of DeepSpeed that does not work here"
+            found.append(message(what, where=where, expected=expected, found=repr(value), remedy=remedy))
+    if "stage" not in inner:
+        where, expected = "train: deepspeed zero_optimization", "a stage, 1 or 2"
+        found.append(message("DeepSpeed divides nothing without a stage", where=where, expected=expected))
+    return found
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _shown(entry: Any) -> str:
+    return {bool: "true or false", int: "a number"}.get(entry) or repr(entry)
+
+
+def _beside(settings: Mapping[str, Any], engine: str) -> list[str]:
+    """What cannot stand beside an engine that divides what trains."""
+    found = []
     optim = str(getattr(settings.get("optim"), "value", settings.get("optim") or OPTIMIZERS[0]))
     if optim not in OPTIMIZERS:
         found.append(
             message(
                 "this optimizer does not step on the parts of divided tensors",
-                where="train: optim, fsdp",
+                where=f"train: optim, {engine}",
                 expected=", ".join(OPTIMIZERS),
                 found=optim,
                 remedy="Leave optim out.",
@@ -256,9 +382,9 @@ def _configured(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[
         )
     for name, instead in (("fp16", "Say bf16, or neither."), ("torch_compile", "Leave it out.")):
         if settings.get(name):
-            found.append(
-                message("not beside FSDP", where=f"train: {name}, fsdp", found=f"{name}: true", remedy=instead)
-            )
+            beside = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[engine]
+            where = f"train: {name}, {engine}"
+            found.append(message(f"not beside {beside}", where=where, found=f"{name}: true", remedy=instead))
     return found
 
 
@@ -269,12 +395,28 @@ def reading_all() -> Iterator[None]:
     With FSDP_CPU_RAM_EFFICIENT_LOADING, which accelerate's questionnaire turns on, transformers leaves the weights of
     all processes but the first one unread: nothing could be identified there, and no adapter made.
     """
-    before = os.environ.get(EFFICIENT)
-    if before is None:
+    with saying(EFFICIENT, "false" if EFFICIENT in os.environ else None):
         yield
-        return
-    os.environ[EFFICIENT] = "false"
+
+
+@contextlib.contextmanager
+def saying(name: str, value: str | None) -> Iterator[None]:
+    """Within it a variable of the environment says this, or nothing; afterwards what it said before.
+
+    Args:
+        name: of the variable.
+        value: None for nothing.
+    """
+    before = os.environ.get(name)
     try:
+        _say(name, value)
         yield
     finally:
-        os.environ[EFFICIENT] = before
+        _say(name, before)
+
+
+def _say(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

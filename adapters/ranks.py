@@ -60,7 +60,8 @@ def join(seconds: float | None = None) -> None:
     patience = timedelta(seconds=seconds if isinstance(seconds, int | float) else PATIENCE)
     try:
         own = {"store": meeting.place(patience), "rank": rank(), "world_size": count()} if processes.outlived() else {}
-        PartialState(cpu=cpu, timeout=patience, **own)
+        with processes.saying(processes.ZERO, None):  # the run asks for DeepSpeed, once there is a model
+            PartialState(cpu=cpu, timeout=patience, **own)
     except RankError:
         raise
     except (ValueError, RuntimeError) as fault:  # torch.distributed's own errors are RuntimeErrors

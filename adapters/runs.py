@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from adapters import checkpoints, facts, manifest, randomness, ranks, sharded, shards
+from adapters import checkpoints, facts, manifest, randomness, ranks, shards
 from adapters.contracts import Adapted
 from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.exchange import short
@@ -308,13 +308,20 @@ def best_weights(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def retune(
-    optimizer: Any, schedule: Any, folder: Path, override: Sequence[str], args: TrainingArguments, steps: int
+    take: Callable[[Any], None],
+    optimizer: Any,
+    schedule: Any,
+    folder: Path,
+    override: Sequence[str],
+    args: TrainingArguments,
+    steps: int,
 ) -> None:
     """Load an optimizer's moments and put this run's own rates, decay and schedule beside them.
 
     transformers restores the old rates with the moments, whatever the arguments say.
 
     Args:
+        take: gives the optimizer its moments.
         optimizer, schedule: as this run made them, before the first step.
         folder: the checkpoint.
         override: terms that are meant to change.
@@ -336,7 +343,7 @@ def retune(
             )
         )
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    sharded.load_moments(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    take(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     if not override:
         schedule.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         return

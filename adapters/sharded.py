@@ -7,7 +7,6 @@ units of their own. Which parameters of a unit train is each one's own matter, s
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,19 +65,6 @@ def config(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     ours = {"version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT"}
     kept = {"reshard_after_forward": given.get("reshard_after_forward", True)}
     return ours | (units if blocks else {"auto_wrap_policy": "NO_WRAP"}) | kept
-
-
-@contextlib.contextmanager
-def own_engine() -> Iterator[None]:
-    """Within it accelerate may say in the environment that FSDP is on; afterwards it says what it said before."""
-    before = os.environ.get(USE)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(USE, None)
-        else:
-            os.environ[USE] = before
 
 
 def engage(accelerator: Any, args: TrainingArguments) -> bool:

@@ -140,7 +140,7 @@ class Trainer(ObjectiveTrainer):
             lambda part: self._pass(model, part, items),
             model.zero_grad,
             lambda rows, most: self._say(f"memory ran out at {rows} rows a forward pass: from here on {most}"),
-            divide=items is not None and self._undivided,
+            divide=items is not None and self._apart,
         )
         vocabulary.hold_the_rest(self.adapted)
         if self.accelerator.sync_gradients:
@@ -150,9 +150,9 @@ class Trainer(ObjectiveTrainer):
     def _step_of_many(self, accord: Accord, model: Any, inputs: Any, items: Any) -> torch.Tensor:
         """One micro-batch of this process; with the last one of a step come the loss and the gradients of all."""
         last = self.accelerator.sync_gradients
-        if self._undivided and not self.args.torch_compile:
+        if self._apart and not self.args.torch_compile:
             model = self.model  # past the wrap, whose first pass holds an exchange
-        with self.accelerator.no_sync(self.model_wrapped) if self._undivided else contextlib.nullcontext():
+        with self.accelerator.no_sync(self.model_wrapped) if self._apart else contextlib.nullcontext():
             accord.taken(
                 lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
             )
@@ -161,10 +161,6 @@ class Trainer(ObjectiveTrainer):
         loss, self.stops.number = accord.reached(self.stops.came, self._check_gradients)
         self._count(loss)
         return torch.tensor(loss, device=self.args.device)
-
-    def _check_gradients(self) -> None:
-        if getattr(self.accelerator, "scaler", None) is None:  # a loss scale is still being found where there is one
-            finite.check_gradients(self._training, self._where())
 
     def _pass(self, model: Any, part: Any, items: Any) -> torch.Tensor:
         """Loss and gradients of what is passed through the model at once."""
@@ -184,10 +180,6 @@ class Trainer(ObjectiveTrainer):
         with evaluating(model), torch.no_grad(), plain, self.compute_loss_context_manager():
             found = float(self.compute_loss(model, self._prepare_inputs(self._part))) if self._part is not None else 0.0
         return float(sum(ranks.gathered(found)))
-
-    def _where(self) -> str:
-        rows = f", rows {', '.join(map(str, self._batch_rows[:16]))}" if self._batch_rows else ""
-        return f"step {self.state.global_step + 1}, epoch {self.state.epoch or 0:.2f}{rows}"
 
     # ------------------------------------------------------------------ the run
 
@@ -221,6 +213,7 @@ class Trainer(ObjectiveTrainer):
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress.showing(wanted=self._bars))
             stack.callback(self._gauge.close)
+            stack.callback(self._let_go)
             ranks.by_first(lambda: stack.enter_context(checkpoints.owned(run)))
             self.epochs.start(0, 0)
             self._throughput.start()
@@ -428,11 +421,13 @@ class Trainer(ObjectiveTrainer):
             super()._load_callback_state()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or (self._undivided and not self._override):
+        if checkpoint is None or (self._apart and not self._override):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         steps = self.state.global_step
-        runs.retune(self.optimizer, self.lr_scheduler, Path(checkpoint), self._override, self.args, steps)
+        runs.retune(
+            self._take_moments, self.optimizer, self.lr_scheduler, Path(checkpoint), self._override, self.args, steps
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state, and with it the loss that was summed up since the last log."""

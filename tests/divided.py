@@ -34,6 +34,12 @@ CASES: dict[str, tuple[str, str, str]] = {
     "t5 lora": ("t5", tiny.CLASSIFICATION, "lora"),  # two stacks, one table of embeddings
     "vit full": ("vit", "AutoModelForImageClassification", "full"),
 }
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}}},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+}
 STILL: tuple[str, ...] = (
     "attention_dropout",
     "hidden_dropout_prob",
@@ -78,19 +84,22 @@ def trainer(folder: str | Path, case: str, one: Any = None, callbacks: Any = Non
     `parts` is in how many passes each process takes its rows of a step.
     """
     count = processes.count()
-    parts = min(args.pop("parts", 1), BATCH // count)
+    parts, engine = min(args.pop("parts", 1), BATCH // count), args.pop("engine", "fsdp")
     given: dict[str, Any] = {"output_dir": str(folder), **QUIET, "learning_rate": 1e-2, "num_train_epochs": 1}
     given |= {"per_device_train_batch_size": BATCH // count // parts, "gradient_accumulation_steps": parts}
     given |= {"optim": "sgd", "warmup_steps": 0, "max_grad_norm": 0.5}
     given |= {"lr_scheduler_type": "constant", "save_strategy": "no", "warm_head": False, "chunked_loss": False}
-    given |= {"fsdp": True} if count > 1 else {}
+    given |= ENGINES[engine] if count > 1 else {}
     held = rows(case, 7, seed=1)
     return adapters.Trainer(one or adapted(case), given | args, rows(case, 24), held, callbacks=callbacks)
 
 
 def told(found: adapters.Trainer, folder: Path) -> dict[str, Any]:
     """Losses, metrics, and what was saved."""
-    adapters.save(found.adapted, folder)
+    if sharded.is_divided(found.adapted):
+        adapters.save(found.adapted, folder)
+    else:
+        ranks.by_first(lambda: adapters.save(found.adapted, folder))
     timed = ("_runtime", "_per_second", "flos")
     log = [{n: v for n, v in entry.items() if not n.endswith(timed)} for entry in found.state.log_history]
     tensors = read_tensors(folder, read_manifest(folder))
@@ -174,6 +183,68 @@ def refusal(act: Any) -> list[str]:
     except AdaptersError as fault:
         return [type(fault).__name__, str(fault)]
     return []
+
+
+def twice(folder: str) -> dict[str, Any]:
+    """Two runs of one model on DeepSpeed, then one of DDP: what each comes to, and what stays of the engine."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    ranks.join()
+    one = adapted("bert lora")
+    gave: dict[str, Any] = {}
+    for number, engine in enumerate(("zero2", "zero1", "ddp")):
+        found = trainer(Path(folder) / str(number), "bert lora", one, engine=engine, optim="adamw_torch")
+        kept = Held()
+        found.add_callback(kept)
+        found.train()
+        gave[engine] = told(found, Path(folder) / f"adapter{number}") | {"held": kept.held}
+        states = [PartialState._shared_state, AcceleratorState._shared_state]
+        gave[engine]["type"] = [str(state["distributed_type"]) for state in states if state]
+        gave[engine]["hooks"] = sum(bool(p._post_accumulate_grad_hooks) for p in one.model.parameters())
+    gave["trained"] = sum(tensor.numel() for tensor in one.state().values())
+    gave["answers"] = adapters.predict(one, [row["text"] for row in rows("bert lora", 5, seed=2)])
+    return gave
+
+
+class Held(TrainerCallback):
+    """Counts the entries of the optimizer's moments that this process holds."""
+
+    held = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        self.held = sum(kept["exp_avg"].numel() for kept in optimizer.state.values())
+
+
+def on_deepspeed(folder: str) -> dict[str, Any]:
+    """What ends a run on DeepSpeed in all processes, with its words."""
+    ranks.join()
+    place, half = Path(folder), {"dtype": torch.bfloat16}
+    tokens = adapted("bert lora", added_tokens=["<order>"])
+    slow = adapters.adapt(
+        backbone("bert freeze"), "freeze", layers=2, unfreeze_every=1, processor=tiny.tokenizer(), labels=tiny.LABELS
+    )
+    runs: dict[str, Any] = {
+        "frozen": lambda: trainer(place / "1", "bert lora", callbacks=[Writes("frozen")], engine="zero2").train(),
+        "numbers": lambda: trainer(place / "2", "bert lora", callbacks=[Writes("nan")], engine="zero2").train(),
+        "gradient": lambda: trainer(place / "3", "bert lora", callbacks=[Infinite()], engine="zero2").train(),
+        "half": lambda: trainer(place / "4", "bert full", adapted("bert full", **half), engine="zero1"),
+        "cast": lambda: trainer(place / "5", "bert lora", engine="zero1", bf16=True, use_cpu=True),
+        "tokens": lambda: trainer(place / "6", "bert lora", tokens, engine="zero1"),
+        "joins": lambda: trainer(place / "7", "bert freeze", slow, engine="zero1", num_train_epochs=3),
+        "optimizer": lambda: trainer(place / "8", "bert lora", optim="adafactor", engine="zero1"),
+    }
+    return {name: refusal(run) for name, run in runs.items()}
+
+
+class Infinite(TrainerCallback):
+    """A gradient that is none, of one tensor in one process, at the second step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1 and ranks.rank() == 1:
+            parameter = next(p for n, p in model.named_parameters() if n.endswith("lora_B.default.weight"))
+            parameter.register_hook(lambda gradient: gradient * float("inf"))
 
 
 class Writes(TrainerCallback):
@@ -292,20 +363,20 @@ ADAM: dict[str, Any] = {
 ADAM |= {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
 
 
-def whole(folder: str) -> dict[str, Any]:
+def whole(folder: str, engine: str = "fsdp") -> dict[str, Any]:
     """A run to its end, with checkpoints on the way."""
     ranks.join()
-    one = trainer(folder, "bert lora", **ADAM)
+    one = trainer(folder, "bert lora", engine=engine, **ADAM)
     one.train()
     return told(one, Path(folder) / "adapter")
 
 
-def resumed(folder: str, step: int) -> dict[str, Any]:
+def resumed(folder: str, step: int, engine: str = "fsdp") -> dict[str, Any]:
     """The same run from one of its checkpoints, in any number of processes."""
     ranks.join()
-    one = trainer(folder, "bert lora", **ADAM)
+    one = trainer(folder, "bert lora", engine=engine, **ADAM)
     one.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{step}"))
-    return told(one, Path(folder) / f"adapter-{processes.count()}")
+    return told(one, Path(folder) / f"adapter-{engine}-{processes.count()}")
 
 
 def left_out(folder: str) -> list[str]:
