@@ -164,7 +164,8 @@ def settings(
         merged |= {"fsdp": True, "fsdp_config": sharded.config(adapted.model, asked)}
     divided = processes.deepspeed(given)
     if divided is not None:
-        own["deepspeed"] = zero.config(divided)
+        trained = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
+        own["deepspeed"] = zero.config(divided, trained)
     merged.setdefault("output_dir", str(_fresh(f"{adapted.task.name}-{adapted.strategy.name}")))
     return made(kind, merged), own
 

@@ -43,6 +43,7 @@ class DividedTrainer(transformers.Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """transformers' accelerator, with the engine that divides the model where that is asked for."""
+        zero.tell_device()
         kept = os.environ.get(sharded.USE)  # accelerate sets it where a run asks for FSDP, and leaves it set
         with processes.saying(sharded.USE, kept), processes.saying(processes.ZERO, None):
             super().create_accelerator_and_postprocess()
@@ -79,7 +80,7 @@ class DividedTrainer(transformers.Trainer):
 
     def _layer_at_fault(self, model: nn.Module, forward: Callable[[], object]) -> str:
         """The first layer whose output is not finite; unknown of a divided model, where no pass is for one alone."""
-        return finite.first_at_fault(model, forward) if self._undivided else ""
+        return finite.first_at_fault(self.adapted.model, forward) if self._undivided else ""
 
     def _by_first(self, write: Callable[[], None]) -> None:
         """Let the first process write a checkpoint, from what all have put together where each holds a part."""

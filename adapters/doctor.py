@@ -41,6 +41,7 @@ EXTRAS = {
     "sweep": "sweeps by optuna",
     "onnx": "export to ONNX and int8",
     "gguf": "export to llama.cpp",
+    "deepspeed": "runs on DeepSpeed",
 }
 # Variables that change what a run computes or where it looks -> what they do.
 VARIABLES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from adapters.budget import Line, Plan, gigabytes
 from adapters.devices import CARDS, CONTEXT, MIB, here
-from adapters.engines import FSDP
+from adapters.engines import DDP, FSDP
 from adapters.errors import AdaptersError, RequestError, message
 from adapters.plan import MANY, plan, quiet
 
@@ -24,6 +24,10 @@ NEARER: Final = (
 SHOWN: Final = 3  # cards that a line lists
 LOOKED_AT: Final = 256  # rows
 UNKEPT: Final = {"prefix_cache": False, "warm_head": False}  # of a stream: what needs all rows before they are learnt
+ENGINES: Final = ("fsdp", "deepspeed")
+LESS: Final = (
+    "DeepSpeed: counted as DDP; a process holds one Nth of the optimizer, and as much of a copy of what trains"
+)
 STREAM: Final = "a stream: nothing of its rows is kept, and no head is solved on them"
 
 
@@ -39,7 +43,7 @@ def needs(recipe: Mapping[str, Any]) -> list[str]:
         found = [entry for entry in found if not entry.startswith("train.bf16")]
     if str(train.get("optim", "")).startswith("paged_"):
         found.append(f"train.optim: {train['optim']}")
-    found += [f"train.{name}" for name in MANY if train.get(name) and not name.startswith("fsdp")]  # CPUs have it too
+    found += [f"train.{name}" for name in MANY if train.get(name) and not name.startswith(ENGINES)]  # CPUs have it too
     if str(load.get("attn_implementation", "")).startswith("flash_attention"):
         found.append(f"load.attn_implementation: {load['attn_implementation']}")
     placed = load.get("device_map")
@@ -91,13 +95,15 @@ def of_recipe(
         labels: the label names, where the rows have told them.
         rows, length: of the training rows, where they are known.
         device, memory, processes, say: as for `plan`.
-        sharding: as for `plan`; None for FSDP where the recipe asks for it.
+        sharding: as for `plan`; None for FSDP where the recipe asks for it, and DDP where it asks for DeepSpeed.
 
     Raises:
         RequestError: as `plan` does.
     """
     chosen: Any = strategies if strategies is not None else recipe.get("strategy", "lora")
     streamed = bool(recipe.get("streaming"))
+    train = recipe.get("train") or {}
+    engine = (FSDP if train.get("fsdp") else DDP if train.get("deepspeed") else None) if processes > 1 else None
     found = plan(
         recipe["model"],
         chosen,
@@ -107,15 +113,16 @@ def of_recipe(
         load=recipe.get("load") or {},
         length=length,
         rows=rows,
-        args={**(recipe.get("train") or {}), **(UNKEPT if streamed else {})},
+        args={**train, **(UNKEPT if streamed else {})},
         device=device,
         memory=memory,
         processes=processes,
-        sharding=sharding or (FSDP if processes > 1 and (recipe.get("train") or {}).get("fsdp") else None),
+        sharding=sharding or engine,
         say=say,
         **(recipe.get("options") or {}),
     )
-    return replace(found, notes=(*found.notes, STREAM)) if streamed else found
+    notes = [note for said, note in ((streamed, STREAM), (engine == DDP and not sharding, LESS)) if said]
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def longest(recipe: Mapping[str, Any], task: Task, rows: Dataset) -> int | None:

@@ -83,7 +83,7 @@ ZERO_SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("allgather_partitions", "reduce_scatter", "overlap_comm"), ((bool,), "Say true or false.")),
     "contiguous_gradients": ((bool,), "Say true or false."),
     **dict.fromkeys(
-        ("allgather_bucket_size", "reduce_bucket_size"), ((int,), "Say how many entries, or leave it out.")
+        ("allgather_bucket_size", "reduce_bucket_size"), ((int, "auto"), "Say how many entries, or leave it out.")
     ),
     **dict.fromkeys(("offload_optimizer", "offload_param"), (({"device": "none"},), _WIDE)),
     "stage3_gather_16bit_weights_on_model_save": ((False,), "Leave it out: it is of stage 3."),
@@ -363,7 +363,7 @@ def _count(value: Any) -> bool:
 
 
 def _shown(entry: Any) -> str:
-    return {bool: "true or false", int: "a number"}.get(entry) or repr(entry)
+    return "true or false" if entry is bool else "a number" if entry is int else repr(entry)
 
 
 def _beside(settings: Mapping[str, Any], engine: str) -> list[str]:

@@ -29,6 +29,8 @@ from adapters.errors import RequestError, message
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+BUCKET = 500_000_000  # entries that are sent at once, DeepSpeed's own; it makes room for as many
+DEVICE = "DS_ACCELERATOR"
 MARK = "zero"  # where an optimizer has its engine
 PLAIN = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}  # each weight computes in the dtype that it has
 RUN = (  # settings that are the run's own
@@ -40,18 +42,30 @@ RUN = (  # settings that are the run's own
 # ---------------------------------------------------------------------- before the run
 
 
-def config(given: Mapping[str, Any]) -> dict[str, Any]:
+def config(given: Mapping[str, Any], trained: int) -> dict[str, Any]:
     """DeepSpeed's settings of a run, without those that are the run's own.
 
     Args:
         given: what the caller said, checked already (`processes.sharding`).
+        trained: entries of what trains: no buffer need hold more of them.
 
     Raises:
         RequestError: DeepSpeed is not installed.
     """
     check_installed()
-    divided = {name: value for name, value in given["zero_optimization"].items() if value not in (None, "auto")}
+    said = {name: value for name, value in given["zero_optimization"].items() if value not in (None, "auto")}
+    sizes = {name: said.get(name, min(trained, BUCKET)) for name in ("reduce_bucket_size", "allgather_bucket_size")}
+    divided = said | {name: -(-int(size) // 2) * 2 for name, size in sizes.items()}  # DeepSpeed takes even ones alone
     return {name: value for name, value in given.items() if name not in RUN} | {"zero_optimization": divided} | PLAIN
+
+
+def tell_device() -> None:
+    """Tell DeepSpeed where there is no GPU, which it would say on standard output when it is imported.
+
+    accelerate imports it in every run, where it is installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault(DEVICE, "cpu")
 
 
 def check_installed() -> None:
@@ -377,16 +391,14 @@ def _quiet() -> None:
 
     Those would be compiled at the first run, and wait in shared memory for a process that is gone, for ever.
     """
-    cpu = not torch.cuda.is_available()
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tell_device()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     from deepspeed import ops
     from deepspeed.utils import logger as theirs
 
     theirs.setLevel(logging.WARNING)
-    if cpu:
+    if os.environ.get(DEVICE) == "cpu":
         vars(ops)["__compatible_ops__"] = {}
 
 

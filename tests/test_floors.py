@@ -234,6 +234,7 @@ FLOORS = {
     "team": 8,
     "narration": 2,
     "sharded": 5,
+    "zero": 5,
     "remarks": 1,
     "inflow": 1,
     "lanes": 5,

@@ -269,9 +269,9 @@ def test_a_recipe_for_a_gpu_says_what_it_needs_and_what_fits_here(
         asked.run()
     assert not (tmp_path / "out").exists()
     assert hardware.needs({"train": {"bf16": True, "use_cpu": True}, "load": {"device_map": "auto"}}) == []
-    asked = {"fsdp": True, "deepspeed": {"zero_optimization": {}}}  # a CPU divides a model too
+    asked = {"fsdp": True, "deepspeed": {}, "ddp_backend": "nccl"}  # a CPU divides a model too
     assert hardware.needs({"train": asked, "load": {"attn_implementation": "flash_attention_2"}}) == [
-        "train.deepspeed",
+        "train.ddp_backend",
         "load.attn_implementation: flash_attention_2",
     ]
 

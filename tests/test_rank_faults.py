@@ -150,10 +150,10 @@ def armed(moment: str, after: int, act: Callable[[], None]) -> None:
     setattr(owner, name, outer)
 
 
-def training(folder: str, resume: Any = None) -> dict[str, Any]:
+def training(folder: str, resume: Any = None, **more: Any) -> dict[str, Any]:
     """A run of six steps that saves after each: its log without times, and its adapter."""
     adapted = adapters.adapt(tiny.model("bert"), "lora", processor=tiny.tokenizer(), labels=list(tiny.LABELS))
-    given = {"output_dir": folder, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, **SETTINGS}
+    given = {"output_dir": folder, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, **SETTINGS, **more}
     trainer = adapters.Trainer(adapted, given, tiny.rows(22), tiny.rows(11, seed=1))
     trainer.train(resume_from_checkpoint=resume)
     timed = ("_runtime", "_per_second", "flos")
@@ -161,14 +161,14 @@ def training(folder: str, resume: Any = None) -> dict[str, Any]:
     return {"log": log, "state": {name: tensor.tolist() for name, tensor in adapted.state().items()}}
 
 
-def struck(folder: str, number: int, culprit: int, moment: str, after: int) -> Any:
+def struck(folder: str, number: int, culprit: int, moment: str, after: int, more: dict[str, Any] | None = None) -> Any:
     """A run one of whose processes gets a signal from inside; what the others end with."""
     ranks.join(3.0 if number == signal.SIGSTOP else 60.0)
     numbers = ranks.gathered(os.getpid())
     if ranks.rank() == culprit:
         armed(moment, after, lambda: os.kill(os.getpid(), number))
     try:
-        return training(folder)
+        return training(folder, **(more or {}))
     except RankError as fault:
         if number == signal.SIGSTOP:
             with contextlib.suppress(ProcessLookupError):  # the other has done it
@@ -176,10 +176,10 @@ def struck(folder: str, number: int, culprit: int, moment: str, after: int) -> A
         return str(fault)
 
 
-def resumed(folders: list[str]) -> list[Any]:
+def resumed(folders: list[str], more: dict[str, Any] | None = None) -> list[Any]:
     """Runs one after the other, each going on from what is there."""
     ranks.join(60.0)
-    return [training(folder, "auto") for folder in folders]
+    return [training(folder, "auto", **(more or {})) for folder in folders]
 
 
 KILL, STOP, TERM = int(signal.SIGKILL), int(signal.SIGSTOP), int(signal.SIGTERM)

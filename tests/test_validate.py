@@ -470,7 +470,8 @@ def test_a_recipe_that_divides_the_model_says_how_it_is_started(base: str, tmp_p
     assert "--fsdp_version 2" in said(wrong)
     assert "adamw_torch" in said(wrong)
     other = validate(written(tmp_path, base, train={"deepspeed": {"zero_optimization": {"stage": 3}}}))
-    assert "Say fsdp: true" in said(other)
+    assert "train.deepspeed: a setting of DeepSpeed that does not work here" in said(other)
+    assert "say fsdp: true" in said(other)
     plain = validate(written(tmp_path, base))
     assert plain.lines()[-1] == f"next      adapters train {file}"
 
