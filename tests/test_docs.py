@@ -243,7 +243,8 @@ def test_launches_are_read(where: str, launcher: str, words: list[str]) -> None:
         assert found.num_machines is None or found.num_machines == 2
         assert found.num_machines is None or (found.main_process_ip and found.machine_rank in (0, 1))
         if not found.cpu:
-            found.cpu = not (found.multi_gpu or found.use_fsdp or found.use_deepspeed)  # there is no GPU that it could look at
+            # there is no GPU that it could look at
+            found.cpu = not (found.multi_gpu or found.use_fsdp or found.use_deepspeed)
             _validate_launch_command(found)
     assert processes >= 1
     if not found.module:
