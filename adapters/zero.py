@@ -183,7 +183,7 @@ class Zero:
         with processes.saying(processes.ZERO, None):
             plugin = DeepSpeedPlugin(hf_ds_config=self.config)
         plugin._selected = True
-        self._before = state.distributed_type
+        self._before = state.distributed_type, state.deepspeed_plugins
         state.deepspeed_plugins = plugin
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
         accelerator.deepspeed_engine_wrapped = None
@@ -230,8 +230,9 @@ class Zero:
             parameter.data = parameter.data.clone()  # so far views of one tensor in which DeepSpeed keeps them all
             parameter.grad = None
         state, self._engine = accelerator.state, None
-        state.deepspeed_plugins, accelerator.deepspeed_engine_wrapped = None, None
-        state.distributed_type = PartialState._shared_state["distributed_type"] = self._before
+        accelerator.deepspeed_engine_wrapped = None
+        kind, state.deepspeed_plugins = self._before
+        state.distributed_type = PartialState._shared_state["distributed_type"] = kind
         self._before = None
 
     # ------------------------------------------------------------------ steps

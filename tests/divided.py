@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import adapters
 from adapters import processes, ranks, sharded, storage
@@ -205,6 +205,18 @@ def twice(folder: str) -> dict[str, Any]:
     gave["trained"] = sum(tensor.numel() for tensor in one.state().values())
     gave["answers"] = adapters.predict(one, [row["text"] for row in rows("bert lora", 5, seed=2)])
     return gave
+
+
+def said_to_transformers(folder: str) -> list[Any]:
+    """DeepSpeed asked for in transformers' own arguments, before the processes have met."""
+    asked = {**ENGINES["zero2"]["deepspeed"], "train_batch_size": "auto"}
+    given = TrainingArguments(folder, deepspeed=asked, max_steps=4, logging_steps=1, report_to="none", use_cpu=True)
+    one = adapted("bert lora")
+    found = adapters.Trainer(one, given, rows("bert lora", 24))
+    kept = Held()
+    found.add_callback(kept)
+    found.train()
+    return [kept.held, one.record.settings["deepspeed"]["zero_optimization"]["stage"]]
 
 
 class Held(TrainerCallback):

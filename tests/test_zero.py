@@ -104,6 +104,12 @@ def test_the_engine_is_gone_after_its_run(many: Launch, tmp_path: Path) -> None:
     many("divided:opened", 1, tmp_path / "adapter2")
 
 
+def test_arguments_of_transformers_ask_for_it_too(many: Launch, tmp_path: Path) -> None:
+    held, stages = zip(*(ended.gave for ended in many("divided:said_to_transformers", 2, tmp_path)), strict=True)
+    assert stages == (2, 2)
+    assert max(held) < 0.6 * sum(held)
+
+
 def test_a_fault_in_one_process_stops_all_and_what_would_be_another_run_is_refused(
     many: Launch, tmp_path: Path
 ) -> None:
