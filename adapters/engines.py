@@ -1,4 +1,4 @@
-"""What each of several processes holds, and what it sends: DDP with the model whole in all, FSDP with it divided.
+"""What each of several processes holds, and what it sends: DDP with all whole, DeepSpeed's ZeRO, FSDP with all divided.
 
 Sizes are those of tensors that were counted for one process (see `activations`); here stands where they lie once there
 are N of them. Units are the ones that accelerate's FSDP2 makes: a block each, the embeddings, the norm and output layer
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 DDP: Final = "ddp"
 FSDP: Final = "fsdp"
-ENGINES: Final = (DDP, FSDP)
+ZERO: Final = "zero"  # stages 1 and 2; of the gradients all is counted, which stage 2 lets go as they are summed
+ENGINES: Final = (DDP, ZERO, FSDP)
+USUAL: Final = (DDP, FSDP)  # where no engine is named
+BUCKET: Final = 2_000_000_000  # bytes of gradients that DeepSpeed lays out at once, at most
 AHEAD: Final = 2  # units at once: the one that computes, and the buffer that the next one is gathered in
 REDUCED: Final = 4  # bytes of a number in which FSDP sums gradients in mixed precision
 
 
 def chosen(processes: Any, sharding: Any) -> tuple[str, ...]:
-    """The engines that a plan looks at: none for one process, the one that is named, or all.
+    """The engines that a plan looks at: none for one process, the one that is named, or the usual ones.
 
     Raises:
         RequestError: no number of processes, an unknown engine, one process and an engine.
@@ -35,14 +38,14 @@ def chosen(processes: Any, sharding: Any) -> tuple[str, ...]:
         expected = "a number of processes, from 1"
         raise RequestError(message("a wrong value", where="processes", expected=expected, found=repr(processes)))
     if sharding is not None and sharding not in ENGINES:
-        expected = f"one of {', '.join(ENGINES)}, or nothing for all of them"
+        expected = f"one of {', '.join(ENGINES)}, or nothing for {' and '.join(USUAL)}"
         raise RequestError(message("unknown engine", where="sharding", expected=expected, found=repr(sharding)))
     if processes == 1:
         if sharding is not None:
             remedy = "Say processes as well: how many GPUs share the work."
             raise RequestError(message("one process divides nothing", where="sharding", remedy=remedy))
         return ()
-    return ENGINES if sharding is None else (sharding,)
+    return USUAL if sharding is None else (sharding,)
 
 
 @final
@@ -178,27 +181,31 @@ class Share:
     """Where the bytes of one process lie once there are several.
 
     Attributes:
-        engine: "ddp", "fsdp", or "" for one process.
+        engine: "ddp", "zero", "fsdp", or "" for one process.
         processes: how many there are.
         whole: of the weights, what every process holds: buffers, scales, and under DDP everything.
-        divided: the share of the trained tensors' gradients, optimizer and copies that one holds.
+        divided: the share of the trained tensors' gradients and copies that one holds.
+        optimizer: the share of the optimizer.
         shards: bytes of its shards.
         buffers: bytes that a step needs beside all else, to gather and to sum up; read: to compute without learning.
         wire: bytes that it sends in an optimizer step.
         units: that are gathered, bottom to top.
         waiting: bytes of gradients that stay whole from batch to batch.
+        stepped: bytes of a copy of what trains, which is what the optimizer steps.
     """
 
     engine: str
     processes: int
     whole: int
     divided: float
+    optimizer: float
     shards: int
     buffers: int
     read: int
     wire: int
     units: tuple[Unit, ...] = ()
     waiting: int = 0
+    stepped: int = 0
 
     @property
     def weights(self) -> int:
@@ -236,7 +243,7 @@ class Share:
 
 def alone(weights: int) -> Share:
     """One process, which holds everything and sends nothing."""
-    return Share("", 1, weights, 1.0, 0, 0, 0, 0)
+    return Share("", 1, weights, 1.0, 1.0, 0, 0, 0, 0)
 
 
 def replicated(weights: int, gradients: int, processes: int) -> Share:
@@ -246,7 +253,17 @@ def replicated(weights: int, gradients: int, processes: int) -> Share:
     many to be told the sums.
     """
     wire = 2 * gradients * (processes - 1) // processes
-    return Share(DDP, processes, weights, 1.0, 0, gradients, 0, wire)
+    return Share(DDP, processes, weights, 1.0, 1.0, 0, gradients, 0, wire)
+
+
+def stepping(weights: int, gradients: int, processes: int) -> Share:
+    """DeepSpeed's ZeRO: all is whole in each process but the optimizer, and a copy of what trains, in float32 as it is.
+
+    The gradients go around the ring as under DDP; then each process is sent the parts that the others have stepped.
+    They are laid out and summed up in two buffers.
+    """
+    wire, part = 3 * gradients * (processes - 1) // processes, -(-gradients // processes)
+    return Share(ZERO, processes, weights, 1.0, 1 / processes, 0, 2 * min(gradients, BUCKET), 0, wire, stepped=part)
 
 
 def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: int = 1, passes: int = 1) -> Share:
@@ -268,11 +285,13 @@ def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: 
     waiting = sum(unit.reduced for unit in parts) * processes if accumulated > 1 else 0
     gathers = accumulated * sum(unit.gathered * (1 + passes * unit.again) for unit in parts)
     wire = gathers * (processes - 1) // processes + sum(unit.reduced for unit in parts) * (processes - 1)
+    share = trained / learnt if learnt else 1.0
     return Share(
         FSDP,
         processes,
         weights - sum(unit.whole for unit in parts),
-        trained / learnt if learnt else 1.0,
+        share,
+        share,
         shards,
         AHEAD * passing + staying + summed + waiting,
         AHEAD * passing + staying,

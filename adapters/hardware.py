@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from adapters.budget import Line, Plan, gigabytes
 from adapters.devices import CARDS, CONTEXT, MIB, here
-from adapters.engines import DDP, FSDP
+from adapters.engines import FSDP, ZERO
 from adapters.errors import AdaptersError, RequestError, message
 from adapters.plan import MANY, plan, quiet
 
@@ -25,9 +25,6 @@ SHOWN: Final = 3  # cards that a line lists
 LOOKED_AT: Final = 256  # rows
 UNKEPT: Final = {"prefix_cache": False, "warm_head": False}  # of a stream: what needs all rows before they are learnt
 ENGINES: Final = ("fsdp", "deepspeed")
-LESS: Final = (
-    "DeepSpeed: counted as DDP; a process holds one Nth of the optimizer, and as much of a copy of what trains"
-)
 STREAM: Final = "a stream: nothing of its rows is kept, and no head is solved on them"
 
 
@@ -95,7 +92,7 @@ def of_recipe(
         labels: the label names, where the rows have told them.
         rows, length: of the training rows, where they are known.
         device, memory, processes, say: as for `plan`.
-        sharding: as for `plan`; None for FSDP where the recipe asks for it, and DDP where it asks for DeepSpeed.
+        sharding: as for `plan`; None for the engine that the recipe asks for, if any.
 
     Raises:
         RequestError: as `plan` does.
@@ -103,7 +100,7 @@ def of_recipe(
     chosen: Any = strategies if strategies is not None else recipe.get("strategy", "lora")
     streamed = bool(recipe.get("streaming"))
     train = recipe.get("train") or {}
-    engine = (FSDP if train.get("fsdp") else DDP if train.get("deepspeed") else None) if processes > 1 else None
+    engine = (FSDP if train.get("fsdp") else ZERO if train.get("deepspeed") else None) if processes > 1 else None
     found = plan(
         recipe["model"],
         chosen,
@@ -121,8 +118,7 @@ def of_recipe(
         say=say,
         **(recipe.get("options") or {}),
     )
-    notes = [note for said, note in ((streamed, STREAM), (engine == DDP and not sharding, LESS)) if said]
-    return replace(found, notes=(*found.notes, *notes))
+    return replace(found, notes=(*found.notes, STREAM)) if streamed else found
 
 
 def longest(recipe: Mapping[str, Any], task: Task, rows: Dataset) -> int | None:

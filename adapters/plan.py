@@ -21,7 +21,7 @@ from adapters.adapt import STRATEGIES, requested
 from adapters.budget import MARGIN, MOST, Line, Plan
 from adapters.devices import Device
 from adapters.devices import device as found_device
-from adapters.engines import DDP, FSDP, Share, alone, chosen, divided, replicated, units
+from adapters.engines import DDP, FSDP, Share, alone, chosen, divided, replicated, stepping, units
 from adapters.errors import AdaptersError, RequestError, message
 from adapters.processes import fsdp
 
@@ -73,7 +73,8 @@ def plan(
         device: a card ("rtx 4090"), "cuda" or "cpu"; None for the one here.
         memory: of it ("24GB"), where no card is named or it is known better.
         processes: that share the work, each on such a device; all sizes are those of one process.
-        sharding: their engine: "ddp" (the model whole in each), "fsdp" (divided), None for both, a line each.
+        sharding: their engine: "ddp" (the model whole in each), "zero" (its optimizer divided, by DeepSpeed), "fsdp"
+            (all of it divided), None for the first and the last, a line each.
         say: takes a line of progress a strategy, where there are several.
 
     Returns:
@@ -272,8 +273,8 @@ class Crew:
         """What one process holds and sends."""
         if not engine:
             return alone(run.weights)
-        if engine == DDP:
-            return replicated(run.weights, run.gradients, self.processes)
+        if engine != FSDP:
+            return (replicated if engine == DDP else stepping)(run.weights, run.gradients, self.processes)
         said = (fsdp(settings) if settings.get("fsdp") else None) or {}
         kept = said.get("reshard_after_forward") is False
         parts = units(run.model, run.trained, self.processes, mixed=mixed, reshard=not kept)
@@ -294,7 +295,7 @@ class _Counts:
 def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
     """The line of one process among those that share the work."""
     run, part = counts.run, share.divided
-    optimizer, copies = round(part * run.optimizer), round(part * run.copies)
+    optimizer, copies = round(share.optimizer * run.optimizer), round(part * run.copies) + share.stepped
     gradients = round(part * run.gradients)
     rest = share.weights + copies + optimizer + run.cast
 

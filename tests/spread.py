@@ -56,7 +56,7 @@ def spread(folder: str, cases: list[str], engine: str, rows: int, length: int) -
     Args:
         folder: for the runs.
         cases: of `divided.CASES`.
-        engine: "ddp" or "fsdp".
+        engine: of `divided.ENGINES`.
         rows: of a batch of each process.
         length: tokens of a row.
     """
@@ -80,7 +80,7 @@ def _measured(folder: str, case: str, engine: str, rows: int, length: int) -> di
         args: dict[str, Any] = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
         args |= {"optim": "adamw_torch", "prefix_cache": False, "warm_head": False, "chunked_loss": False}
         args |= {"output_dir": folder, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        args |= {"num_train_epochs": 2, "fsdp": engine == "fsdp"}
+        args |= {"num_train_epochs": 2, **divided.ENGINES[engine]}
         several = rows * ranks.count()
         one = adapters.Trainer(adapted, args, prepared(case, 2 * several, length), prepared(case, several, length))
         plain = one.training_step

@@ -15,6 +15,7 @@ from test_launched import CLASSIFICATION, alone, document, keys, same_adapter
 from test_rank_faults import KILL, STEP
 from test_recipes_folder import places, words
 from test_sharded import LOSS, WEIGHT, apart, losses
+from test_spread import assert_counted
 
 from adapters import processes, zero
 from adapters.errors import RequestError
@@ -128,6 +129,13 @@ def test_a_fault_in_one_process_stops_all_and_what_would_be_another_run_is_refus
         for name, (kind, text) in expected.items():
             assert ended.gave[name][:1] == [kind], (name, ended.gave[name])
             assert text in ended.gave[name][1], (name, ended.gave[name])
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("zero1", 2), ("zero2", 3)])
+def test_law_08_a_plan_is_what_each_process_holds_and_sends(
+    many: Launch, tmp_path: Path, engine: str, processes: int
+) -> None:
+    assert_counted(many, tmp_path, engine, processes, ["bert full", "llama lora"])
 
 
 def test_a_process_that_dies_in_a_step_is_named_and_the_run_goes_on(many: Launch, tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="What must hold it: 24GB, 80GiB.")] = None,
     processes: Annotated[int, typer.Option(help="Processes that share the work, each on a device of its own.")] = 1,
     sharding: Annotated[
-        str | None, typer.Option(help="Their engine: ddp (the model whole in each), fsdp (divided); left out: both.")
+        str | None,
+        typer.Option(
+            help="Their engine: ddp (the model whole in each), fsdp (divided), zero (its optimizer divided, by "
+            "DeepSpeed); left out: the first two."
+        ),
     ] = None,
     assign: Annotated[
         list[str] | None,
