@@ -117,7 +117,7 @@ class Accord:
         if self._fault is not None:
             return
         try:
-            if not blank or self._divided:  # a model that is divided needs all of them for any pass
+            if not blank:
                 self._loss += passed()
             if last and not self._divided:
                 check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from adapters import finite, onload, processes, ranks, runs, sharded, zero
+from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ class DividedTrainer(transformers.Trainer):
     _batch_rows: list[int] | None  # of the pass at hand
     _own: dict[str, Any]  # our own settings beside transformers'
     _zero: zero.Zero | None = None  # DeepSpeed's engine, while the run goes on
+    _stepped_on: bool = False  # DeepSpeed has
     _undivided: bool  # each process holds the whole model: then a pass forward through it is its own affair
     _apart: bool  # and so is the one back
 
@@ -51,7 +54,7 @@ class DividedTrainer(transformers.Trainer):
         self._undivided = not self.is_fsdp_enabled
         self._apart = self._undivided and self._own.get("deepspeed") is None
         if self._undivided and not self._apart:
-            zero.refuse(self.adapted, self.args)
+            zero.refuse(self.adapted, self.args, self.accelerator.mixed_precision)
         if self._undivided and onload.placed(self.adapted.model) is not None:
             onload.move(self.adapted.model, self.args.device)
         if not self._undivided:
@@ -70,6 +73,15 @@ class DividedTrainer(transformers.Trainer):
         if self._apart:
             return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self._undivided:
+            if self._stepped_on and (args[2] if len(args) > 2 else kwargs["resume_from_checkpoint"]) is None:
+                raise RequestError(
+                    message(
+                        "a second run of one Trainer would go on with the moments of the first, which are gone",
+                        where="train, args: deepspeed",
+                        remedy="Make a new Trainer, or go on from a checkpoint: resume_from_checkpoint.",
+                    )
+                )
+            self._stepped_on = True
             self._zero = zero.Zero(self._own["deepspeed"], self.args.max_grad_norm or 0.0, self._training)
             with self._zero.preparing(self.accelerator):
                 return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -121,9 +133,15 @@ class DividedTrainer(transformers.Trainer):
     def _let_go(self) -> None:
         """Take off the model what only a run has on it."""
         if self._zero is not None:
-            self._zero.close(self.accelerator)
+            self.optimizer = self.callback_handler.optimizer = self._zero.close(self.accelerator)
             self.model_wrapped = self.adapted.model
         self._zero = None
+
+    def _sending(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a pass of this process: whatever becomes of it, no other waits in vain for what it sends."""
+        if self._zero is not None:
+            return self._zero.passing(last)
+        return self.accelerator.no_sync(self.model_wrapped) if self._apart else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._moments is None:

@@ -152,9 +152,10 @@ class Trainer(ObjectiveTrainer):
         last = self.accelerator.sync_gradients
         if self._apart and not self.args.torch_compile:
             model = self.model  # past the wrap, whose first pass holds an exchange
-        with self.accelerator.no_sync(self.model_wrapped) if self._apart else contextlib.nullcontext():
+        blank = self._blank and self._undivided  # a model that is divided needs all of them for any pass
+        with self._sending(last):
             accord.taken(
-                lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=self._blank, last=last
+                lambda: float(self._passed(model, inputs, items)), self._check_gradients, blank=blank, last=last
             )
         if not last:
             return torch.zeros((), device=self.args.device)

@@ -8,7 +8,6 @@ gradients that are not finite end the run before any weight has moved.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import logging
 import math
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from adapters import finite, onload, processes, ranks
 from adapters.anatomy import own_name
 from adapters.contracts import Adapted
-from adapters.errors import RequestError, message
+from adapters.errors import NumbersError, RequestError, message
+from adapters.pieces import Pieces
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -80,8 +80,13 @@ def check_installed() -> None:
         )
 
 
-def refuse(adapted: Adapted, args: TrainingArguments) -> None:
+def refuse(adapted: Adapted, args: TrainingArguments, precision: str) -> None:
     """Refuse what DeepSpeed would train otherwise than one process does.
+
+    Args:
+        adapted: what trains.
+        args: of the run.
+        precision: accelerate's, "no" for that of the weights; a launcher may have said another.
 
     Raises:
         RequestError: every fault at once.
@@ -115,11 +120,12 @@ def refuse(adapted: Adapted, args: TrainingArguments) -> None:
                 remedy="Say fsdp: true in the place of deepspeed.",
             )
         )
-    if args.bf16 or args.fp16:
+    if args.bf16 or args.fp16 or precision != "no":
+        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else f"mixed_precision {precision}"
         faults.append(
             message(
                 "DeepSpeed would turn the whole model into that dtype",
-                where=f"args: {'bf16' if args.bf16 else 'fp16'}, deepspeed",
+                where=f"args: {asked}, deepspeed",
                 remedy="Load the backbone with load={'dtype': 'bfloat16'}: factors and heads stay in float32.",
             )
         )
@@ -160,8 +166,17 @@ class Zero:
         counts = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         self.config = {**given, **counts, "gradient_clipping": clip}
         self._trained = trained
-        self._hooks: list[Any] = []
-        self._reached: set[str] = set()  # by autograd, in the step at hand
+        self._marks = {name: set(vars(parameter)) for name, parameter in trained.items()}
+        self._order: list[tuple[nn.Parameter, int]] = []  # in which gradients are sent, with their groups
+        self._places: dict[int, int] = {}  # of each in that order, by its id
+        self._turn = 0  # whose it is
+        self._waiting: set[int] = set()  # those that are there, by id
+        self._sent = True  # all of the pass at hand
+        self._reached: set[int] = set()  # by autograd here, in the step at hand
+        self._untouched: set[int] = set()  # by autograd in any process
+        self._where = ""
+        self._pieces: Pieces | None = None
+        self._wrapped: Any = None
         self._engine: Any = None
         self._before: Any = None
 
@@ -174,6 +189,9 @@ class Zero:
 
         Args:
             accelerator: of the run.
+
+        Raises:
+            RequestError: an optimizer that does not step on parts of tensors.
         """
         from accelerate.state import PartialState
         from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -188,9 +206,10 @@ class Zero:
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
         accelerator.deepspeed_engine_wrapped = None
 
-        def prepare(*args: Any, **kwargs: Any) -> Any:
+        def prepare(model: Any, optimizer: Any) -> Any:
+            self._pieces = Pieces(optimizer, self._trained)
             with _values_stay():
-                prepared = type(accelerator).prepare(accelerator, *args, **kwargs)
+                prepared = type(accelerator).prepare(accelerator, model, optimizer)
             self._take(accelerator)
             return prepared
 
@@ -204,38 +223,79 @@ class Zero:
         """Stand in the places of accelerate's own wraps of the engine and of the optimizer."""
         self._engine = accelerator.deepspeed_engine_wrapped.engine
         accelerator.deepspeed_engine_wrapped = self
-        optimizer = accelerator._optimizers[-1]
-        vars(optimizer)[MARK] = self
-        optimizer.step = types.MethodType(_step, optimizer)  # a method, as schedules wrap one
-        for name, parameter in self._trained.items():
-            reached: Any = parameter.register_post_accumulate_grad_hook
-            self._hooks.append(reached(functools.partial(self._reach, name)))
+        self._wrapped = accelerator._optimizers[-1]
+        vars(self._wrapped)[MARK] = self
+        self._wrapped.step = types.MethodType(_step, self._wrapped)  # a method, as schedules wrap one
+        theirs = self._engine.optimizer
+        self._split.take(theirs)
+        groups = enumerate(theirs.bit16_groups)
+        numbers = {id(parameter): number for number, group in groups for parameter in group}
+        there = [p for p in self._trained.values() if id(p) in numbers]
+        self._order = [(parameter, numbers[id(parameter)]) for parameter in reversed(there)]
+        self._places = {id(parameter): place for place, (parameter, _) in enumerate(self._order)}
+        if not theirs._grad_acc_hooks:
+            theirs.create_gradient_handling_hooks()
+        theirs.process_gradients, theirs._optimizer_step = self._came, self._step_group
+        vars(self._engine)["allreduce_gradients"] = self._send_all
 
-    def close(self, accelerator: Any) -> None:
+    def close(self, accelerator: Any) -> torch.optim.Optimizer | None:
         """Take the engine off the model, whose parameters it has hooks on, and out of accelerate.
 
         Args:
             accelerator: of the run.
+
+        Returns:
+            The optimizer as it was before the run: with the parameters, and without moments.
         """
         from accelerate.state import PartialState
 
         if self._before is None:
-            return
+            return None
         if self._engine is not None:
+            self._split.close()
             self._engine.destroy()
+            for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+                hook.remove()
             accelerator._models = [model for model in accelerator._models if model is not self._engine]
-        for hook in self._hooks:
-            hook.remove()
-        for parameter in self._trained.values():
+            accelerator._optimizers = [one for one in accelerator._optimizers if one is not self._wrapped]
+        optimizer = self._pieces.restored() if self._pieces is not None else None
+        if self._wrapped is not None:
+            del vars(self._wrapped)[MARK]
+            self._wrapped.optimizer = optimizer  # a schedule holds the wrap
+        for name, parameter in self._trained.items():
             parameter.data = parameter.data.clone()  # so far views of one tensor in which DeepSpeed keeps them all
             parameter.grad = None
-        state, self._engine = accelerator.state, None
+            for mark in set(vars(parameter)) - self._marks[name]:
+                delattr(parameter, mark)
+        state, self._engine, self._wrapped = accelerator.state, None, None
         accelerator.deepspeed_engine_wrapped = None
         kind, state.deepspeed_plugins = self._before
         state.distributed_type = PartialState._shared_state["distributed_type"] = kind
         self._before = None
+        return optimizer
+
+    @property
+    def _split(self) -> Pieces:
+        assert self._pieces is not None
+        return self._pieces
 
     # ------------------------------------------------------------------ steps
+
+    @contextlib.contextmanager
+    def passing(self, last: bool) -> Iterator[None]:
+        """Around a pass of this process, in which it sends its gradients: where there are none, because it has no row
+        or failed, the others wait for them all the same, and get zeros.
+
+        Args:
+            last: it is the last pass of the step.
+        """
+        self._turn, self._sent = 0, False
+        self._waiting.clear()
+        yield
+        if not self._sent:
+            self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+            self._engine._backward_prologue()
+            self._engine._backward_epilogue()
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
         """Called by accelerate in the place of its own wrap, which would take the step as well.
@@ -248,25 +308,65 @@ class Zero:
         self._engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self._engine.backward(loss, **kwargs)
 
+    def _came(self, parameter: nn.Parameter, _group: int) -> None:
+        """A gradient is there; called by DeepSpeed, which would send it at once.
+
+        Which gradients a process has, and in which order, may depend on its rows (experts); what is sent may not.
+        """
+        theirs = self._engine.optimizer
+        self._reached.add(id(parameter))
+        sends = theirs.partition_gradients or theirs.overlap_comm
+        if sends and self._places[id(parameter)] < self._turn:
+            raise RequestError(
+                message(
+                    "a weight's gradient comes in several parts of one pass, of which DeepSpeed has sent the first",
+                    where="args: deepspeed, a reentrant activation checkpointing",
+                    remedy="Leave use_reentrant out, or say stage 1 and overlap_comm: false.",
+                )
+            )
+        self._waiting.add(id(parameter))
+        while self._turn < len(self._order) and id(self._order[self._turn][0]) in self._waiting:
+            self._send()
+
+    def _send(self) -> None:
+        parameter, group = self._order[self._turn]
+        self._turn += 1
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        theirs = self._engine.optimizer
+        type(theirs).process_gradients(theirs, parameter, group)
+
+    def _send_all(self, *args: Any, **kwargs: Any) -> None:
+        while self._turn < len(self._order):
+            self._send()
+        self._sent = True
+        type(self._engine).allreduce_gradients(self._engine, *args, **kwargs)
+
     def step(self) -> None:
-        """The optimizer's step of all processes, its gradients clipped; afterwards all have the same weights."""
+        """The optimizer's step of all processes, its gradients clipped; afterwards all have the same weights.
+
+        Raises:
+            NumbersError: the norm of the gradients overflows: DeepSpeed leaves the step out.
+        """
+        self._split.gather_up()
         self._engine.step()
         self._reached.clear()
+        if self._engine.optimizer.overflow:
+            raise NumbersError(message("the norm of the gradients is not finite", where=self._where))
 
-    def _reach(self, name: str, _parameter: Tensor) -> None:
-        self._reached.add(name)
+    def _step_group(self, number: int) -> None:
+        self._split.step(number, self._untouched)
 
     def greatest(self) -> dict[str, float]:
         """Of what autograd has reached here in this step, the greatest entry of each gradient, without its sign, in the
         part that this process has of it."""
         found = {}
         names = {id(parameter): name for name, parameter in self._trained.items()}
-        for number, (_, parameters, _) in enumerate(self._groups()):
+        for number, parts in enumerate(self._split.groups):
             flat = torch.cat([part.reshape(-1) for part in self._averaged(number)]).abs()
-            for parameter in parameters:
-                entries = [float(flat[mine].max()) for mine, _ in _fragment(parameter)]
-                if names[id(parameter)] in self._reached:
-                    found[names[id(parameter)]] = max(entries, default=0.0)
+            for part in parts:
+                if id(part.parameter) in self._reached:
+                    found[names[id(part.parameter)]] = float(flat[part.mine].max()) if part.tensor is not None else 0.0
         return found
 
     def check_gradients(self, where: str) -> None:
@@ -280,9 +380,14 @@ class Zero:
         """
         from deepspeed.utils import safe_get_full_grad
 
-        if max(ranks.gathered(not bool(torch.isfinite(self._squares())))):
+        self._where = where
+        others = [number for number, p in enumerate(self._trained.values()) if id(p) not in self._reached]
+        said = ranks.gathered([bool(torch.isfinite(self._squares())), others])
+        parameters = list(self._trained.values())
+        self._untouched = {id(parameters[n]) for n in set.intersection(*(set(numbers) for _, numbers in said))}
+        if not all(fine for fine, _ in said):
             whole = {name: safe_get_full_grad(parameter) for name, parameter in self._trained.items()}
-            finite.check_gradients(whole, where)
+            finite.check_gradients({name: found for name, found in whole.items() if found is not None}, where)
 
     def get_global_grad_norm(self) -> float:
         """The norm of the step's gradients before they are clipped; asked by accelerate where transformers clips."""
@@ -290,7 +395,7 @@ class Zero:
 
     def _squares(self) -> Tensor:
         """The sum of squares of the gradients that this process has after the last pass of a step."""
-        held = [part for number, _ in enumerate(self._groups()) for part in self._averaged(number)]
+        held = [part for number, _ in enumerate(self._split.groups) for part in self._averaged(number)]
         return torch.stack([norm.double() for norm in torch._foreach_norm(held)]).square().sum()
 
     def _averaged(self, number: int) -> list[Tensor]:
@@ -305,19 +410,7 @@ class Zero:
 
         Called by all processes; the first one gets it.
         """
-        found: dict[int, dict[str, Any]] = {}
-        groups: list[dict[str, Any]] = []
-        number = 0
-        for group, parameters, flat in self._groups():
-            kept = self._engine.optimizer.optimizer.state.get(flat, {})
-            numbers = list(range(number, number + len(parameters)))
-            for index, parameter in zip(numbers, parameters, strict=True):
-                entry = {name: _whole(value, parameter) for name, value in sorted(kept.items())}
-                if entry and ranks.first():
-                    found[index] = entry
-            groups.append({**_settings(group), "params": numbers})
-            number += len(parameters)
-        return {"state": found, "param_groups": groups} if ranks.first() else None
+        return self._split.moments()
 
     def load_moments(self, state: Mapping[str, Any]) -> None:
         """Take the state that was saved whole, each process its part.
@@ -325,63 +418,11 @@ class Zero:
         Args:
             state: as `moments` gave it, or as one process saved it.
         """
-        for (group, parameters, flat), kept in zip(self._groups(), state["param_groups"], strict=True):
-            entries = [state["state"].get(index, {}) for index in kept["params"]]
-            placed: dict[str, Any] = {}
-            for parameter, entry in zip(parameters, entries, strict=True):
-                for name, value in entry.items():
-                    if not isinstance(value, Tensor) or not value.dim():
-                        placed[name] = value.clone() if isinstance(value, Tensor) else value
-                        continue
-                    held = placed.setdefault(name, torch.zeros_like(flat))
-                    for mine, all_of_it in _fragment(parameter):
-                        held[mine] = value.flatten()[all_of_it].to(held)
-            if placed:
-                self._engine.optimizer.optimizer.state[flat] = placed
-            group.update(_settings(kept))
+        self._split.load(state)
 
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups with the parameters that they are of, each of which DeepSpeed holds as one tensor."""
-        return [{**group, "params": parameters} for group, parameters, _ in self._groups()]
-
-    def _groups(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter], Tensor]]:
-        """Of each group its settings, its parameters, and the flat tensor that this process steps of them."""
-        optimizer = self._engine.optimizer
-        return zip(
-            optimizer.optimizer.param_groups,
-            optimizer.bit16_groups,
-            optimizer.single_partition_of_fp32_groups,
-            strict=True,
-        )
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-def _fragment(parameter: Any) -> list[tuple[slice, slice]]:
-    """Which entries of this process' flat tensor are which of a parameter's; nothing where it steps none of them."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return []
-    ends = (mapping.hp_fragment_address, mapping.lp_fragment_address)
-    mine, all_of_it = (slice(int(end.start), int(end.start + end.numel)) for end in ends)
-    return [(mine, all_of_it)]
-
-
-def _whole(value: Any, parameter: nn.Parameter) -> Any:
-    """What the optimizer keeps of a parameter, of whose entries each process has some; on the CPU."""
-    import torch.distributed as dist
-
-    if not isinstance(value, Tensor):
-        return value
-    if not value.dim():
-        return value.cpu().clone()
-    summed = torch.zeros(parameter.numel(), dtype=value.dtype, device=value.device)
-    for mine, all_of_it in _fragment(parameter):
-        summed[all_of_it] = value[mine]
-    dist.all_reduce(summed)
-    return summed.view(parameter.shape).cpu()
+        """The optimizer's groups with the parameters that they are of."""
+        return self._split.whole()
 
 
 # ---------------------------------------------------------------------- DeepSpeed's own ways

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Adafactor, TrainerCallback, TrainingArguments
 
 import adapters
 from adapters import processes, ranks, sharded, storage
-from adapters.errors import AdaptersError
+from adapters.errors import AdaptersError, DataError
 from adapters.manifest import WEIGHTS, read_manifest, read_tensors
 
 QUIET = {"disable_tqdm": True, "report_to": "none", "logging_steps": 1, "prefix_cache": False}
@@ -202,9 +203,22 @@ def twice(folder: str) -> dict[str, Any]:
         states = [PartialState._shared_state, AcceleratorState._shared_state]
         gave[engine]["type"] = [str(state["distributed_type"]) for state in states if state]
         gave[engine]["hooks"] = sum(bool(p._post_accumulate_grad_hooks) for p in one.model.parameters())
+        gave[engine]["hooks"] += sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in one.model.modules())
+        gave[engine]["marks"] = sorted({name for p in one.model.parameters() for name in vars(p)})
+        gave[engine]["alive"] = engines_alive()
+        gave[engine]["again"] = refusal(found.train) if engine != "ddp" else []
     gave["trained"] = sum(tensor.numel() for tensor in one.state().values())
     gave["answers"] = adapters.predict(one, [row["text"] for row in rows("bert lora", 5, seed=2)])
     return gave
+
+
+def engines_alive() -> int:
+    """Engines of DeepSpeed and what they keep weights in, of runs that are over."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    gc.collect()
+    return sum(isinstance(one, DeepSpeedEngine | DeepSpeedZeroOptimizer) for one in gc.get_objects())
 
 
 def said_to_transformers(folder: str) -> list[Any]:
@@ -217,6 +231,89 @@ def said_to_transformers(folder: str) -> list[Any]:
     found.add_callback(kept)
     found.train()
     return [kept.held, one.record.settings["deepspeed"]["zero_optimization"]["stage"]]
+
+
+# ---------------------------------------------------------------------- what DeepSpeed would do otherwise
+
+
+class Branch(torch.nn.Module):
+    """A layer with two more, of which some rows take the one, and none the other: their experts."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        torch.manual_seed(5)
+        self.some, self.none = (torch.nn.Linear(inner.out_features, inner.out_features) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(hidden)
+        for layer, takes in ((self.some, hidden[:, 0, 0] > 0), (self.none, hidden[:, 0, 0] > 1e9)):
+            found = found + layer(found) * takes[:, None, None] if bool(takes.any()) else found
+        return found
+
+
+def branched() -> Any:
+    net = backbone("bert full")
+    above = net.bert.encoder.layer[0].attention.output
+    above.dense = Branch(above.dense)
+    return adapters.adapt(net, "full", processor=tiny.processor("bert"), labels=list(tiny.LABELS))
+
+
+def shared_block() -> Any:
+    """A model that passes one block twice."""
+    net = backbone("bert full")
+    net.bert.encoder.layer[1] = net.bert.encoder.layer[0]
+    return adapters.adapt(net, "full", processor=tiny.processor("bert"), labels=list(tiny.LABELS))
+
+
+class Scales(TrainerCallback):
+    """Writes to what trains, in all processes: into the values, and others in their place."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter in trained if state.global_step == 2 else []:
+                parameter.mul_(1.5)
+        for parameter in trained if state.global_step == 3 else []:
+            parameter.data = parameter.data * 0.8
+
+
+def over(folder: str | Path, case: str, optimizer: Any, engine: str) -> adapters.Trainer:
+    """A run with the caller's own optimizer, made of what trains and of what does not."""
+    one, count = adapted(case), processes.count()
+    trained = [p for p in one.model.parameters() if p.requires_grad]
+    mine = optimizer(trained, [p for p in one.model.parameters() if not p.requires_grad])
+    rates = [lambda step, number=number: 1 / (number + step + 1) for number, _ in enumerate(mine.param_groups)]
+    given: dict[str, Any] = {"output_dir": str(folder), **QUIET, "num_train_epochs": 1, "save_strategy": "no"}
+    given |= {"per_device_train_batch_size": BATCH // count, "warm_head": False, "chunked_loss": False}
+    given |= {"fused": "float32", **(ENGINES[engine] if count > 1 else {})}
+    schedule = torch.optim.lr_scheduler.LambdaLR(mine, rates)
+    return adapters.Trainer(one, given, rows(case, 24), rows(case, 7, seed=1), optimizers=(mine, schedule))
+
+
+def otherwise(folder: str, engine: str, parts: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs that DeepSpeed by itself would end with other weights, or break off."""
+    ranks.join()
+    place = Path(folder) / engine / str(processes.count())
+    args = {"engine": engine, "parts": parts, "optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.5}
+    args |= {"adam_epsilon": 1e-2}  # no steps of rounding
+    if processes.count() > 1:
+        ENGINES[engine]["deepspeed"]["zero_optimization"] |= settings
+
+    def grouped(trained: Any, frozen: Any) -> Any:
+        groups = [{"params": [], "lr": 1e-2}, {"params": trained[:3], "lr": 1e-3}, {"params": trained[3:], "lr": 1e-2}]
+        return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, weight_decay=0.1)
+
+    runs = {
+        "experts": trainer(place / "1", "bert full", branched(), num_train_epochs=2, **args),
+        "written": trainer(place / "2", "bert lora", callbacks=[Scales()], **args),
+        "groups": over(place / "3", "bert lora", grouped, engine),
+    }
+    gave = {}
+    for name, found in runs.items():
+        found.train()
+        gave[name] = told(found, place / name)
+    return gave
 
 
 class Held(TrainerCallback):
@@ -238,7 +335,32 @@ def on_deepspeed(folder: str) -> dict[str, Any]:
     slow = adapters.adapt(
         backbone("bert freeze"), "freeze", layers=2, unfreeze_every=1, processor=tiny.tokenizer(), labels=tiny.LABELS
     )
+
+    def own(kind: Any, **settings: Any) -> Any:
+        return over(
+            place / kind.__name__, "bert lora", lambda trained, frozen: kind(**settings, params=trained), "zero2"
+        )
+
     runs: dict[str, Any] = {
+        "forward": lambda: trainer(
+            place / "10", "bert lora", callbacks=[Infinite("pass")], engine="zero2", parts=3
+        ).train(),
+        "backward": lambda: trainer(
+            place / "11", "bert lora", callbacks=[Infinite("back")], engine="zero1", parts=3
+        ).train(),
+        "rows": lambda: own(Adafactor, lr=1e-3, relative_step=False).train(),
+        "copies": lambda: own(torch.optim.Adagrad, lr=1e-3).train(),
+        "others": lambda: over(
+            place / "12", "bert lora", lambda trained, frozen: torch.optim.SGD([*trained, *frozen], lr=1e-3), "zero1"
+        ).train(),
+        "parts": lambda: trainer(
+            place / "13",
+            "bert full",
+            shared_block(),
+            engine="zero2",
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        ).train(),
         "frozen": lambda: trainer(place / "1", "bert lora", callbacks=[Writes("frozen")], engine="zero2").train(),
         "numbers": lambda: trainer(place / "2", "bert lora", callbacks=[Writes("nan")], engine="zero2").train(),
         "gradient": lambda: trainer(place / "3", "bert lora", callbacks=[Infinite()], engine="zero2").train(),
@@ -261,11 +383,18 @@ class Infinite(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step != 1 or ranks.rank() != 1:
             return
-        if self.what == "output":
+        if self.what == "pass":
+            model.classifier.register_forward_hook(self._fail)
+        elif self.what == "back":
+            model.classifier.register_full_backward_hook(self._fail)
+        elif self.what == "output":
             model.classifier.register_forward_hook(lambda _module, _args, output: output * float("inf"))
         else:
             parameter = next(p for n, p in model.named_parameters() if n.endswith("lora_B.default.weight"))
             parameter.register_hook(lambda gradient: gradient * float("inf"))
+
+    def _fail(self, *_args: Any) -> None:
+        raise DataError("a row that no pass takes")
 
 
 class Writes(TrainerCallback):

@@ -234,6 +234,7 @@ FLOORS = {
     "team": 8,
     "narration": 2,
     "sharded": 5,
+    "pieces": 4,
     "zero": 5,
     "remarks": 1,
     "inflow": 1,

@@ -75,6 +75,22 @@ def test_what_is_kept_of_the_frozen_part_and_a_solved_head_are_those_of_every_ru
             assert ended.gave[case]["notes"] == one[case]["notes"], case
 
 
+def test_what_a_gradient_reaches_moves_and_nothing_else(many: Launch, tmp_path: Path) -> None:
+    """Experts that some rows take, or none; weights that a callback writes; an optimizer's own groups."""
+    one = many("divided:otherwise", 1, tmp_path, "zero1", 1, {})[0].gave
+    small = {"reduce_bucket_size": 600, "allgather_bucket_size": 600, "overlap_comm": True}
+    for engine, count, parts, settings in (("zero1", 2, 3, {}), ("zero2", 3, 1, small)):
+        for ended in many("divided:otherwise", count, tmp_path, engine, parts, settings):
+            for name, gave in ended.gave.items():
+                assert losses(gave) == pytest.approx(losses(one[name]), rel=LOSS), name
+                assert apart(one[name], gave) <= WEIGHT, (engine, name)
+                assert gave["notes"] == one[name]["notes"], name
+                rates = [
+                    [e["learning_rate"] for e in log if "learning_rate" in e] for log in (one[name]["log"], gave["log"])
+                ]
+                assert rates[0] == rates[1], name
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
 def test_a_checkpoint_goes_on_in_any_number_of_processes_and_on_any_engine(
     many: Launch, tmp_path: Path, engine: str
@@ -98,6 +114,9 @@ def test_the_engine_is_gone_after_its_run(many: Launch, tmp_path: Path) -> None:
         assert first[engine]["state"] == second[engine]["state"]
         assert first[engine]["type"] == ["DistributedType.MULTI_CPU"] * 2
         assert first[engine]["hooks"] == 0
+        assert first[engine]["marks"] == []
+        assert first[engine]["alive"] == 0
+        assert engine == "ddp" or "Make a new Trainer" in first[engine]["again"][1]
         held = [gave[engine]["held"] for gave in (first, second)]
         assert sum(held) >= first["trained"]
         assert (max(held) < 0.6 * first["trained"]) is (engine != "ddp")
@@ -115,6 +134,12 @@ def test_a_fault_in_one_process_stops_all_and_what_would_be_another_run_is_refus
     many: Launch, tmp_path: Path
 ) -> None:
     expected = {
+        "forward": ("DataError", "a row that no pass takes"),
+        "backward": ("DataError", "a row that no pass takes"),
+        "rows": ("RequestError", "expected AdamW, Adam, SGD; found Adafactor"),
+        "copies": ("RequestError", "found Adagrad"),
+        "others": ("RequestError", "holds tensors that do not train"),
+        "parts": ("RequestError", "Leave use_reentrant out"),
         "frozen": ("ContractError", "frozen tensors changed"),
         "numbers": ("NumbersError", "not finite"),
         "gradient": ("NumbersError", "gradients are not finite"),
@@ -136,6 +161,12 @@ def test_law_08_a_plan_is_what_each_process_holds_and_sends(
     many: Launch, tmp_path: Path, engine: str, processes: int
 ) -> None:
     assert_counted(many, tmp_path, engine, processes, ["bert full", "llama lora"])
+
+
+def test_a_precision_that_the_launcher_asks_for_is_refused(many: Launch, tmp_path: Path) -> None:
+    asked = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    ended = many("divided:resumed", 2, tmp_path, 3, "zero2", more=asked, fails=True)
+    assert all("mixed_precision bf16, deepspeed" in one.err for one in ended), ended[0].err
 
 
 def test_a_process_that_dies_in_a_step_is_named_and_the_run_goes_on(many: Launch, tmp_path: Path) -> None:
