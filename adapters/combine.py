@@ -197,6 +197,9 @@ def combine(
             )
     mix = opened(folders, method=how, density=kept, scale=scale, seed=seed, head=head, base=base)
     _refuse_same(target, [mix.base.folder])
+    if base is not None:  # sums of factors never ask for its values, and yet it must be the adapters' own
+        for name in [name for name in mix.names if name in mix.base.steps or name in mix.base.stacks]:
+            mix.base.compare(name)
     _check_rank(mix, rank, energy)
     signs = tuple(-weight for weight in weights) if how.single else weights
     tried, metric = _searched(mix, signs, rank, energy, search, trials, seed, base) if search is not None else ([], "")
@@ -222,7 +225,7 @@ def combine(
         "method": method,
         "weights": [weight * scale for weight in signs],
         **({"density": kept} if how.thins is not None else {}),
-        **({"seed": seed} if how.thins is not None or tried else {}),
+        **({"seed": seed} if how.draws or tried else {}),
         **({"rank": rank} if rank is not None else {}),
         **({"energy": energy} if energy is not None else {}),
         **({"head": report.head} if report.head else {}),
@@ -397,6 +400,7 @@ def _check_rank(mix: Mixture, rank: int | None, energy: float | None) -> None:
                 where="rank",
                 expected=f"at most {sizes[largest]}, the rank of {largest}",
                 found=rank,
+                remedy="Give a lower rank, or an energy, which finds one for each matrix.",
             )
         )
 

@@ -308,9 +308,7 @@ class Mixture:
 
     def _rounded(self, name: str, delta: Tensor) -> float | None:
         """The energy of a delta that is no rounding of the float32 weight that it was read off."""
-        norm = float(delta.double().norm())
-        share = 2.0**-23 * float(self._old(name).double().norm()) / norm if norm else 1.0
-        return 1 - share**2 if share < 1e-2 else None
+        return lowrank.unrounded(float(delta.double().norm()), float(self._old(name).double().norm()))
 
     def _one(self, name: str, number: int, edit: Edit) -> Tensor:
         """What one adapter adds to a tensor."""

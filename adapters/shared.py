@@ -17,7 +17,7 @@ from adapters.fidelity import synthetic
 from adapters.modes import evaluating
 from adapters.predict import BATCH
 from adapters.residents import Resident, Residents
-from adapters.storage import LEVELS, fill_record, refuse_merged, strategy_of
+from adapters.storage import LEVELS, fill_record, refuse_other, strategy_of
 from adapters.trunks import Trunk, key_of, opened
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Shared:
         self._residents.refuse(name)
         found = changes.read(folder)
         if self._verify != "off":
-            refuse_merged(found.document, self._base, self._load)
+            refuse_other(found.document, self._base, self._load, str(found.folder))
         key = key_of(found.document, str(found.folder))
         trunk, processor = self._trunks.get(key), None
         if trunk is None:
