@@ -133,8 +133,8 @@ def extract(
             base = base or peftmerge.base_of(source)
             (work / "merged").mkdir()
             with progress.Job("merging with peft"):
-                source = peftmerge.merged(source, finetuned.base_folder(base), work / "merged")
-        found, notes = _changes(source, base, work)
+                source = peftmerge.merged(source, finetuned.base_folder(base), work / "merged", target)
+        found, notes = _changes(source, base, work, target)
         place = work / "adapter"
         place.mkdir()
         report = ExtractReport(str(target), form, source_bytes=size, notes=tuple(notes))
@@ -185,6 +185,7 @@ def _source(tuned: str | Path, base: str | Path | None) -> Path:
                     where=str(path),
                     expected=f"{MANIFEST}, peft's adapter_config.json, or config.json and safetensors weights",
                     found=", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder",
+                    remedy="Give the folder of an adapter, or of a model that save_pretrained wrote.",
                 )
             )
         if base is None:
@@ -209,7 +210,7 @@ def _weights(source: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _changes(source: Path, base: str | Path | None, beside: Path) -> tuple[Changes, list[str]]:
+def _changes(source: Path, base: str | Path | None, beside: Path, out: Path) -> tuple[Changes, list[str]]:
     """What the source did, as an adapter that it is like or is; remarks."""
     if is_packed(source):
         unpacked = beside / "unpacked"
@@ -221,7 +222,7 @@ def _changes(source: Path, base: str | Path | None, beside: Path) -> tuple[Chang
     like = beside / "like"
     like.mkdir()
     assert base is not None
-    return finetuned.read(base, source, like)
+    return finetuned.read(base, source, like, out)
 
 
 # ---------------------------------------------------------------------- tensor by tensor

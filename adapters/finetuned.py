@@ -38,7 +38,7 @@ INERT = frozenset(
 )
 
 
-def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[str]]:
+def read(base: str | Path, tuned: Path, scratch: Path, out: Path) -> tuple[Changes, list[str]]:
     """Two checkpoints of one architecture, as what the one did to the other.
 
     The base is opened once, as `adapt` opens it, and let go: its manifest, head and processor come from there. Of
@@ -48,6 +48,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
         base: folder or cached hub id of the base.
         tuned: folder of the fine-tuned checkpoint.
         scratch: an existing, empty folder; the adapter that the result is like is written there.
+        out: what is written at last, for messages.
 
     Returns:
         The changes, and remarks on what the configs disagree in.
@@ -88,7 +89,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
         )
     edits = _edits(adapted, source, tuned)
     head = tuple(name for name in adapted.chosen if own_name(name) in adapted.head)
-    with disk.writing(scratch):
+    with disk.writing(out):
         storage.write(dataclasses.replace(adapted, chosen=head or adapted.chosen[:1]), scratch)
     return Changes(scratch, read_manifest(scratch), edits), remarks
 

@@ -52,13 +52,13 @@ def base_of(folder: Path) -> str:
     return str(found or name)
 
 
-def merged(folder: Path, base: Path, place: Path) -> Path:
+def merged(folder: Path, base: Path, place: Path, out: Path) -> Path:
     """Open the base in float32, let peft put the adapter on it and merge it, and save the model.
 
     Args:
         folder: plain peft's.
         base: the folder of its base.
-        place: an existing, empty folder.
+        place: an existing, empty folder; out: what is written at last, for messages.
 
     Returns:
         `place`, a plain transformers folder.
@@ -98,7 +98,7 @@ def merged(folder: Path, base: Path, place: Path) -> Path:
                 remedy="Give the base that it was trained on, and a method that merges.",
             )
         ) from fault
-    with disk.writing(place), hushed():
+    with disk.writing(out), hushed():
         whole.save_pretrained(place)
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():

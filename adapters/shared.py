@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 from adapters import changes, rowwise
 from adapters.backbones import live_model
 from adapters.contracts import Adapted, Record
-from adapters.errors import BackboneError, RequestError, SpentError, message
+from adapters.errors import BackboneError, RequestError, SpentError, message, nearest
 from adapters.fidelity import synthetic
 from adapters.modes import evaluating
 from adapters.predict import BATCH
@@ -56,7 +56,7 @@ class Shared:
         verify: str = "strict",
     ) -> None:
         if verify not in LEVELS:
-            raise RequestError(message(f"unknown verify {verify!r}", where="verify", expected=", ".join(LEVELS)))
+            raise RequestError(message(f"unknown verify {verify!r}", where="verify", remedy=nearest(verify, LEVELS)))
         self._base = _base_of(backbone)
         self._load, self._verify = dict(load or {}), verify
         self._trunks: dict[tuple[Any, ...], Trunk] = {}

@@ -458,7 +458,7 @@ def test_another_backbone_is_refused(place: Path, tmp_path: Path) -> None:
 def test_what_a_merge_rounds_may_be_accepted(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal says `--accept`, so the export takes it."""
     folder, _ = made(place, "llama", "lora")
-    monkeypatch.setitem(exactness.BOUNDS, "bfloat16", 1e-9)
+    monkeypatch.setattr(exactness, "BOUNDS", {kind: 1e-4 * bound for kind, bound in exactness.BOUNDS.items()})
     options: dict[str, Any] = {"to": "transformers", "dtype": "bfloat16"}
     with pytest.raises(adapters.NumbersError, match=r"go on with accept=True \(--accept\)"):
         adapters.export(folder, tmp_path / "out", **options)

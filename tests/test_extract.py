@@ -739,6 +739,19 @@ def test_a_full_disk_leaves_nothing_half_way(
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_full_disk_is_said_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two checkpoints pass by a folder that nobody has heard of."""
+    checkpoints(tmp_path, "bert")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(adapters.DiskError, match=rf"cannot be written \({tmp_path / 'out'}\); found No space left"):
+        extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
+    assert names(tmp_path) == ["base", "tuned"]
+
+
 # ---------------------------------------------------------------------- the command
 
 

@@ -163,6 +163,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import transformers
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(adapters.DiskError, match=r"No space left.*Make room"):
+    with pytest.raises(
+        adapters.DiskError, match=rf"cannot be written \({tmp_path / 'out'}\).*No space left.*Make room"
+    ):
         extracted(folder, tmp_path / "out")
     assert names(tmp_path) == ["base", "theirs"]
