@@ -117,6 +117,7 @@ class Method:
         density: of the entries that stay, where none is asked for.
         cuts: the result has to be brought to a rank.
         single: takes one adapter.
+        draws: which entries stay hangs on a seed.
     """
 
     source: str
@@ -125,6 +126,7 @@ class Method:
     density: float = 1.0
     cuts: bool = False
     single: bool = False
+    draws: bool = False
 
     @property
     def sums(self) -> bool:
@@ -150,8 +152,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "cat": Method("the same, by the name that it has where factors are put side by side"),
     "svd": Method("the weighted sum, cut to a rank (Eckart and Young, 1936)", cuts=True),
     "ties": Method("Yadav et al., 2023", lambda delta, density, seed: trim(delta, density), elected, 0.2),
-    "dare": Method("Yu et al., 2024", drop, density=0.5),
-    "della": Method("Deep et al., 2024", drop_by_magnitude, elected, 0.5),
+    "dare": Method("Yu et al., 2024", drop, density=0.5, draws=True),
+    "della": Method("Deep et al., 2024", drop_by_magnitude, elected, 0.5, draws=True),
     "task-arithmetic": Method("Ilharco et al., 2023: the weighted sum of task vectors, times a scale"),
     "negate": Method("Ilharco et al., 2023: one task vector, taken away", single=True),
 }

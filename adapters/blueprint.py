@@ -100,7 +100,8 @@ def _from_config(model: str | Path, task: Task, load: dict[str, Any]) -> tuple[P
         check_config(folder)
     kept = {key: value for key, value in load.items() if key in ("revision", "token", "cache_dir")}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **kept, **task.config())
+        with hushed():  # other labels than the checkpoint's are the plan
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **kept, **task.config())
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as fault:
         raise RequestError(
             message(

@@ -183,7 +183,12 @@ def combine(
     if merged:
         if rank is not None or energy is not None or how.cuts:
             raise RequestError(
-                message("a merge is exact: there is no rank to cut", where="rank, energy, method", found=method)
+                message(
+                    "a merge is exact: there is no rank to cut",
+                    where="rank, energy, method",
+                    found=method,
+                    remedy="Leave rank and energy out, with another method than svd; or merge what was combined.",
+                )
             )
         refuse_output(target)
     else:
@@ -197,7 +202,10 @@ def combine(
             )
     mix = opened(folders, method=how, density=kept, scale=scale, seed=seed, head=head, base=base)
     _refuse_same(target, [mix.base.folder])
-    _check_rank(mix, rank, energy)
+    if base is not None:  # sums of factors never ask for its values, and yet it must be the adapters' own
+        for name in [name for name in mix.names if name in mix.base.steps or name in mix.base.stacks]:
+            mix.base.compare(name)
+    mix.refuse_rank(rank, energy)
     signs = tuple(-weight for weight in weights) if how.single else weights
     tried, metric = _searched(mix, signs, rank, energy, search, trials, seed, base) if search is not None else ([], "")
     if tried:
@@ -222,7 +230,7 @@ def combine(
         "method": method,
         "weights": [weight * scale for weight in signs],
         **({"density": kept} if how.thins is not None else {}),
-        **({"seed": seed} if how.thins is not None or tried else {}),
+        **({"seed": seed} if how.draws or tried else {}),
         **({"rank": rank} if rank is not None else {}),
         **({"energy": energy} if energy is not None else {}),
         **({"head": report.head} if report.head else {}),
@@ -336,14 +344,21 @@ def _checked(
                 message("a weight that is no number", where=str(pair[0]), expected="a finite number", found=found)
             )
     if not pairs:
-        faults.append(message("there is nothing to combine", expected="at least one adapter"))
+        faults.append(message("there is nothing to combine", expected="at least one adapter", remedy="Give folders."))
     elif not faults and not any(weight for _, weight in pairs):
         faults.append(message("every weight is 0", where="weights", remedy="Give one that is not."))
     if not _is_number(scale) or scale == 0:
         faults.append(message("a wrong scale", where="scale", expected="a number that is not 0", found=repr(scale)))
     if density is not None and how.thins is None:
         thinning = ", ".join(name for name, row in METHODS.items() if row.thins is not None)
-        faults.append(message("a density that nothing asks for", where=f"method {method!r}", expected=thinning))
+        faults.append(
+            message(
+                "a density that nothing asks for",
+                where=f"method {method!r}",
+                expected=thinning,
+                remedy="Leave density out, or take one of these methods.",
+            )
+        )
     elif density is not None and not (_is_number(density) and 0 < density <= 1):
         faults.append(
             message("a wrong density", where="density", expected="a share above 0, up to 1", found=repr(density))
@@ -351,7 +366,8 @@ def _checked(
     if how.cuts and rank is None and energy is None:
         faults.append(message(f"{method} needs a rank or an energy", where="rank, energy", remedy="Give one."))
     if how.single and len(pairs) > 1:
-        faults.append(message(f"{method} takes one adapter", where="adapters", found=len(pairs)))
+        remedy = "Give one, or take others away by negative weights: method 'linear'."
+        faults.append(message(f"{method} takes one adapter", where="adapters", found=len(pairs), remedy=remedy))
     if faults:
         raise RequestError(*faults)
     return how, tuple(float(weight) for _, weight in pairs)
@@ -372,33 +388,6 @@ def _refuse_same(target: Path, sources: Sequence[Path]) -> None:
             raise FolderError(
                 message("the output is one of the inputs", where=str(target), remedy="Give another output.")
             )
-
-
-def _check_rank(mix: Mixture, rank: int | None, energy: float | None) -> None:
-    """A rank must fit into one of the matrices at least; smaller ones keep their own.
-
-    Raises:
-        RequestError: it does not, or there is no matrix.
-    """
-    if rank is None and energy is None:
-        return
-    sizes = {path: min(mix.maps[path].shape) for path in mix.paths()} | mix.stacked()
-    if not sizes:
-        raise RequestError(
-            message(
-                "no linear map was changed, of which a rank could be cut", where="rank, energy", remedy="Give none."
-            )
-        )
-    largest = max(sizes, key=lambda path: sizes[path])
-    if rank is not None and rank > sizes[largest]:
-        raise RequestError(
-            message(
-                "a rank above the matrix",
-                where="rank",
-                expected=f"at most {sizes[largest]}, the rank of {largest}",
-                found=rank,
-            )
-        )
 
 
 # ---------------------------------------------------------------------- weights

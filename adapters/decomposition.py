@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast, final
 
 from adapters import lowrank, shards
@@ -163,6 +163,8 @@ def taken_apart(
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     if described is None:
         return Part("whole", norm=norm), None, new
+    if size.rank is None and size.energy is None:
+        size = replace(size, energy=lowrank.unrounded(norm, float(torch.linalg.vector_norm(old, dtype=torch.float64))))
     fit = _factored(delta.T if described.transposed else delta, size)
     numbers = fit.factors.down.numel() + fit.factors.up.numel()
     if (

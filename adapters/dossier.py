@@ -217,7 +217,7 @@ def trained(document: Mapping[str, Any], described: Mapping[str, Any]) -> dict[s
         "parameters": f"{described['parameters']:,}",
         "bytes": size(described["bytes"]),
         "backbone": size(document["backbone"]["bytes"]),
-        "share": f"{100 * described['bytes'] / max(1, document['backbone']['bytes']):.2g} %",
+        "share": inspection.percent(described["bytes"] / max(1, document["backbone"]["bytes"])),
         "storage": document["backbone"]["quantization"] or document["backbone"]["dtype"],
         "blocks": [
             {

@@ -7,6 +7,7 @@ Merging, blending and extracting are loops over a dict of edits; none of them kn
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -290,7 +291,17 @@ def single(config: Any, modules: Sequence[str]) -> Any:
     config.target_modules, config.exclude_modules = list(modules), None
     config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = None
+    for option in ("rank_pattern", "alpha_pattern"):  # of a pattern that means none of them peft warns each time
+        patterns = vars(config).get(option) or {}
+        here = {key: value for key, value in patterns.items() if any(pattern_matches(key, path) for path in modules)}
+        if len(here) < len(patterns):
+            setattr(config, option, here)
     return config
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means this module, by peft's own rule."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def grown(layers: Mapping[str, nn.Module]) -> nn.Module:

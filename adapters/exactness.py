@@ -60,10 +60,14 @@ class Rounding:
         if self.again:
             return (
                 "Nothing was written. What came out of 4 bits is rounded back to where it was: merge onto='original' "
-                "(--onto original), into dtype='bfloat16' or 'int8', or go on with accept=True (--accept)."
+                "(--onto original), into dtype='bfloat16' (--dtype bfloat16) or quantization='int8', or go on with "
+                "accept=True (--accept)."
             )
         if self.packed is not None:
-            return "Nothing was written. Go on with accept=True (--accept), or merge into 16 bits: dtype='bfloat16'."
+            return (
+                "Nothing was written. Go on with accept=True (--accept), or merge into 16 bits: dtype='bfloat16' "
+                "(--dtype bfloat16)."
+            )
         if self.moved is not None:
             return "Nothing was written. Go on with accept=True (--accept), or merge onto the training base."
         if self.dtype in ("float16", "bfloat16"):

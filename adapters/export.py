@@ -90,7 +90,15 @@ def _transformers(folder: Path, out: Path, options: ExportOptions) -> ExportRepo
     if options.rank is not None:
         raise RequestError(message("a merged model has no rank", where="rank", remedy="Leave it out."))
     rows = None if options.rows is None else list(options.rows)
-    found = merge_on_disk(folder, out, base=options.base, dtype=options.dtype, rows=rows, check_logits=options.check)
+    found = merge_on_disk(
+        folder,
+        out,
+        base=options.base,
+        dtype=options.dtype,
+        rows=rows,
+        check_logits=options.check,
+        accept=options.accept,
+    )
     line = (
         f"transformers.AutoModel.from_pretrained({out.as_posix()!r})"
         if found.form == "plain"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from adapters import changes, disk, exactness, finetuned, interrupts, lowrank, packing, progress, remake
+from adapters import changes, disk, exactness, finetuned, interrupts, lowrank, packing, peftmerge, progress, remake
 from adapters.changes import Changes
 from adapters.decomposition import Maps, Part, Size, brought, maps_of, refuse_rank, taken_apart
 from adapters.errors import FolderError, NumbersError, RequestError, message, nearest
@@ -91,7 +91,8 @@ def extract(
     """Write what a fine-tuning did as an adapter of its own.
 
     Args:
-        tuned: an adapter folder of any strategy, a packed one, or a plain transformers checkpoint.
+        tuned: an adapter folder of any strategy, a packed one, a plain peft folder of any method that peft merges, or a
+            plain transformers checkpoint.
         out: the folder; new, empty, or an adapter of ours, which is replaced whole.
         base: the backbone: needed beside a checkpoint; of an adapter, where it is not the one that it names.
         rank: of every matrix inside the blocks, at most; energy: instead of it, the share of the squared norm of each
@@ -127,11 +128,17 @@ def extract(
             return _unpacked(target, stage, source)
         work = stage / ".work"
         work.mkdir()
-        found, notes = _changes(source, base, work)
+        origin, size = source, _weights(source)
+        if not _is_adapter(source) and peftmerge.is_peft(source):
+            base = base or peftmerge.base_of(source)
+            (work / "merged").mkdir()
+            with progress.Job("merging with peft"):
+                source = peftmerge.merged(source, finetuned.base_folder(base), work / "merged", target)
+        found, notes = _changes(source, base, work, target)
         place = work / "adapter"
         place.mkdir()
-        report = ExtractReport(str(target), form, source_bytes=_weights(source), notes=tuple(notes))
-        report, folder = _written(report, place, found, base, source, Size(rank, energy, only_factors))
+        report = ExtractReport(str(target), form, source_bytes=size, notes=tuple(notes))
+        report, folder = _written(report, place, found, base, origin, Size(rank, energy, only_factors))
         if check_logits:
             other = found.folder if _is_adapter(source) else source
             report = _compared(report, place, other, folder, found.document, rows, whole)
@@ -157,7 +164,7 @@ def _check(form: str, rank: int | None, energy: float | None, only_factors: bool
             message(
                 "a delta holds every changed tensor as it is",
                 where=given,
-                remedy=f"Leave {given} out, or take form 'lora'.",
+                remedy=f"Leave {given} out, or take form='lora' (--as lora).",
             )
         )
 
@@ -170,14 +177,15 @@ def _source(tuned: str | Path, base: str | Path | None) -> Path:
         FolderError: neither.
     """
     path = Path(tuned).expanduser()
-    if path.is_dir() and not (path / MANIFEST).exists():
+    if path.is_dir() and not (path / MANIFEST).exists() and not peftmerge.is_peft(path):
         if not finetuned.is_checkpoint(path):
             raise FolderError(
                 message(
                     "neither an adapter nor a checkpoint",
                     where=str(path),
-                    expected=f"{MANIFEST}, or config.json and safetensors weights",
+                    expected=f"{MANIFEST}, peft's adapter_config.json, or config.json and safetensors weights",
                     found=", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder",
+                    remedy="Give the folder of an adapter, or of a model that save_pretrained wrote.",
                 )
             )
         if base is None:
@@ -202,7 +210,7 @@ def _weights(source: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _changes(source: Path, base: str | Path | None, beside: Path) -> tuple[Changes, list[str]]:
+def _changes(source: Path, base: str | Path | None, beside: Path, out: Path) -> tuple[Changes, list[str]]:
     """What the source did, as an adapter that it is like or is; remarks."""
     if is_packed(source):
         unpacked = beside / "unpacked"
@@ -214,7 +222,7 @@ def _changes(source: Path, base: str | Path | None, beside: Path) -> tuple[Chang
     like = beside / "like"
     like.mkdir()
     assert base is not None
-    return finetuned.read(base, source, like)
+    return finetuned.read(base, source, like, out)
 
 
 # ---------------------------------------------------------------------- tensor by tensor
@@ -229,7 +237,7 @@ def _written(
             message(
                 "a delta of weights in 4 bits would be those weights themselves",
                 where=str(source),
-                remedy="Take form 'lora'.",
+                remedy="Take form='lora' (--as lora).",
             )
         )
     originals = changes.originals(found, base)

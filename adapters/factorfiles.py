@@ -24,6 +24,7 @@ from adapters import (
     updates,
 )
 from adapters.anatomy import linear_maps
+from adapters.backbones import config_at_hand
 from adapters.blueprint import drawn
 from adapters.errors import NumbersError, RequestError, message
 from adapters.exactness import BOUNDS, too_large
@@ -32,6 +33,7 @@ from adapters.lint import LLAMA_CPP, PEFT, TGI, VLLM, VLLM_RANKS
 from adapters.lowrank import Factors, check_size
 from adapters.manifest import CARD
 from adapters.readers import REFUSED, Exporter, ExportOptions, ExportReport, Finding, refuse, sizes
+from adapters.recognition import refuse_kind
 from adapters.storage import task_of
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ def _drawn(found: Changes, options: ExportOptions) -> Blueprint:
             message("the adapter holds its backbone", where=where, remedy="Export the adapter that it was merged from.")
         )
     base = changes.base_folder(document, options.base, where)
+    refuse_kind(document["backbone"], config_at_hand(base, {}), where, str(base))
     return drawn(base, task_of(document, where), document["backbone"]["load"])
 
 

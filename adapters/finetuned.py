@@ -38,7 +38,7 @@ INERT = frozenset(
 )
 
 
-def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[str]]:
+def read(base: str | Path, tuned: Path, scratch: Path, out: Path) -> tuple[Changes, list[str]]:
     """Two checkpoints of one architecture, as what the one did to the other.
 
     The base is opened once, as `adapt` opens it, and let go: its manifest, head and processor come from there. Of
@@ -48,6 +48,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
         base: folder or cached hub id of the base.
         tuned: folder of the fine-tuned checkpoint.
         scratch: an existing, empty folder; the adapter that the result is like is written there.
+        out: what is written at last, for messages.
 
     Returns:
         The changes, and remarks on what the configs disagree in.
@@ -57,7 +58,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
         BackboneError: a tensor of another shape, one that only one of them has.
         FolderError: no safetensors weights.
     """
-    source = _folder(base)
+    source = base_folder(base)
     wanted, found = (_config(folder) for folder in (source, tuned))
     if wanted.get("model_type") != found.get("model_type"):
         raise RequestError(
@@ -88,7 +89,7 @@ def read(base: str | Path, tuned: Path, scratch: Path) -> tuple[Changes, list[st
         )
     edits = _edits(adapted, source, tuned)
     head = tuple(name for name in adapted.chosen if own_name(name) in adapted.head)
-    with disk.writing(scratch):
+    with disk.writing(out):
         storage.write(dataclasses.replace(adapted, chosen=head or adapted.chosen[:1]), scratch)
     return Changes(scratch, read_manifest(scratch), edits), remarks
 
@@ -98,7 +99,12 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _folder(base: str | Path) -> Path:
+def base_folder(base: str | Path) -> Path:
+    """Where a base lies on this machine.
+
+    Raises:
+        RequestError: nowhere.
+    """
     found = local_folder(str(base), {})
     if found is None:
         raise RequestError(message("there is no such backbone folder", where=str(base), remedy="Give base=folder."))
@@ -147,13 +153,16 @@ def _edits(adapted: Adapted, source: Path, tuned: Path) -> dict[str, Edit]:
     state = {name: tensor for name, tensor in backbone_state(net, ()).items() if name not in adapted.record.unread}
     ours, theirs = _by_memory(net, source), _by_memory(net, tuned)
     trained = {own_name(name) for name in adapted.trained}
-    faults = []
+    tokens = net.config.to_dict().get("vocab_size")
+    faults, resized = [], set[int]()
     for name, tensor in state.items():
         slot = theirs.get(name)
         if slot is None:
             faults.append(f"{name}: missing")
         elif tuple(slot.shape) != tuple(tensor.shape):
             faults.append(f"{name}: shape {tuple(slot.shape)}, the base's {tuple(tensor.shape)}")
+            grown = tensor.shape[:1] == (tokens,) and tuple(slot.shape[1:]) == tuple(tensor.shape[1:])
+            resized.add(slot.shape[0] if grown else 0)
         elif name not in trained and isinstance(slot, Slot) and name in ours and _differ(ours[name], slot):
             faults.append(f"{name}: a running statistic that differs, which no adapter holds")
     used = {slot for found in theirs.values() for slot in _slots(found)}
@@ -168,7 +177,10 @@ def _edits(adapted: Adapted, source: Path, tuned: Path) -> dict[str, Edit]:
                 where=f"{source}, {tuned}",
                 expected="the same names and shapes, the head apart",
                 found=f"{len(faults)} that differ: {'; '.join(faults[:3])}",
-                remedy="Give the checkpoint that the fine-tuning began with.",
+                remedy="Give the checkpoint that the fine-tuning began with."
+                if len(resized) != 1 or 0 in resized
+                else "The vocabulary has another size: give a base with as many rows, "
+                f"model.resize_token_embeddings({resized.pop()}) and save_pretrained(folder).",
             )
         )
     found = {name: theirs[name] for name in state if name in trained}

@@ -137,6 +137,7 @@ def _like(
                     "no adapter of that name brings a head",
                     where=f"head={str(head)!r}",
                     expected=having or "none: no adapter brings one",
+                    remedy="Name one of these." if having else "Leave head out.",
                 )
             )
         return found[0]

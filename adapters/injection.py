@@ -28,7 +28,7 @@ from adapters.anatomy import (
     select,
     tuner_layers,
 )
-from adapters.edits import Edit, MergeLayer, replace_all
+from adapters.edits import Edit, MergeLayer, pattern_matches, replace_all
 from adapters.errors import RequestError, message
 
 if TYPE_CHECKING:
@@ -167,11 +167,6 @@ def _refuse_tied(model: PreTrainedModel, paths: Sequence[str]) -> None:
             )
 
 
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means this module, by peft's own rule."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
 def by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first pattern that means this module."""
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
@@ -228,7 +223,7 @@ def inject(model: nn.Module, config: Any, expected: Collection[str]) -> set[str]
         with _quiet(), deferred.unpacked(), _as_named():
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as fault:
-        raise _refused(config, model, expected, " ".join(str(fault).split())) from fault
+        raise _refused(config, model, expected, " ".join(str(fault).split()).rstrip(".")) from fault
     wrapped = {own_name(f"{path}.").rstrip(".") for path, module in model.named_modules() if is_tuner_layer(module)}
     if wrapped != set(expected):
         odd = sorted(wrapped ^ set(expected))

@@ -91,6 +91,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}{many}"
 
 
+def percent(share: float) -> str:
+    """A share to two digits; 100 in three, where two would be 1e+02."""
+    return f"{100 * share:.{2 if abs(share) < 0.995 else 3}g} %"
+
+
 def _made(made: Mapping[str, Any]) -> list[str]:
     """How an adapter was computed, where it was; a manifest may come from anybody, so nothing is taken for granted."""
     if not made:
@@ -100,10 +105,10 @@ def _made(made: Mapping[str, Any]) -> list[str]:
     if isinstance(weights, list) and len(weights) == len(named):
         named = [f"{source} at {weight}" for source, weight in zip(named, weights, strict=True)]
     of = f" of {', '.join(named)}" if named else ""
-    told = [f"{key} {made[key]}" for key in ("method", "rank", "energy", "density") if key in made]
+    told = [f"{key} {made[key]}" for key in ("method", "rank", "energy", "density", "seed") if key in made]
     error = made.get("error")
     if isinstance(error, int | float):
-        told.append(f"error {100 * error:.2g} %" if error else "exact")
+        told.append(f"error {percent(error)}" if error else "exact")
     return [f"  made      by {made.get('by')}{of}" + (f"; {', '.join(told)}" if told else "")]
 
 

@@ -194,6 +194,16 @@ def _searched(matrix: Tensor, rank: int) -> Fit:
     return Fit(found, float(matrix.double().norm()), float(rest.double().norm()))
 
 
+def unrounded(norm: float, old: float) -> float | None:
+    """The energy of a change that is no rounding of the float32 weight that it was read off; None where that is most.
+
+    Args:
+        norm: Frobenius norm of the change; old: of the weight.
+    """
+    share = 2.0**-23 * old / norm if norm else 1.0
+    return 1 - share**2 if share < 1e-2 else None
+
+
 def rank_of(values: Tensor, longest: int) -> int:
     """How many singular values, in descending order, are no rounding; `longest` is the matrix's longer side."""
     import torch

@@ -24,6 +24,8 @@ RECIPE = "run.yaml"
 RUN_MARK = "# adapters run"  # the first line of the recipe of a run that has not finished
 CARD = "README.md"
 EDITABLE = {MANIFEST, RECIPE, CARD}  # people edit these; the manifest has a digest of its own
+OURS = "Give a folder that adapters.save or `adapters train` wrote."
+PLAIN = "It is plain peft's: `adapters extract FOLDER --base BASE -o OUT` makes one of ours of it."
 PIECE = 4 << 20  # bytes of a tensor at a time, where it stays in its file
 MAX_MANIFEST = 64 << 20  # bytes
 MAX_SETTINGS = 16 << 20  # bytes of any other JSON file but a vocabulary
@@ -54,7 +56,7 @@ def read_manifest(folder: Path, *, packed: bool = False) -> dict[str, Any]:
                 where=str(folder),
                 expected=f"{MANIFEST} in it",
                 found=(", ".join(found) or "an empty folder") if folder.is_dir() else "no such folder",
-                remedy="Give a folder that adapters.save or `adapters train` wrote.",
+                remedy=PLAIN if "adapter_config.json" in found else OURS,
             )
         )
     places.refuse_strays(folder, deep=True)
@@ -120,10 +122,9 @@ def _check_files(folder: Path, document: Mapping[str, Any], left_out: Collection
         if name in left_out:
             continue
         if not file.is_file():
-            remedy = "The adapter is packed: `adapters extract` unpacks it." if (folder / PACKED).is_file() else ""
+            remedy = "It is packed: `adapters extract --as delta` unpacks it." if (folder / PACKED).is_file() else ""
             raise FolderError(message("a file is missing", where=str(file), remedy=remedy))
-        size = file.stat().st_size
-        if size != entry["size"]:
+        if (size := file.stat().st_size) != entry["size"]:
             raise FolderError(
                 message(
                     "a file was truncated or changed",
@@ -376,7 +377,7 @@ def refuse_other_backbone(document: Mapping[str, Any], found: Fingerprint, where
         )
     lines = differences(recorded, found)
     if lines:
-        total = len(document["backbone"]["fingerprint"]["tensors"])
+        total = len({*recorded.tensors, *found.tensors})
         raise BackboneError(
             message(
                 "this is not the backbone that the adapter was trained on",
@@ -397,8 +398,7 @@ def refuse_gone(document: Mapping[str, Any], where: str) -> None:
     Raises:
         RequestError: it was a folder, which is not here.
     """
-    backbone = document["backbone"]
-    name = backbone["name"]
+    backbone, name = document["backbone"], document["backbone"]["name"]
     if not backbone["revision"] and not backbone.get("inside") and not Path(name).expanduser().is_dir():
         raise RequestError(
             message(
@@ -426,7 +426,7 @@ def fetch(folder_or_id: str | Path) -> Path:
         return path
     name = str(folder_or_id)
     if isinstance(folder_or_id, Path) or "/" not in name or places.is_path(name):
-        raise FolderError(message("there is no such adapter folder", where=name))
+        raise FolderError(message("there is no such adapter folder", where=name, remedy=OURS))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

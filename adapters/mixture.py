@@ -17,6 +17,7 @@ from adapters.anatomy import LinearMap, own_name
 from adapters.arithmetic import Fused, Matrix, Method, Term, mean, seeded
 from adapters.changes import Changes, Originals
 from adapters.edits import AddLowRank, AddLowRanks, Blend, Edit, MergeLayer, PutEntries, Replace
+from adapters.errors import RequestError, message
 from adapters.lowrank import Factors, FactorStack, Fit
 from adapters.manifest import WEIGHTS
 
@@ -127,6 +128,33 @@ class Mixture:
             if len(shapes) == len(edits):
                 found[name] = min(shapes[0])
         return found
+
+    def refuse_rank(self, rank: int | None, energy: float | None) -> None:
+        """A rank must fit into one of the matrices at least; smaller ones keep their own.
+
+        Raises:
+            RequestError: it does not, or there is no matrix.
+        """
+        if rank is None and energy is None:
+            return
+        sizes = {path: min(self.maps[path].shape) for path in self.paths()} | self.stacked()
+        if not sizes:
+            raise RequestError(
+                message(
+                    "no linear map was changed, of which a rank could be cut", where="rank, energy", remedy="Give none."
+                )
+            )
+        largest = max(sizes, key=lambda path: sizes[path])
+        if rank is not None and rank > sizes[largest]:
+            raise RequestError(
+                message(
+                    "a rank above the matrix",
+                    where="rank",
+                    expected=f"at most {sizes[largest]}, the rank of {largest}",
+                    found=rank,
+                    remedy="Give a lower rank, or an energy, which finds one for each matrix.",
+                )
+            )
 
     def _path(self, name: str) -> str | None:
         path = name.removesuffix(WEIGHT)
@@ -308,9 +336,7 @@ class Mixture:
 
     def _rounded(self, name: str, delta: Tensor) -> float | None:
         """The energy of a delta that is no rounding of the float32 weight that it was read off."""
-        norm = float(delta.double().norm())
-        share = 2.0**-23 * float(self._old(name).double().norm()) / norm if norm else 1.0
-        return 1 - share**2 if share < 1e-2 else None
+        return lowrank.unrounded(float(delta.double().norm()), float(self._old(name).double().norm()))
 
     def _one(self, name: str, number: int, edit: Edit) -> Tensor:
         """What one adapter adds to a tensor."""

@@ -1,10 +1,14 @@
-"""Which backbone a live model is: its fingerprint, of its checkpoint where that is at hand, else of its memory."""
+"""Which backbone a live model is: its fingerprint, of its checkpoint where that is at hand, else of its memory.
+
+And, before anything is opened, whether one can be the backbone of an adapter at all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapters import fingerprint as prints
 from adapters.errors import BackboneError, FolderError, message
@@ -14,6 +18,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapters.fingerprint import Fingerprint
+
+
+def refuse_kind(recorded: Mapping[str, Any], config: Mapping[str, Any], where: str, place: str) -> None:
+    """Refuse a backbone of another architecture, before a strategy looks for its modules in there.
+
+    Args:
+        recorded: what the adapter's manifest says of its backbone.
+        config: of the backbone at hand; empty where that is not known yet.
+        where: the adapter; place: the backbone at hand.
+
+    Raises:
+        BackboneError: it is another model type than the recorded class is of.
+    """
+    import transformers
+
+    kind: Any = getattr(transformers, str(recorded["model_class"]), None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    wanted = cast("Any", kind).config_class.model_type if known else None
+    found = config.get("model_type")
+    if wanted and found and wanted != found:
+        raise BackboneError(
+            message(
+                "this is not the backbone that the adapter was trained on",
+                where=where,
+                expected=f"{recorded['name'] or 'a model'}, of type {wanted}",
+                found=f"{place}, of type {found}",
+                remedy="Give the right backbone.",
+            )
+        )
 
 
 def identify(

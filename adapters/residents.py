@@ -171,6 +171,7 @@ class Residents:
                     where=f"{resident.name}: {resident.folder}",
                     expected=f"at most {self.limit} bytes, as memory says",
                     found=f"{resident.nbytes}",
+                    remedy="Give more memory, or None for no bound.",
                 )
             )
         held = resident.held or {}

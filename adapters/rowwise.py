@@ -86,7 +86,13 @@ def answers(
     names = [adapter] * len(given) if isinstance(adapter, str) else list(adapter)
     if len(names) != len(given):
         raise RequestError(
-            message("not one adapter a row", where="adapter", expected=f"{len(given)} names", found=f"{len(names)}")
+            message(
+                "not one adapter a row",
+                where="adapter",
+                expected=f"{len(given)} names",
+                found=f"{len(names)}",
+                remedy="Give a name for each row, or one name for all.",
+            )
         )
     whose = [residents[name] for name in names]
     items: list[Item] = []

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, final
 from adapters import changes, rowwise
 from adapters.backbones import live_model
 from adapters.contracts import Adapted, Record
-from adapters.errors import BackboneError, RequestError, SpentError, message
+from adapters.errors import BackboneError, RequestError, SpentError, message, nearest
 from adapters.fidelity import synthetic
 from adapters.modes import evaluating
 from adapters.predict import BATCH
 from adapters.residents import Resident, Residents
-from adapters.storage import LEVELS, fill_record, refuse_merged, strategy_of
+from adapters.storage import LEVELS, fill_record, refuse_other, strategy_of
 from adapters.trunks import Trunk, key_of, opened
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Shared:
         verify: str = "strict",
     ) -> None:
         if verify not in LEVELS:
-            raise RequestError(message(f"unknown verify {verify!r}", where="verify", expected=", ".join(LEVELS)))
+            raise RequestError(message(f"unknown verify {verify!r}", where="verify", remedy=nearest(verify, LEVELS)))
         self._base = _base_of(backbone)
         self._load, self._verify = dict(load or {}), verify
         self._trunks: dict[tuple[Any, ...], Trunk] = {}
@@ -100,7 +100,7 @@ class Shared:
         self._residents.refuse(name)
         found = changes.read(folder)
         if self._verify != "off":
-            refuse_merged(found.document, self._base, self._load)
+            refuse_other(found.document, self._base, self._load, str(found.folder))
         key = key_of(found.document, str(found.folder))
         trunk, processor = self._trunks.get(key), None
         if trunk is None:

@@ -35,6 +35,7 @@ from adapters.manifest import (
 )
 from adapters.manifest import refuse_foreign as refuse_foreign
 from adapters.options import make
+from adapters.recognition import refuse_kind
 from adapters.vocabulary import of_manifest
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def load(
     if model is None:
         refuse_gone(document, str(folder))
     if verify != "off":
-        refuse_merged(document, base, options)
+        refuse_other(document, base, options, str(folder))
 
     accept = acceptance(document, str(folder), tensors, saved_strategy, vocabulary, verified=verify != "off")
     from adapters.fingerprint import Fingerprint
@@ -246,18 +247,20 @@ def load(
     return adapted
 
 
-def refuse_merged(document: Mapping[str, Any], base: Any, options: Mapping[str, Any]) -> None:
-    """Refuse a backbone, live or a name, that the adapter was merged into already.
+def refuse_other(document: Mapping[str, Any], base: Any, options: Mapping[str, Any], where: str) -> None:
+    """Refuse a backbone, live or a name, of another architecture, or that the adapter was merged into already.
 
     Args:
-        document: the adapter's manifest.
+        document: the adapter's manifest; where: its folder.
         base: the backbone; options: with which it will be loaded.
 
     Raises:
         BackboneError: its config says so.
     """
     place = type(base).__name__ if live_model(base) else str(base)
-    marks.refuse_marked(document, (document["digest"],), config_at_hand(base, options), place)
+    config = config_at_hand(base, options)
+    refuse_kind(document["backbone"], config, where, place)
+    marks.refuse_marked(document, (document["digest"],), config, place)
 
 
 def acceptance(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from adapters import shards
-from adapters.errors import BackboneError, FolderError, RequestError, message
+from adapters.errors import BackboneError, FolderError, RequestError, message, nearest
 from adapters.shards import Slot
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plan(
     saved_as: Mapping[str, str] = backbone["saved_as"]
     known = set(backbone["fingerprint"]["tensors"])
     if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise RequestError(message(f"unknown dtype {dtype!r}", where="dtype", expected=", ".join(WEIGHT_DTYPES)))
+        raise RequestError(message(f"unknown dtype {dtype!r}", where="dtype", remedy=nearest(dtype, WEIGHT_DTYPES)))
     edits = dict(edits) if original else _on_packed(backbone, edits)
     pending = {names.get(name, name): edit for name, edit in edits.items()}
     head = {names.get(name, name) for name in document["head"]}

@@ -208,6 +208,44 @@ def test_each_method_works_on_what_each_strategy_did(
         torch.testing.assert_close(plain.state_dict()[name], expected, atol=2e-6, rtol=1e-5)
 
 
+EVERY = sorted({*adapters.STRATEGIES, "lora_bias", "patterns"} - {"peft"})  # lora_bias is the row of peft
+LAW = {"boft": {"boft_block_size": 4}, "loha": {"r": 2}, "lokr": {"r": 2}, "hra": {"r": 2}, "pissa": {"r": 3}}
+
+
+@pytest.mark.parametrize("strategy", EVERY)
+def test_every_method_over_every_strategy(make: Make, tmp_path: Path, strategy: str) -> None:
+    """One at weight 1 is itself; two are what the method makes, in float64, of what a merge of each alone changes."""
+    if strategy == "qlora":
+        pytest.importorskip("bitsandbytes")
+    one = make("bert", strategy, **LAW.get(strategy, {}))
+    two = make("bert", "qlora" if strategy == "qlora" else "rslora", 2)
+    parts = [changes.read(folder) for folder in (one, two)]
+    bases = [changes.originals(part) for part in parts]
+    for name, method in METHODS.items():
+        density = {} if method.thins is None else {"density": 1.0}
+        if not method.cuts and not method.single:
+            adapters.combine({one: 1.0}, tmp_path / "same", method=name, **density)
+            file = manifest.WEIGHTS
+            assert (one / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
+        weights = [-0.7] if method.single else [0.7, 0.4]
+        asked = [(one, 0.7)] if method.single else [(one, 0.7), (two, 0.4)]
+        options: dict[str, Any] = {"rank": 32} if method.cuts else {}  # as wide as the matrices: nothing is cut
+        adapters.combine(asked, tmp_path / "out", method=name, head=one, seed=5, **options)
+        found = changes.read(tmp_path / "out")
+        base = changes.originals(found)
+        for tensor in {tensor for part in parts[: len(asked)] for tensor in part.inside}:
+            terms = []
+            for part, own, weight in zip(parts, bases, weights, strict=False):
+                if tensor in part.inside:
+                    seed = arithmetic.seeded(5, part.document["files"][manifest.WEIGHTS]["sha256"], tensor)
+                    terms.append(Term(weight, own.delta(tensor, part.inside[tensor]).double(), seed))
+            kept = method.density
+            expected = method(terms, kept, sum(map(abs, weights)))
+            made = found.inside.get(tensor)
+            delta = base.delta(tensor, made).double() if made is not None else torch.zeros_like(expected)
+            assert torch.allclose(delta, expected, atol=3e-6, rtol=1e-4), f"{name}, {tensor}"
+
+
 def test_low_rank_updates_stay_factors_side_by_side(make: Make, tmp_path: Path) -> None:
     one, two = make("bert", "rslora"), make("bert", "patterns", 2)
     report = adapters.combine({one: 0.5, two: 2.0}, tmp_path / "out", head=two)
@@ -678,17 +716,17 @@ def test_weights_are_found_on_rows(make: Make, tmp_path: Path, second: str, size
     ("options", "said"),
     [
         ({"method": "teis"}, "unknown method 'teis'.*Did you mean 'ties'"),
-        ({"rank": 33}, "a rank above the matrix.*at most 32.*found 33"),
+        ({"rank": 33}, "a rank above the matrix.*at most 32.*found 33.*Give a lower rank"),
         ({"rank": 0}, "a wrong rank"),
         ({"energy": 1.5}, "a wrong energy"),
         ({"rank": 2, "energy": 0.5}, "exclude each other"),
         ({"method": "svd"}, "svd needs a rank or an energy"),
-        ({"method": "negate"}, "negate takes one adapter.*found 2"),
-        ({"density": 0.5}, "a density that nothing asks for.*ties, dare, della"),
+        ({"method": "negate"}, "negate takes one adapter.*found 2.*negative weights"),
+        ({"density": 0.5}, "a density that nothing asks for.*ties, dare, della.*Leave density out"),
         ({"method": "dare", "density": 0.0}, "a wrong density.*above 0, up to 1"),
         ({"scale": 0}, "a wrong scale"),
         ({"scale": math.inf}, "a wrong scale"),
-        ({"merged": True, "rank": 2}, "a merge is exact"),
+        ({"merged": True, "rank": 2}, "a merge is exact.*Leave rank and energy out"),
         ({"dtype": "bfloat16"}, "a dtype is a merged model's"),
         ({"rows": ["a parcel"]}, r"logits of a merged model are compared \(rows\).*Say merged"),
         ({"check_logits": False}, r"logits of a merged model are compared \(check_logits\)"),
@@ -730,6 +768,8 @@ def test_different_backbones_are_refused(make: Make, tmp_path: Path) -> None:
         adapters.combine({one: 0.5, two: 0.5}, tmp_path / "out", head=one)
     with pytest.raises(adapters.BackboneError, match="not the backbone that the adapter was trained on"):
         adapters.combine({make("bert", "dora"): 0.5}, tmp_path / "out", base=tmp_path / "base")
+    with pytest.raises(adapters.BackboneError, match="not the backbone that the adapter was trained on"):
+        adapters.combine({one: 0.5}, tmp_path / "out", base=tmp_path / "base")  # a sum of factors reads no value of it
     assert not (tmp_path / "out").exists()
 
 
@@ -857,7 +897,7 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     command(f"{one}:0.6", f"{two}:0.4", "--method", "svd", "--rank", 4, "--head", one, "-o", tmp_path / "out")
     said = capsys.readouterr().out
     assert f"combined  {tmp_path / 'out'}: {one} at 0.6, {two} at 0.4" in said
-    assert "method    svd" in said
+    assert "method    svd\n" in said
     assert "holds     18 linear maps of rank 4, 2 whole tensors (lora)" in said
     assert "% of the change is left out, most in bert.encoder" in said
     assert f"next      adapters evaluate {tmp_path / 'out'} --data ROWS" in said
@@ -877,6 +917,11 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert said.count("tried ") == 3
     assert said.count(" *\n") == 1
     assert "18 of them are linear maps whose change is dense; --rank N" in said
+    command(f"{one}:0.6", f"{two}:0.4", "--head", one.name, "--method", "dare", "--seed", 7, "-o", tmp_path / "out")
+    assert "method    dare, density 0.5, seed 7\n" in capsys.readouterr().out
+    assert "method dare, density 0.5, seed 7" in "\n".join(lines(describe(tmp_path / "out")))
+    command(one, "--method", "ties", "--scale", 2, "-o", tmp_path / "out")
+    assert "method    ties, density 0.2, scale 2\n" in capsys.readouterr().out
     parts = tmp_path / "parts"
     parts.mkdir()
     for part in ("train", "test"):

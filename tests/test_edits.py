@@ -176,6 +176,18 @@ def test_one_layer_merges_as_peft_merges_it(name: str, kind: str) -> None:
     assert float((answers - adapted).abs().max()) <= 1e-4 * float(adapted.abs().max())
 
 
+def test_patterns_for_other_modules_are_left_out_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    """peft says of each layer that a pattern for another one was ignored."""
+    _, config, tensors, old = injected("rank pattern", "Linear")
+    config.rank_pattern = {**config.rank_pattern, "query": 3}
+    config.alpha_pattern = {"key|value": 5.0, **config.alpha_pattern}
+    recwarn.clear()
+    merged = edit_of(config, tensors, old, "weight", "Linear")(old["weight"])
+    assert not [str(found.message) for found in recwarn if "pattern" in str(found.message)]
+    plain = injected("rank pattern", "Linear")[1]
+    assert torch.equal(merged, edit_of(plain, tensors, old, "weight", "Linear")(old["weight"]))
+
+
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 @pytest.mark.parametrize("name", ["lora", "rslora"])
 def test_the_fast_form_of_lora_equals_pefts_merge(name: str, kind: str) -> None:

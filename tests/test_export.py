@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from warm_host import Warm
 
 import adapters
-from adapters import changes, factorfiles, gguffile, lint, lowrank, readback, served, shards
+from adapters import changes, exactness, factorfiles, gguffile, lint, lowrank, readback, served, shards
 from adapters.export import TARGETS, findings
 from adapters.readers import NOTED, REFUSED, REWRITTEN, ExportOptions
 
@@ -446,7 +446,26 @@ def test_another_backbone_is_refused(place: Path, tmp_path: Path) -> None:
     for target in ("peft", "vllm", "llama.cpp"):
         with pytest.raises(adapters.BackboneError):
             adapters.export(plain, tmp_path / "out", to=target, base=other, check=False)
+    bert = tiny.folder("bert", tmp_path / "bert")
+    for target in ("peft", "vllm", "tgi", "llama.cpp", "transformers"):
+        with pytest.raises(adapters.BackboneError, match=r"of type llama; found .*of type bert|base lacks tensors"):
+            adapters.export(plain, tmp_path / "out", to=target, base=bert, check=False)
+    with pytest.raises(adapters.BackboneError, match="of type llama; found"):
+        findings(plain, to="vllm", base=bert)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_merge_rounds_may_be_accepted(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal says `--accept`, so the export takes it."""
+    folder, _ = made(place, "llama", "lora")
+    monkeypatch.setattr(exactness, "BOUNDS", {kind: 1e-4 * bound for kind, bound in exactness.BOUNDS.items()})
+    options: dict[str, Any] = {"to": "transformers", "dtype": "bfloat16"}
+    with pytest.raises(adapters.NumbersError, match=r"go on with accept=True \(--accept\)"):
+        adapters.export(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    report = adapters.export(folder, tmp_path / "out", accept=True, **options)
+    assert report.compared
+    assert (report.max_difference or 0) > 0
 
 
 @pytest.mark.parametrize(("target", "writer"), [("vllm", "save_tensors"), ("llama.cpp", "flush"), ("peft", "copy")])

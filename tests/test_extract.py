@@ -223,6 +223,15 @@ def test_a_fine_tuned_checkpoint_is_extracted_whole(tmp_path: Path, kind: str, f
         assert adapters.merge_on_disk(tmp_path / "out", tmp_path / "merged", check_logits=False).created >= 2
 
 
+def test_a_merged_lora_adapter_comes_out_at_its_own_rank(tmp_path: Path) -> None:
+    """What the merge rounded in float32 is no direction of the change."""
+    adapted, folder = adapter(tmp_path, "bert", "lora", r=3)
+    adapters.merge_on_disk(folder, tmp_path / "tuned", check_logits=False)
+    report = extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
+    assert report.ranks == (3, 3)
+    assert apart(adapters.load(tmp_path / "out").model, adapted.model) < 1e-5
+
+
 def test_another_dtype_that_only_rounded_a_tensor_did_not_change_it(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -503,7 +512,7 @@ def test_a_packed_folder_says_what_it_is_and_refuses_another_base_or_a_flipped_b
     _, folder = adapter(tmp_path, "bert", "full")
     packed = tmp_path / "packed"
     extracted(folder, packed, form="packed")
-    with pytest.raises(adapters.FolderError, match="`adapters extract` unpacks it"):
+    with pytest.raises(adapters.FolderError, match="`adapters extract --as delta` unpacks it"):
         adapters.load(packed)
     tiny.folder("bert", tmp_path / "other", seed=7)
     with pytest.raises(adapters.BackboneError, match="not the backbone"):
@@ -579,7 +588,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"rank": 2, "energy": 0.5}, "exclude each other"),
         ({"rank": 33}, r"above that of a matrix \(rank: bert\.encoder\.layer\.0.*at most 32; found 33"),
         ({"form": "svd"}, r"unknown form 'svd'.*Known: delta, lora, packed"),
-        ({"form": "delta", "rank": 2}, "Leave rank out, or take form 'lora'"),
+        ({"form": "delta", "rank": 2}, r"Leave rank out, or take form='lora' \(--as lora\)"),
         ({"form": "packed", "only_factors": True}, "Leave only_factors out"),
         ({"rows": [object()]}, "no plain values"),
         ({"base": "nowhere"}, "no such backbone folder"),
@@ -637,6 +646,21 @@ def test_checkpoints_that_are_no_pair(tmp_path: Path) -> None:
         with pytest.raises(kind, match=said):
             extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / base if base else None)
         assert not (tmp_path / "out").exists()
+
+
+def test_another_size_of_the_vocabulary_says_how_to_go_on(tmp_path: Path) -> None:
+    checkpoints(tmp_path, "llama")
+    from transformers import AutoModelForCausalLM
+
+    for name in ("base", "tuned"):
+        net = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        net.resize_token_embeddings(70, mean_resizing=False)
+        net.save_pretrained(tmp_path / f"{name}-70")
+    tiny.tokenizer().save_pretrained(tmp_path / "base-70")
+    said = r"embed_tokens.*\(70, 32\).*\(64, 32\).*vocabulary has another size.*resize_token_embeddings\(70\)"
+    with pytest.raises(adapters.BackboneError, match=said):
+        extracted(tmp_path / "tuned-70", tmp_path / "out", base=tmp_path / "base")
+    assert extracted(tmp_path / "tuned-70", tmp_path / "out", base=tmp_path / "base-70").factors > 20
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
@@ -715,6 +739,19 @@ def test_a_full_disk_leaves_nothing_half_way(
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_full_disk_is_said_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two checkpoints pass by a folder that nobody has heard of."""
+    checkpoints(tmp_path, "bert")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(adapters.DiskError, match=rf"cannot be written \({tmp_path / 'out'}\); found No space left"):
+        extracted(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base")
+    assert names(tmp_path) == ["base", "tuned"]
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -746,10 +783,13 @@ def test_the_command_takes_adapters_and_pairs_of_checkpoints(tmp_path: Path, mon
     assert set(asked[0][0]) == {"text"}
     done = run(tuned, "--base", base, "-o", tmp_path / "packed", "--as", "packed", "--json")
     assert json.loads(done.stdout)["form"] == "packed"
+    done = run(tuned, "--base", base, "-o", tmp_path / "packed", "--as", "packed")
+    assert f"next      adapters extract {tmp_path / 'packed'} --as delta -o FOLDER" in done.stdout
     done = run(tmp_path / "packed", "-o", tmp_path / "delta", "--as", "delta")
     assert "not compared: every byte is the one that was packed" in done.stdout
     done = run(out, "-o", tmp_path / "less", "--energy", 0.5, "--only-factors")
     assert "22 as factors" in done.stdout  # half of two rows of token types is one direction
     assert "33 left out" in done.stdout
+    assert ", 100 %" in done.stdout  # of a tensor that was left out, not 1e+02
     with pytest.raises(adapters.RequestError, match="too many folders"):
         raise run(base, tuned, "-o", out, "--base", base).exception

@@ -16,6 +16,7 @@ FLOORS = {
     "updates": 9,
     "lint": 9,
     "peftfolder": 10,
+    "peftmerge": 6,
     "readback": 10,
     "factorfiles": 11,
     "export": 12,

@@ -360,6 +360,21 @@ def test_law_11_plain_peft_opens_our_folder(cell: str, kind: str, trained: Any, 
     assert torch.equal(tiny.logits(theirs), made.logits)
 
 
+@pytest.mark.parametrize("options", [{}, {"r": 4, "oft_block_size": 0}])
+def test_law_11_an_oft_adapter_whose_block_size_is_the_default_says_it(options: dict[str, int], tmp_path: Path) -> None:
+    """peft refuses an OFT config without it: "OFT has been updated since PEFT 0.14.0 ..."."""
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    base = tiny.folder("bert", tmp_path / "base")
+    made = adapters.adapt(base, "oft", labels=list(tiny.LABELS), target_modules=["query", "value"], **options)
+    tiny.shake(made)
+    folder = adapters.save(made, tmp_path / "adapter")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    assert torch.equal(tiny.logits(peft.PeftModel.from_pretrained(plain, str(folder))), tiny.logits(made.model))
+    assert torch.equal(tiny.logits(adapters.load(folder).model), tiny.logits(made.model))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_law_11_our_load_opens_pefts_folder(kind: str, tmp_path: Path) -> None:
     import peft

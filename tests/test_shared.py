@@ -568,6 +568,13 @@ def test_another_backbone_is_refused(trio: tuple[adapters.Shared, Made], tmp_pat
         shared.load(tmp_path / "foreign")
     with pytest.raises(adapters.BackboneError, match="not the backbone that the adapter was trained on"):
         adapters.Shared(trio[1].base).load(tmp_path / "foreign")
+    tiny.folder("llama", tmp_path / "llama", auto="AutoModelForCausalLM")
+    adapted = adapters.adapt(str(tmp_path / "llama"), "lora", task="causal-lm")
+    adapters.save(adapted, tmp_path / "chat")
+    with pytest.raises(adapters.BackboneError, match=r"not the backbone.*chat.*of type llama; found .*of type bert"):
+        shared.load(tmp_path / "chat")
+    with pytest.raises(adapters.BackboneError, match=r"not the backbone.*of type llama; found .*base, of type bert"):
+        adapters.load(tmp_path / "chat", str(tmp_path / "base"))
     assert shared.names == ("bitfit", "freeze", "lora")
 
 

@@ -10,6 +10,7 @@ import typer
 
 from adapters.console import Columns, Json, out, renamed, say
 from adapters.errors import RequestError, message
+from adapters.inspection import percent
 from adapters.progress import Job
 
 ROUNDING = 1e-5  # what float32 leaves out of a change that is read off a weight
@@ -44,6 +45,7 @@ def combine(
     """Make one adapter of several, or a merged model, by what each did to the backbone's tensors."""
     pairs = [parted(entry) for entry in adapters]
     with Job("importing torch"):
+        from adapters.arithmetic import METHODS
         from adapters.combine import combine as combined
         from adapters.portions import held_out
 
@@ -80,7 +82,10 @@ def combine(
         print(f"tried     {weights}   {value}{loss}{marked}")
     named = ", ".join(f"{folder} at {weight:g}" for folder, weight in zip(report.parts, report.weights, strict=True))
     print(f"combined  {report.output}: {named}")
-    print(f"method    {report.method}{f', scale {scale:g}' if scale != 1 else ''}")
+    how = METHODS[report.method]
+    kept = f", density {how.density if density is None else density:g}" if how.thins is not None else ""
+    drawn = f", seed {seed}" if how.draws else ""
+    print(f"method    {report.method}{kept}{drawn}{f', scale {scale:g}' if scale != 1 else ''}")
     if report.head:
         print(f"head      of {report.head}")
     if report.form == "merged":
@@ -93,10 +98,10 @@ def combine(
     if report.dense:
         print(f"          {report.dense} of them are linear maps whose change is dense; --rank N cuts it to factors")
     if 0 < report.error < ROUNDING:
-        print(f"error     none but rounding: {_share(report.error)} of the change")
+        print(f"error     none but rounding: {percent(report.error)} of the change")
     elif report.error:
-        print(f"error     {_share(report.error)} of the change is left out, most in {report.worst}:", end=" ")
-        print(_share(report.worst_error))
+        print(f"error     {percent(report.error)} of the change is left out, most in {report.worst}:", end=" ")
+        print(percent(report.worst_error))
     else:
         print("error     none: it is exact")
     print(f"next      adapters evaluate {Path(report.output).as_posix()} --data ROWS")
@@ -152,7 +157,3 @@ def _answers(report: Any) -> str:
         return f"answers   not compared: {report.skipped}"
     said = "; above the bound, which was accepted" if report.accepted else ""
     return f"answers   agree on {100 * report.agreement:.0f} %, logits within {report.max_difference:.1e}{said}"
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:.2g} %"

@@ -9,6 +9,7 @@ import typer
 
 from adapters.console import Columns, Folder, Json, out, renamed, say
 from adapters.errors import RequestError, message
+from adapters.inspection import percent
 from adapters.progress import Job
 
 
@@ -61,7 +62,7 @@ def export(
         print(f"{finding.done:10}{finding.what} ({finding.where}): {finding.why}")
     print(f"written   {report.output} for {report.target}: {report.bytes / 1e6:.2f} MB")
     if report.rank:
-        lost = f", {100 * report.weight_error:.3g} % of the changes' norm cut" if report.weight_error else ""
+        lost = f", {percent(report.weight_error)} of the changes' norm cut" if report.weight_error else ""
         print(f"rank      {report.rank}{lost}")
     if report.compared and report.agreement is not None:
         print(f"answers   agree on {100 * report.agreement:.1f} %, logits within {report.max_difference:.1e}")

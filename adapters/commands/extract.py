@@ -9,6 +9,7 @@ import typer
 
 from adapters.console import Columns, Json, out, renamed, say
 from adapters.errors import RequestError, message
+from adapters.inspection import percent
 from adapters.progress import Job
 
 ROWS = 64  # rows of a file on which logits are compared
@@ -61,7 +62,7 @@ def extract(
     print(f"written   {report.output}: {size} of weights; the source has {before}")
     if any(parts):
         print(f"tensors   {', '.join(filter(None, parts))}; strategy {report.strategy}")
-        print(f"error     {100 * report.error:.2g} % of the change{_worst(report.worst)}")
+        print(f"error     {percent(report.error)} of the change{_worst(report.worst)}")
     for note in report.notes:
         print(f"note      {note}")
     if report.logits_checked and report.agreement is not None:
@@ -69,10 +70,12 @@ def extract(
         print(f"answers   agree on {agree:.0f} %, logits within {apart}")
     else:
         print(f"answers   not compared: {report.skipped}")
-    if form != "packed":
+    if form == "packed":
+        print(f"next      adapters extract {shlex.quote(output)} --as delta -o FOLDER")
+    else:
         print(f"next      adapters inspect {shlex.quote(output)}")
 
 
 def _worst(worst: Any) -> str:
     name, share = next(iter(worst.items()), ("", 0.0))
-    return f"; most in {name}, {100 * share:.2g} %" if name else ""
+    return f"; most in {name}, {percent(share)}" if name else ""

@@ -27,7 +27,9 @@ def inspect(
 
     if not changes:
         if base or picture:
-            raise RequestError(message("--base and --picture are for --changes", where="inspect"))
+            raise RequestError(
+                message("--base and --picture are for --changes", where="inspect", remedy="Say --changes.")
+            )
         facts = describe(fetch(folder))
         if as_json:
             out(facts)

@@ -217,8 +217,11 @@ class Peft:
         strip(model)
 
     def sidecars(self) -> dict[str, dict[str, Any]]:
-        """The adapter_config.json that peft reads; OFT's reader asks for the version that wrote it."""
+        """The adapter_config.json that peft reads; OFT's reader asks for the version that wrote it, and for the size of
+        its blocks, whose default is another one than it once was."""
+        oft = self.config["peft_type"] == "OFT"
         options = {
+            **({"oft_block_size": self._object().oft_block_size} if oft else {}),
             **self.config,
             "task_type": None,
             "inference_mode": True,
