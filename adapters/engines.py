@@ -191,7 +191,6 @@ class Share:
         wire: bytes that it sends in an optimizer step.
         units: that are gathered, bottom to top.
         waiting: bytes of gradients that stay whole from batch to batch.
-        stepped: bytes of a copy of what trains, which is what the optimizer steps.
     """
 
     engine: str
@@ -205,7 +204,6 @@ class Share:
     wire: int
     units: tuple[Unit, ...] = ()
     waiting: int = 0
-    stepped: int = 0
 
     @property
     def weights(self) -> int:
@@ -257,13 +255,13 @@ def replicated(weights: int, gradients: int, processes: int) -> Share:
 
 
 def stepping(weights: int, gradients: int, processes: int) -> Share:
-    """DeepSpeed's ZeRO: all is whole in each process but the optimizer, and a copy of what trains, in float32 as it is.
+    """DeepSpeed's ZeRO: all is whole in each process but the optimizer.
 
     The gradients go around the ring as under DDP; then each process is sent the parts that the others have stepped.
     They are laid out and summed up in two buffers.
     """
-    wire, part = 3 * gradients * (processes - 1) // processes, -(-gradients // processes)
-    return Share(ZERO, processes, weights, 1.0, 1 / processes, 0, 2 * min(gradients, BUCKET), 0, wire, stepped=part)
+    wire = 3 * gradients * (processes - 1) // processes
+    return Share(ZERO, processes, weights, 1.0, 1 / processes, 0, 2 * min(gradients, BUCKET), 0, wire)
 
 
 def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: int = 1, passes: int = 1) -> Share:

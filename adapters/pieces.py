@@ -193,7 +193,8 @@ def _piece(parameter: Any, flat: Tensor) -> Piece:
         return Piece(parameter, parameter.data, None, slice(0), slice(0))
     ends = (mapping.hp_fragment_address, mapping.lp_fragment_address)
     mine, entries = (slice(int(end.start), int(end.start + end.numel)) for end in ends)
-    return Piece(parameter, parameter.data, nn.Parameter(flat.detach()[mine]), mine, entries)
+    mapping.hp_fragment = flat.detach()[mine]  # in the place of a copy's, which nothing keeps alive from here on
+    return Piece(parameter, parameter.data, nn.Parameter(mapping.hp_fragment), mine, entries)
 
 
 def _together(piece: Piece, held: Tensor | None) -> Tensor:

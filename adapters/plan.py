@@ -295,7 +295,7 @@ class _Counts:
 def _shared(whole: Line, counts: _Counts, share: Share, where: Device) -> Line:
     """The line of one process among those that share the work."""
     run, part = counts.run, share.divided
-    optimizer, copies = round(share.optimizer * run.optimizer), round(part * run.copies) + share.stepped
+    optimizer, copies = round(share.optimizer * run.optimizer), round(part * run.copies)
     gradients = round(part * run.gradients)
     rest = share.weights + copies + optimizer + run.cast
 

@@ -97,7 +97,7 @@ def refuse(adapted: Adapted, args: TrainingArguments, precision: str) -> None:
     if half:
         faults.append(
             message(
-                "DeepSpeed steps copies in float32 of what trains, which no checkpoint here would hold",
+                "DeepSpeed lays out the gradients of all that trains in one dtype, float32",
                 where="args: deepspeed",
                 expected="trained tensors in float32",
                 found=f"{len(half)} of {len(trained)} in another dtype, {own_name(half[0])} first",

@@ -144,7 +144,7 @@ def test_a_fault_in_one_process_stops_all_and_what_would_be_another_run_is_refus
         "numbers": ("NumbersError", "not finite"),
         "gradient": ("NumbersError", "gradients are not finite"),
         "loss": ("NumbersError", "first in classifier"),
-        "half": ("RequestError", "copies in float32"),
+        "half": ("RequestError", "in one dtype, float32"),
         "cast": ("RequestError", "the whole model into that dtype"),
         "tokens": ("RequestError", "added tokens"),
         "joins": ("RequestError", "nothing that joins later"),
