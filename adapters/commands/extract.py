@@ -18,7 +18,9 @@ ROWS = 64  # rows of a file on which logits are compared
 def extract(
     folders: Annotated[
         list[str],
-        typer.Argument(help="An adapter, or a fine-tuned checkpoint; BASE TUNED is the same as TUNED --base BASE."),
+        typer.Argument(
+            help="An adapter, ours or plain peft's, or a fine-tuned checkpoint; BASE TUNED is TUNED --base BASE."
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="The adapter folder to write.")],
     rank: Annotated[int | None, typer.Option(help="Of every matrix; left out: nothing is lost.")] = None,
