@@ -22,6 +22,7 @@ EQUAL: Mapping[str, Any] = {
     "per_device_train_batch_size": 8,
     "warmup_steps": 0.06,
     "weight_decay": 0.01,
+    "adam_beta2": 0.999,  # LoRA's own default is another
     "save_strategy": "no",
     "logging_steps": 20,
 }

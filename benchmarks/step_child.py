@@ -90,6 +90,7 @@ def trainers(run: Run, folder: Path) -> tuple[Any, Any]:
         "per_device_train_batch_size": 8,
         "warmup_steps": 0.06,
         "weight_decay": 0.01,
+        "adam_beta2": 0.999,  # LoRA's own default is another
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -166,6 +166,7 @@ def settings(run: Run, folder: Path) -> dict[str, Any]:
         "per_device_eval_batch_size": 32,
         "warmup_steps": 0.06,  # below 1: a share of all steps
         "weight_decay": 0.01,
+        "adam_beta2": 0.999,  # LoRA's own default is another
         "seed": run.seed,
         "save_strategy": "no",
         "disable_tqdm": True,

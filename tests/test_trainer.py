@@ -64,7 +64,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_field_at_transformers_default_is_not_set(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=5e-5, weight_decay=0.2, report_to="none")
     trainer = adapters.Trainer(adapted_on(), arguments, tiny.rows(12), tiny.rows(6, seed=1))
-    assert trainer.args.learning_rate > 1e-3  # the strategy's, by width
+    assert trainer.args.learning_rate == 4e-4  # the strategy's, by width
+    assert trainer.args.adam_beta2 == 0.95  # the strategy's, too
     assert trainer.args.weight_decay == 0.2
     assert trainer.args.eval_strategy == "epoch"
 
@@ -98,8 +99,45 @@ def test_one_process_takes_one_gpu_whatever_the_machine_has(tmp_path: Path, monk
 def test_lora_learns_slower_the_wider_the_model() -> None:
     from adapters.strategies.lora import learning_rate
 
-    rates = [learning_rate(tiny.model("bert", hidden_size=size, num_hidden_layers=1)) for size in (32, 768, 4096)]
-    assert rates == pytest.approx([1.17e-3, 1.17e-3, 3.2e-4], rel=0.01)
+    widths = (32, 768, 2048, 4096, 8192)
+    rates = [learning_rate(tiny.model("bert", hidden_size=size, num_hidden_layers=1)) for size in widths]
+    assert rates == sorted(rates, reverse=True)
+    assert rates == pytest.approx([4e-4, 4e-4, 4e-4, 3.2e-4, 1.9e-4], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "given", "betas"),
+    [
+        ("lora", {}, (0.9, 0.95)),
+        ("dora", {}, (0.9, 0.95)),
+        ("lora", {"adam_beta2": 0.999}, (0.9, 0.999)),
+        ("lora", {"adam_beta1": 0.8}, (0.8, 0.95)),
+        ("freeze", {}, (0.9, 0.999)),
+    ],
+)
+def test_adam_forgets_large_gradients_sooner_where_factors_train(
+    strategy: str, given: dict[str, float], betas: tuple[float, float], tmp_path: Path
+) -> None:
+    trainer = trainer_for(tmp_path, adapted_on(strategy=strategy), args=given)
+    optimizer = trainer.create_optimizer()
+    assert {group["betas"] for group in optimizer.param_groups} == {betas}
+
+
+@pytest.mark.parametrize(("beta2", "slow"), [(None, False), (0.999, True)])
+def test_lora_goes_on_after_one_large_gradient(beta2: float | None, slow: bool, tmp_path: Path) -> None:
+    """A hundred steps later a step is again of nearly the size that it had; Adam's usual memory keeps it small."""
+    trainer = trainer_for(tmp_path, args={} if beta2 is None else {"adam_beta2": beta2})
+    betas = (trainer.args.adam_beta1, trainer.args.adam_beta2)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=betas, weight_decay=0.0)
+    sizes = []
+    for gradient in [1.0] * 100 + [50.0] + [1.0] * 100:
+        before = weight.item()
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        sizes.append(abs(weight.item() - before))
+    assert sizes[99] == pytest.approx(1, rel=1e-3)
+    assert (sizes[-1] < 0.4) if slow else (sizes[-1] > 0.7)
 
 
 def test_no_args_write_to_a_fresh_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +246,8 @@ def test_prepared_rows_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_it_learns_at_its_own_rate(kind: str, tmp_path: Path) -> None:
     adapted = adapted_on(kind)
     # Random weights start slowly: patience is given, the learning rate and all else is the strategy's own.
-    settings = {"output_dir": str(tmp_path), **QUIET, "num_train_epochs": 30, "early_stopping_patience": None}
+    settings = {"output_dir": str(tmp_path), **QUIET, "num_train_epochs": 60, "early_stopping_patience": None}
+    settings |= {"logging_steps": 100, "eval_steps": 120}  # hundreds of steps, which learn and do little else
     adapters.Trainer(adapted, settings, tiny.rows(96), tiny.rows(24, seed=1)).train()
     assert adapters.evaluate(adapted, tiny.rows(60, seed=2))["accuracy"] > 0.6  # chance is 0.33
 
