@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters import exchange, ranks, throughput
+from adapters.errors import NumbersError
 from adapters.processes import count
 
 BUCKET = 64 << 20  # bytes of gradients that are sent at once
@@ -26,11 +27,12 @@ class Accord:
     Args:
         accelerator: of the run.
         parameters: what trains, the same in every process.
-        divided: each process holds a part of the model: the engine averages the gradients itself.
+        divided: an engine averages the gradients itself.
+        apart: no process waits in vain for another within a pass (DeepSpeed's send whatever becomes of theirs).
     """
 
-    def __init__(self, accelerator: Any, parameters: Mapping[str, Tensor], *, divided: bool) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Any, parameters: Mapping[str, Tensor], *, divided: bool, apart: bool) -> None:
+        self._accelerator, self._apart = accelerator, apart
         self._parameters = list(parameters.values())
         self._divided = divided
         self._loss = 0.0
@@ -108,6 +110,9 @@ class Accord:
     def taken(self, passed: Callable[[], float], check: Callable[[], None], *, blank: bool, last: bool) -> None:
         """One micro-batch of this process. What it fails with it keeps until all have come to the end of the step.
 
+        Where the others wait for it within the pass, what breaks that off ends it at once, and they are told; a number
+        that is not finite is found afterwards, and kept.
+
         Args:
             passed: takes the micro-batch through the model and back; gives its share in the loss of the step.
             check: looks at the gradients of the whole step.
@@ -122,6 +127,8 @@ class Accord:
             if last and not self._divided:
                 check()
         except Exception as fault:
+            if not self._apart and not isinstance(fault, NumbersError):
+                raise
             self._fault = fault
 
     def _summed(self, tally: Tensor) -> Tensor:

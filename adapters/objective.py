@@ -134,8 +134,8 @@ class ObjectiveTrainer(DividedTrainer):
         self._throughput = throughput.Throughput()
         self.add_callback(self._throughput)
         self._training = {name: p for name, p in adapted.model.named_parameters() if name in trained}
-        many = self.args.world_size > 1
-        self._accord = Accord(self.accelerator, self._training, divided=not self._apart) if many else None
+        how = {"divided": not self._apart, "apart": self._undivided}
+        self._accord = Accord(self.accelerator, self._training, **how) if self.args.world_size > 1 else None
         self._shares: shares.Shares | None = None  # this process' rows of the steps
         self._blanks: list[bool] = []  # of the micro-batches of the step at hand that are still to come
         self._blank = False

@@ -411,6 +411,32 @@ class Writes(TrainerCallback):
                 ranks.part(parameter).view(-1)[0] += 1 if self.case == "frozen" else float("nan")
 
 
+def broken_off(folder: str) -> list[str]:
+    """A pass that one process alone breaks off, within which the others wait for it."""
+    ranks.join()
+    one = trainer(folder, "bert lora")
+    if ranks.rank() == 1:
+        layer = one.model.get_submodule("bert.encoder.layer.1")
+        layer.register_forward_hook(Raises(after=3))
+    try:
+        one.train()
+    except (AdaptersError, ValueError) as fault:
+        return [type(fault).__name__, str(fault)]
+    return []
+
+
+class Raises:
+    """A hook that raises at the n-th call."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ValueError("a pass that ends here")
+
+
 def refused(folder: str) -> dict[str, Any]:
     """What ends a run in all processes, with its words."""
     ranks.join()

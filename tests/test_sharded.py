@@ -154,6 +154,14 @@ def test_a_fault_in_one_process_stops_all_and_what_cannot_be_divided_is_refused(
             assert words in ended.gave[name][1], (name, ended.gave[name])
 
 
+def test_a_pass_that_one_process_breaks_off_ends_all_at_once(many: Launch, tmp_path: Path) -> None:
+    first, second = many("divided:broken_off", 2, tmp_path, limit=60, fails=True)
+    assert second.gave == ["ValueError", "a pass that ends here"], second.err
+    assert first.gave[0] == "RankError", first.err
+    assert "rank 1 of 2 failed, and the run with it" in first.gave[1]
+    assert "ValueError: a pass that ends here" in first.gave[1]
+
+
 FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"fsdp": True, "fsdp_config": {"version": 1}}, "--fsdp_version 2"),
     ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "--fsdp_version 2"),
