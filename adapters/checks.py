@@ -254,7 +254,7 @@ class Contract(TrainerCallback):
         if not self._watched:
             return
         engine = zero.of(kwargs["optimizer"])
-        groups = kwargs["optimizer"].param_groups if engine is None else engine.groups()
+        groups = kwargs["optimizer"].param_groups if engine is None else engine.pieces.whole()
         rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         missing = [name for name in self._watched if id(self._parameters[name]) not in rates]
         if missing:

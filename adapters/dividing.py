@@ -90,7 +90,7 @@ class DividedTrainer(transformers.Trainer):
         self._training = sharded.settle(self.adapted)
         return prepared
 
-    def _layer_at_fault(self, model: nn.Module, forward: Callable[[], object]) -> str:
+    def _layer_at_fault(self, forward: Callable[[], object]) -> str:
         """The first layer whose output is not finite; unknown of a divided model, where no pass is for one alone."""
         return finite.first_at_fault(self.adapted.model, forward) if self._undivided else ""
 
@@ -100,7 +100,7 @@ class DividedTrainer(transformers.Trainer):
             ranks.by_first(write)
             return
         parts, found = self._best, self._zero
-        self._moments = sharded.moments(self.optimizer) if found is None else found.moments()
+        self._moments = sharded.moments(self.optimizer) if found is None else found.pieces.moments()
         self._best = sharded.together(parts)
         try:
             with sharded.gathered(self.adapted):
@@ -111,7 +111,7 @@ class DividedTrainer(transformers.Trainer):
     def _take_moments(self, state: Mapping[str, Any]) -> None:
         """Give the optimizer a state that was saved whole, each process its part where it is divided."""
         if self._zero is not None:
-            self._zero.load_moments(state)
+            self._zero.pieces.load(state)
         else:
             sharded.load_moments(self.optimizer, state)
 

@@ -23,7 +23,7 @@ FSDP: Final = "fsdp"
 ZERO: Final = "zero"  # stages 1 and 2; of the gradients all is counted, which stage 2 lets go as they are summed
 ENGINES: Final = (DDP, ZERO, FSDP)
 USUAL: Final = (DDP, FSDP)  # where no engine is named
-BUCKET: Final = 2_000_000_000  # bytes of gradients that DeepSpeed lays out at once, at most
+BUCKET: Final = 500_000_000  # gradients in float32 that DeepSpeed lays out at once, at most
 AHEAD: Final = 2  # units at once: the one that computes, and the buffer that the next one is gathered in
 REDUCED: Final = 4  # bytes of a number in which FSDP sums gradients in mixed precision
 
@@ -261,7 +261,7 @@ def stepping(weights: int, gradients: int, processes: int) -> Share:
     They are laid out and summed up in two buffers.
     """
     wire = 3 * gradients * (processes - 1) // processes
-    return Share(ZERO, processes, weights, 1.0, 1 / processes, 0, 2 * min(gradients, BUCKET), 0, wire)
+    return Share(ZERO, processes, weights, 1.0, 1 / processes, 0, 2 * min(gradients, 4 * BUCKET), 0, wire)
 
 
 def divided(weights: int, parts: Collection[Unit], processes: int, accumulated: int = 1, passes: int = 1) -> Share:

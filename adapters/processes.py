@@ -63,7 +63,7 @@ LAUNCHED = {
     "FSDP_ACTIVATION_CHECKPOINTING": "activation_checkpointing",
 }
 ZERO = "ACCELERATE_USE_DEEPSPEED"
-OTHERS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
+PARALLEL = "ACCELERATE_USE_PARALLELISM_CONFIG"
 # What a file of DeepSpeed's may say: key -> the values that work here (types: any of them), and what to do instead.
 _RUN = "Say it in train, for the run: per_device_train_batch_size, gradient_accumulation_steps, max_grad_norm."
 _WIDE = "Take more processes, quantization: nf4, or fsdp: true, which divides the weights as well."
@@ -212,9 +212,10 @@ def deepspeed(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         if not yes(ZERO):
             return None
         said = {key: os.environ[name] for name, key in LAUNCHED_ZERO.items() if name in os.environ}
+        stage = said.pop("stage", "2")
         asked = os.environ.get(ZERO_FILE) or {
             "zero_optimization": {
-                "stage": int(said.pop("stage", "2")),
+                "stage": int(stage) if stage.isdigit() else stage,
                 **{key: {"device": value} for key, value in said.items()},
             }
         }
@@ -287,18 +288,17 @@ def wrong(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: training settings by transformers' names.
     """
-    asked = {name for name in ("parallelism_config",) if settings.get(name)}
-    asked |= {name for variable, name in OTHERS.items() if yes(variable)}
-    found = [
-        message(
-            SHARDING[name],
-            where=f"train: {name}",
-            expected="fsdp, or nothing",
-            found=name,
-            remedy=f"This version does not run on it. Say fsdp: true, and {LAUNCH}.",
+    found = []
+    if settings.get("parallelism_config") or yes(PARALLEL):
+        found.append(
+            message(
+                SHARDING["parallelism_config"],
+                where="train: parallelism_config",
+                expected="fsdp, or nothing",
+                found="parallelism_config",
+                remedy=f"This version does not run on it. Say fsdp: true, and {LAUNCH}.",
+            )
         )
-        for name in sorted(asked)
-    ]
     config, other = fsdp(settings), deepspeed(settings)
     if config is not None and other is not None:
         found.append(
@@ -347,8 +347,7 @@ def _zero_faults(config: Mapping[str, Any]) -> list[str]:
             found.append(message(what, where=where, found=repr(value), remedy=ELSEWHERE.get(key, "Leave it out.")))
             continue
         fine, remedy = known[key]
-        off = isinstance(value, Mapping) and value.get("enabled", value.get("device")) in (False, "auto", "none", None)
-        if not (off or value in fine or (bool in fine and isinstance(value, bool)) or (int in fine and _count(value))):
+        if not any(_fits(value, entry) for entry in fine):
             expected = " or ".join(_shown(entry) for entry in fine)
             what = "a setting of DeepSpeed that does not work here"
             found.append(message(what, where=where, expected=expected, found=repr(value), remedy=remedy))
@@ -358,8 +357,13 @@ def _zero_faults(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _fits(value: Any, entry: Any) -> bool:
+    """Whether a value is one that works: this very one, any of a kind, or a part of DeepSpeed's that is off."""
+    if isinstance(entry, Mapping):
+        return isinstance(value, Mapping) and value.get(*entry) in (None, False, "auto", "none")
+    if entry is bool or isinstance(value, bool):
+        return isinstance(value, bool) and (entry is bool or entry is value)
+    return value == entry or (entry is int and isinstance(value, int | float) and value > 0)
 
 
 def _shown(entry: Any) -> str:

@@ -169,7 +169,7 @@ class Trainer(ObjectiveTrainer):
         loss = super().training_step(model, part, items)
         if not bool(torch.isfinite(loss)):
             with self._readout.whole():
-                layer = self._layer_at_fault(model, lambda: self.compute_loss(model, self._prepare_inputs(part)))
+                layer = self._layer_at_fault(lambda: self.compute_loss(model, self._prepare_inputs(part)))
             found = f"values that are not finite, first in {layer or 'the loss itself'}"
             remedy = "No step was taken. Look at these rows, or take a smaller learning rate."
             raise NumbersError(message(f"the loss is {float(loss)}", where=self._where(), found=found, remedy=remedy))

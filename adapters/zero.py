@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from adapters import finite, onload, processes, ranks
 from adapters.anatomy import own_name
 from adapters.contracts import Adapted
+from adapters.engines import BUCKET
 from adapters.errors import NumbersError, RequestError, message
 from adapters.pieces import Pieces
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-BUCKET = 500_000_000  # entries that are sent at once, DeepSpeed's own; it makes room for as many
 DEVICE = "DS_ACCELERATOR"
 MARK = "zero"  # where an optimizer has its engine
 PLAIN = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}  # each weight computes in the dtype that it has
@@ -175,6 +175,7 @@ class Zero:
         self._reached: set[int] = set()  # by autograd here, in the step at hand
         self._untouched: set[int] = set()  # by autograd in any process
         self._where = ""
+        self._norm = 0.0  # of the gradients of the step at hand
         self._pieces: Pieces | None = None
         self._wrapped: Any = None
         self._engine: Any = None
@@ -227,7 +228,7 @@ class Zero:
         vars(self._wrapped)[MARK] = self
         self._wrapped.step = types.MethodType(_step, self._wrapped)  # a method, as schedules wrap one
         theirs = self._engine.optimizer
-        self._split.take(theirs)
+        self.pieces.take(theirs)
         groups = enumerate(theirs.bit16_groups)
         numbers = {id(parameter): number for number, group in groups for parameter in group}
         there = [p for p in self._trained.values() if id(p) in numbers]
@@ -252,7 +253,7 @@ class Zero:
         if self._before is None:
             return None
         if self._engine is not None:
-            self._split.close()
+            self.pieces.close()
             self._engine.destroy()
             for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
                 hook.remove()
@@ -275,7 +276,8 @@ class Zero:
         return optimizer
 
     @property
-    def _split(self) -> Pieces:
+    def pieces(self) -> Pieces:
+        """What this process steps, with the optimizer's state; there once accelerate has prepared the optimizer."""
         assert self._pieces is not None
         return self._pieces
 
@@ -348,21 +350,21 @@ class Zero:
         Raises:
             NumbersError: the norm of the gradients overflows: DeepSpeed leaves the step out.
         """
-        self._split.gather_up()
+        self.pieces.gather_up()
         self._engine.step()
         self._reached.clear()
         if self._engine.optimizer.overflow:
             raise NumbersError(message("the norm of the gradients is not finite", where=self._where))
 
     def _step_group(self, number: int) -> None:
-        self._split.step(number, self._untouched)
+        self.pieces.step(number, self._untouched)
 
     def greatest(self) -> dict[str, float]:
         """Of what autograd has reached here in this step, the greatest entry of each gradient, without its sign, in the
         part that this process has of it."""
         found = {}
         names = {id(parameter): name for name, parameter in self._trained.items()}
-        for number, parts in enumerate(self._split.groups):
+        for number, parts in enumerate(self.pieces.groups):
             flat = torch.cat([part.reshape(-1) for part in self._averaged(number)]).abs()
             for part in parts:
                 if id(part.parameter) in self._reached:
@@ -382,47 +384,30 @@ class Zero:
 
         self._where = where
         others = [number for number, p in enumerate(self._trained.values()) if id(p) not in self._reached]
-        said = ranks.gathered([bool(torch.isfinite(self._squares())), others])
+        said = ranks.gathered([self._squares(), others])
+        self._norm = math.sqrt(sum(squares for squares, _ in said))
         parameters = list(self._trained.values())
         self._untouched = {id(parameters[n]) for n in set.intersection(*(set(numbers) for _, numbers in said))}
-        if not all(fine for fine, _ in said):
+        if not math.isfinite(self._norm):
             whole = {name: safe_get_full_grad(parameter) for name, parameter in self._trained.items()}
             finite.check_gradients({name: found for name, found in whole.items() if found is not None}, where)
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the step's gradients before they are clipped; asked by accelerate where transformers clips."""
-        return math.sqrt(sum(ranks.gathered(float(self._squares()))))
+        """The norm of the step's gradients before they are clipped; asked by accelerate where transformers clips.
 
-    def _squares(self) -> Tensor:
+        All have looked at the gradients by then.
+        """
+        return self._norm
+
+    def _squares(self) -> float:
         """The sum of squares of the gradients that this process has after the last pass of a step."""
-        held = [part for number, _ in enumerate(self._split.groups) for part in self._averaged(number)]
-        return torch.stack([norm.double() for norm in torch._foreach_norm(held)]).square().sum()
+        held = [part for number, _ in enumerate(self.pieces.groups) for part in self._averaged(number)]
+        return float(torch.stack([norm.double() for norm in torch._foreach_norm(held)]).square().sum())
 
     def _averaged(self, number: int) -> list[Tensor]:
         """The pieces of the gradient of a group's flat tensor, in their order."""
         found = self._engine.optimizer.averaged_gradients[number]
         return [found] if isinstance(found, Tensor) else list(found)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def moments(self) -> dict[str, Any] | None:
-        """The optimizer's state with every tensor whole, on the CPU: the form that it has in one process.
-
-        Called by all processes; the first one gets it.
-        """
-        return self._split.moments()
-
-    def load_moments(self, state: Mapping[str, Any]) -> None:
-        """Take the state that was saved whole, each process its part.
-
-        Args:
-            state: as `moments` gave it, or as one process saved it.
-        """
-        self._split.load(state)
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups with the parameters that they are of."""
-        return self._split.whole()
 
 
 # ---------------------------------------------------------------------- DeepSpeed's own ways

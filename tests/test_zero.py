@@ -208,6 +208,9 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 3}}, "say fsdp: true"),
     ({"zero_optimization": {"stage": 0}}, "leave deepspeed out"),
     ({"zero_optimization": {}}, "a stage, 1 or 2"),
+    ({"zero_optimization": {"stage": True}}, "expected 1 or 2; found True"),
+    ({"zero_optimization": {"stage": {}}}, "expected 1 or 2; found {}"),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": {"enabled": False}}}, "expected true or false"),
     ({"zero_optimization": 2}, "settings under their names"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "fsdp: true"),
     ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "expected true or false"),
@@ -293,6 +296,9 @@ def test_what_a_launcher_asks_for_is_asked_for(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
     (found,) = processes.sharding({})
     assert "stage" in found
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "two")
+    (found,) = processes.sharding({})
+    assert "found 'two'" in found
     (tmp_path / "a.json").write_text(json.dumps(SHOWN))
     monkeypatch.setenv(processes.ZERO_FILE, str(tmp_path / "a.json"))
     assert processes.deepspeed({}) == SHOWN
