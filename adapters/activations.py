@@ -363,7 +363,7 @@ class Imitation:
         return torch.autocast("cpu", self._how.autocast)
 
     def _matmuls(self) -> fused.Plan | None:
-        """How the adapted matmuls are computed; None for peft's own way."""
+        """How the matmuls are computed; None for the layers' own way."""
         wanted = self._how.own.get("fused", True)
         if not wanted or self._how.args.torch_compile:
             return None

@@ -1,14 +1,16 @@
-"""An adapted matmul as one function: the frozen product and its low-rank term, keeping what backward needs, no more.
+"""The matmuls of a run while it trains: an adapted one as one function, and products in bfloat16 where that pays.
 
 peft computes base(x) + B(A(x)) * scale as four operations, each with an output of its own, and autograd keeps what any
 of them might need. Here the term is added in place, backward adds both ways to the input in place too, and what is
 kept is the input, rank numbers a token, and nothing of the frozen weight: 4-bit weights are unpacked again.
 
-Where the hardware multiplies bfloat16 natively, the frozen weights are copied to it once a run, and the products are
-taken there; what lies between the adapted maps, the trained factors and their gradients stay in their own dtype.
+Where the hardware multiplies bfloat16 natively, products are taken there: frozen weights are copied to it once a run,
+trained ones cast in each pass. What lies between the maps, what trains, its gradients and the optimizer's states stay
+in their own dtype.
 
-peft's own forward is the reference, and answers whenever the model does not train: evaluation, the saved adapter and
-whatever this cannot do (more than one adapter, DoRA and other variants, biases on the update, hooks inside the layer).
+The layers' own forward is the reference, and answers whenever the model does not train: evaluation, the saved adapter
+and, with an adapter on it, whatever this cannot do (more than one, DoRA and other variants, biases on the update, hooks
+inside the layer).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import onload
-from adapters.anatomy import is_tuner_layer, linear_map
+from adapters.anatomy import block_lists, is_tuner_layer, linear_map, linear_maps
 from adapters.injection import ADAPTER
 from adapters.memory import free_memory
 from adapters.quantize import is_packed, packing
@@ -33,10 +35,10 @@ LARGE = 1 << 17  # entries of a weight from which bfloat16 pays: below, the cast
 @final
 @dataclass(frozen=True)
 class Plan:
-    """How the adapted matmuls of a model are computed while it trains.
+    """How the matmuls of a model are computed while it trains.
 
     Attributes:
-        dtype: of the frozen products where that pays, None for each weight's own.
+        dtype: of the products where that pays, None for each weight's own.
         keep: the frozen weights stand in that dtype beside the model as long as it trains; False casts them each time.
         why: what is to be said of it, empty where nothing is chosen.
     """
@@ -47,10 +49,10 @@ class Plan:
 
 
 def plan(model: nn.Module, device: torch.device) -> Plan:
-    """bfloat16 for the frozen products where the device has it and a weight is large enough, else the weights' own.
+    """bfloat16 for the products where the device has it and a weight is large enough, else the weights' own.
 
     Args:
-        model: with peft's layers in it.
+        model: as it trains, with peft's layers in it, if any.
         device: on which it will train.
     """
     if not native(device):
@@ -61,15 +63,16 @@ def plan(model: nn.Module, device: torch.device) -> Plan:
 
 def planned(model: nn.Module, room: int) -> Plan:
     """The same on a device that multiplies bfloat16 natively and has so many bytes left."""
-    large = [layer.get_base_layer() for layer in _layers(model) if _is_large(layer.get_base_layer())]
+    bases = [layer.get_base_layer() for layer in _layers(model)]
+    large = [base for base in bases if _is_large(base)] + list(_maps(model))
     if not large:
         return Plan()
-    copies = sum(2 * base.weight.numel() for base in large if not is_packed(base))
+    copies = sum(2 * base.weight.numel() for base in large if not (is_packed(base) or base.weight.requires_grad))
     keep = copies <= room // 4
     return Plan(
         torch.bfloat16,
         keep,
-        f"{len(large)} adapted weights are multiplied in bfloat16 while training, which this device does natively; "
+        f"{len(large)} weights of the blocks are multiplied in bfloat16 while training, which this device does natively; "
         "what trains stays in its own dtype, and evaluation is as without it (bf16=False in a dict of args: not so)"
         + ("" if keep else "; memory is not to hold copies of them, so they are cast in every step"),
     )
@@ -86,20 +89,24 @@ def native(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def fused(model: nn.Module, how: Plan) -> Iterator[int]:
-    """Each adapted matmul of the model as one function while this is open; yields how many there are.
+    """The matmuls of the model so while this is open; yields how many adapted ones are one function.
 
-    The layers stay peft's, with their types, parameters and names: each has a forward of its own meanwhile, which is
-    gone afterwards. A deep copy of the model has its own, too.
+    The layers stay what they are, with their types, parameters and names: each has a forward of its own meanwhile,
+    which is gone afterwards. A deep copy of the model has its own, too.
     """
-    placed = list(_layers(model))
-    for layer in placed:
+    layers = list(_layers(model))
+    maps = list(_maps(model)) if how.dtype is not None else []
+    for layer in layers:
         base = layer.get_base_layer()
         vars(layer)["forward"] = Forward(layer, how.dtype if _is_large(base) else None, how.keep)
+    for module in maps:
+        assert how.dtype is not None
+        vars(module)["forward"] = Product(module, how.dtype, how.keep)
     try:
-        yield len(placed)
+        yield len(layers)
     finally:
-        for layer in placed:
-            vars(layer).pop("forward", None)
+        for module in (*layers, *maps):
+            vars(module).pop("forward", None)
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
@@ -115,9 +122,28 @@ def _layers(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def _maps(model: nn.Module) -> Iterator[Any]:
+    """The other large linear maps that a gradient may pass: those of the blocks from the first that trains on up."""
+    from transformers.pytorch_utils import Conv1D
+
+    blocks = [path for stack in block_lists(model) for path in stack.names()]
+    trains = [any(p.requires_grad for p in model.get_submodule(path).parameters()) for path in blocks]
+    if not any(trains):
+        return
+    reached = tuple(f"{path}." for path in blocks[trains.index(True) :])
+    inside = {id(part) for layer in _layers(model) for part in layer.modules()}
+    for path in linear_maps(model):
+        module: Any = model.get_submodule(path)
+        own = type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
+        if own and path.startswith(reached) and id(module) not in inside and _is_large(module):
+            yield module
+
+
 def _is_plain(path: str, layer: Any) -> bool:
     base = layer.get_base_layer()
     if list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER] or layer.lora_variant:
+        return False
+    if base.weight.requires_grad:
         return False
     if linear_map(path, base) is None or type(base).__module__.partition(".")[0] not in _OWN_FORWARDS:
         return False
@@ -135,10 +161,41 @@ def _is_large(base: nn.Module) -> bool:
     if is_packed(base):
         size = base.in_features * base.out_features  # type: ignore[operator]
         return bool(size >= LARGE and base.compute_dtype == torch.float32)
-    return weight.numel() >= LARGE and weight.dtype == torch.float32 and not weight.requires_grad
+    return weight.numel() >= LARGE and weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------- one layer
+
+
+@final
+class Weight:
+    """The weight of a linear map as (out, in), in the dtype of the products where one is asked for.
+
+    Args:
+        module: a dense linear map.
+        keep: a copy of a frozen weight in that dtype stays from the first time on.
+    """
+
+    def __init__(self, module: Any, keep: bool) -> None:
+        described = linear_map("", module)
+        self.module, self.keep = module, keep
+        self.transposed = described is not None and described.transposed
+        self._copy: Tensor | None = None
+
+    def __call__(self, dtype: torch.dtype | None) -> Tensor:
+        """A trained weight as it is: what follows casts it, and has to know its gradient."""
+        weight: Tensor = self.module.weight
+        if weight.requires_grad:
+            self._copy = None
+        elif dtype is not None and self._copy is not None and self._copy.dtype == dtype:
+            return self._copy
+        weight = weight.T if self.transposed else weight
+        if dtype is None or dtype == weight.dtype or weight.requires_grad:
+            return weight
+        if self.keep and weight.numel() >= LARGE:
+            self._copy = weight.detach().to(dtype).contiguous()
+            return self._copy
+        return weight
 
 
 @final
@@ -152,8 +209,8 @@ class Forward:
     """
 
     def __init__(self, layer: Any, dtype: torch.dtype | None, keep: bool) -> None:
-        self.layer, self.dtype, self.keep = layer, dtype, keep
-        self._copy: Tensor | None = None
+        self.layer, self.dtype = layer, dtype
+        self._weight = Weight(layer.get_base_layer(), keep)
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """inputs: (..., in) to (..., out)."""
@@ -173,23 +230,37 @@ class Forward:
             weight, unpack = base.weight, _unpacked(base)
             dtype = dtype or base.compute_dtype
         else:
-            weight, unpack = self._weight(base, dtype), None
+            weight, unpack = self._weight(dtype), None
         out = dtype if cast and not packed and dtype is not None else inputs.dtype
         how = (layer.scaling[ADAPTER], dtype or weight.dtype, dtype or down.dtype, out, unpack)
         joined: Tensor = Joined.apply(inputs, dropped, down, up, base.bias, weight, how)  # type: ignore[no-untyped-call]
         return joined
 
-    def _weight(self, base: Any, dtype: torch.dtype | None) -> Tensor:
-        """The frozen weight as (out, in)."""
-        if dtype is not None and self._copy is not None and self._copy.dtype == dtype:
-            return self._copy
-        weight: Tensor = base.weight if linear_map("", base).transposed is False else base.weight.T  # type: ignore[union-attr]
-        if dtype is None or dtype == weight.dtype:
-            return weight
-        if self.keep and weight.numel() >= LARGE:
-            self._copy = weight.detach().to(dtype).contiguous()
-            return self._copy
-        return weight
+
+@final
+class Product:
+    """The forward of one linear map without a term of its own: in `dtype` where a gradient passes, else the class's.
+
+    Args:
+        module: dense, trained or frozen.
+        dtype: of the product.
+        keep: a copy of a frozen weight in that dtype stays from the first step on.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, keep: bool) -> None:
+        self.module, self.dtype = module, dtype
+        self._weight = Weight(module, keep)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """inputs: (..., in) to (..., out)."""
+        module = self.module
+        passed = torch.is_grad_enabled() and (inputs.requires_grad or module.weight.requires_grad)
+        alike = inputs.dtype == module.weight.dtype and not torch.is_autocast_enabled(inputs.device.type)
+        if not alike or not (passed or module.training):
+            result: Tensor = type(module).forward(module, inputs)
+            return result
+        product: Tensor = Narrowed.apply(inputs, self._weight(self.dtype), module.bias, self.dtype)  # type: ignore[no-untyped-call]
+        return product
 
 
 def _unpacked(base: Any) -> Callable[[Tensor], Tensor]:
@@ -259,3 +330,42 @@ class Joined(torch.autograd.Function):
             None,
             None,
         )
+
+
+@final
+class Narrowed(torch.autograd.Function):
+    """y = x W^T + b with every product, of the backward pass as well, in another dtype than x, W, b and y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,  # (..., in)
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,  # (out,)
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Saves x where W trains, and W where x has a gradient, both in the dtype of the products."""
+        rows, narrow = inputs.reshape(-1, inputs.shape[-1]).to(dtype), weight.to(dtype)
+        of_inputs, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows if of_weight else None, narrow if of_inputs else None)
+        # A trained weight's gradient is made in the layout that the weight has in memory.
+        ctx.shape, ctx.wide, ctx.transposed = inputs.shape, inputs.dtype, not weight.is_contiguous()
+        result = nn.functional.linear(rows, narrow, None if bias is None else bias.to(dtype))
+        return result.to(inputs.dtype).view(*inputs.shape[:-1], result.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, the weight and the bias, of those that are asked for."""
+        rows, narrow = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad[:3]
+        wide = grad.reshape(-1, grad.shape[-1])
+        back = of_input = None
+        if of_inputs or of_weight:
+            back = wide.to((rows if narrow is None else narrow).dtype)
+        if of_inputs:
+            of_input = (back @ narrow).to(ctx.wide).view(ctx.shape)
+        own: Tensor | None = None
+        if of_weight:
+            own = (rows.t() @ back).to(ctx.wide).t() if ctx.transposed else (back.t() @ rows).to(ctx.wide)
+        return of_input, own, wide.sum(0) if of_bias else None, None

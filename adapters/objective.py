@@ -348,10 +348,10 @@ class ObjectiveTrainer(DividedTrainer):
         return keys if same else None
 
     def _matmuls(self) -> contextlib.AbstractContextManager[Any]:
-        """Each adapted matmul as one function, in bfloat16 where that pays and nothing else was said."""
+        """Each adapted matmul as one function, products in bfloat16 where that pays and nothing else was said."""
         wanted, args = self._own.get("fused", True), self.args
         if wanted and args.torch_compile:
-            logger.info("torch_compile: the compiler gets peft's own layers, not one function for each (fused)")
+            logger.info("torch_compile: the compiler gets the layers' own forward (fused)")
         if not wanted or args.torch_compile:
             return contextlib.nullcontext()
         how = fused.Plan()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WITHOUT = (
     "the model is divided over the processes: a head starts as it is drawn, the frozen part is computed in every "
-    "epoch, all logits of a batch are held at once, and frozen products are taken in the weights' own dtype"
+    "epoch, all logits of a batch are held at once, and products are taken in the weights' own dtype"
 )
 USE = "ACCELERATE_USE_FSDP"  # accelerate sets it itself where a run asks for FSDP, and leaves it set
 

@@ -1,4 +1,4 @@
-"""The adapted matmul as one function, against peft's own forward: outputs, gradients, and what is left behind."""
+"""The matmuls of a run against the layers' own forward: outputs, gradients, and what is left behind."""
 
 from __future__ import annotations
 
@@ -38,15 +38,20 @@ def layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-def passed(model: Any, dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The logits, and all gradients, of one pass with the same random numbers."""
-    model.zero_grad()
+def given() -> dict[str, torch.Tensor]:
+    """Three rows, one of them padded; the seed of what follows."""
     torch.manual_seed(1)
     ids = torch.randint(5, 30, (3, 9))
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def passed(model: Any, dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The logits, and all gradients, of one pass with the same random numbers."""
+    model.zero_grad()
     with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        logits = model(**given()).logits
     logits.float().pow(2).sum().backward()
     found = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach().float(), **found}
@@ -225,6 +230,95 @@ def test_bfloat16_is_for_large_weights_and_hardware_that_has_it(monkeypatch: pyt
     compared(seen[0], seen[1], 1e-7)
 
 
+# Of every strategy, what stands in blocks that a gradient passes: how many maps, and whether they train.
+MAPS = {
+    "full": ("bert", "full", {}, 18),
+    "full, Conv1D": ("gpt2", "full", {}, 12),
+    "full, one block that is run several times": ("albert", "full", {}, 6),
+    "freeze": ("bert", "freeze", {"layers": 1}, 6),
+    "freeze, Conv1D": ("gpt2", "freeze", {"layers": 1}, 4),
+    "bitfit": ("bert", "bitfit", {}, 18),
+    "ia3": ("llama", "ia3", {}, 21),
+    "lora on some maps": ("bert", "lora", {"target_modules": ["query"]}, 15),
+    "lora from a block on": ("bert", "lora", {"target_modules": ["query"], "layers_to_transform": [2]}, 5),
+    "lora beside a trained map": ("bert", "lora", {"target_modules": ["query"], "unfrozen_parameters": "2.*key"}, 15),
+    "probe": ("bert", "probe", {}, 0),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_that_a_gradient_passes_are_multiplied_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, strategy, options, count = MAPS[name]
+    monkeypatch.setattr(fused, "LARGE", 1)
+    model = adapted_on(kind, strategy, **options).model.eval()  # nothing is dropped
+    peer = passed(model)
+    assert len(list(fused._maps(model))) == count
+    fields = [set(vars(module)) for module in model.modules()]
+    for keep in (True, False):
+        with fused.fused(model, Plan(torch.bfloat16, keep)):
+            ours = passed(model)
+            with torch.no_grad():
+                assert torch.equal(model(**given()).logits, peer["logits"])
+        compared(ours, peer, TOLERANCE[torch.bfloat16])
+        assert torch.equal(ours["logits"], peer["logits"]) == (strategy == "probe")
+    assert [set(vars(module)) for module in model.modules()] == fields
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_narrowed_product_keeps_what_backward_needs_and_answers_in_the_inputs_dtype(
+    transposed: bool, trains: bool
+) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    module: Any = Conv1D(6, 4) if transposed else torch.nn.Linear(4, 6)
+    module.weight.requires_grad_(trains)
+    inputs = torch.randn(2, 5, 4, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = fused.Product(module, torch.bfloat16, keep=False)(inputs)
+    assert result.dtype == torch.float32
+    assert [(t.dtype, t.numel()) for t in kept] == [(torch.bfloat16, 40)] * trains + [(torch.bfloat16, 24)]
+    result.pow(2).sum().backward()
+    grads = [inputs.grad, module.bias.grad, module.weight.grad]
+    if trains:
+        assert module.weight.grad.stride() == module.weight.stride()
+    inputs.grad = module.bias.grad = module.weight.grad = None
+    module(inputs).pow(2).sum().backward()
+    for ours, own in zip(grads, [inputs.grad, module.bias.grad, module.weight.grad], strict=True):
+        assert (ours is None) == (own is None)
+        if own is not None:
+            assert ours.dtype == torch.float32
+            assert (ours - own).norm() < 2e-2 * own.norm()
+
+
+def test_a_trained_weight_is_never_an_old_one() -> None:
+    """Whatever writes it, and however: a copy of a frozen weight is given up once the weight trains."""
+    module = torch.nn.Linear(4, 6, bias=False).train()
+    module.weight.requires_grad_(False)
+    product, inputs = fused.Product(module, torch.bfloat16, keep=True), torch.eye(4, requires_grad=True)
+    with torch.no_grad():
+        module.weight.fill_(1)
+    assert bool((product(inputs) == 1).all())
+    module.weight.requires_grad_(True)
+    for value in (2.0, 3.0):
+        module.weight.data.fill_(value)  # past torch's count of changes
+        assert bool((product(inputs) == value).all())
+    module.weight.requires_grad_(False)
+    assert bool((product(inputs) == 3).all())
+
+
+def test_it_lets_autocast_and_other_dtypes_alone() -> None:
+    module = torch.nn.Linear(4, 6).train()
+    product = fused.Product(module, torch.bfloat16, keep=True)
+    inputs = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.float16):
+        assert product(inputs).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="same dtype"):
+        product(inputs.double())
+
+
 def test_a_run_puts_it_in_and_takes_it_out(tmp_path: Path) -> None:
     for more, expected in (({}, 18), ({"fused": False}, 0)):
         adapted = adapted_on()
@@ -241,11 +335,14 @@ def test_a_run_puts_it_in_and_takes_it_out(tmp_path: Path) -> None:
         assert not any("forward" in vars(layer) for layer in layers(adapted.model))
 
 
-def test_bf16_false_keeps_every_product_in_its_own_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("strategy", "options"), [("lora", {}), ("freeze", {"layers": 1}), ("full", {})])
+def test_bf16_false_keeps_every_product_in_its_own_dtype(
+    strategy: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fused, "LARGE", 1)
     monkeypatch.setattr(fused, "native", lambda device: True)
     for more, chosen in (({}, True), ({"bf16": False}, False), ({"fused": False}, False)):
-        adapted = adapted_on()
+        adapted = adapted_on(strategy=strategy, **options)
         arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", **more}
         trainer = adapters.Trainer(adapted, arguments, tiny.rows(8))
         trainer.train()
