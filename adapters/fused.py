@@ -72,9 +72,9 @@ def planned(model: nn.Module, room: int) -> Plan:
     return Plan(
         torch.bfloat16,
         keep,
-        f"{len(large)} weights of the blocks are multiplied in bfloat16 while training, which this device does natively; "
-        "what trains stays in its own dtype, and evaluation is as without it (bf16=False in a dict of args: not so)"
-        + ("" if keep else "; memory is not to hold copies of them, so they are cast in every step"),
+        f"{len(large)} weights of the blocks are multiplied in bfloat16 while training, which this device does "
+        "natively; what trains stays in its own dtype, and evaluation is as without it (bf16=False in a dict of args: "
+        "not so)" + ("" if keep else "; memory is not to hold copies of them, so they are cast in every step"),
     )
 
 

@@ -55,6 +55,10 @@ GAIN: Final = 1 / 4  # of the blind loss that a start has to take away (measured
 # weights live on what is left: the first steps of training would throw such a start far off.
 STRAIN: Final = 10.0
 STARTS: Final = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # penalties, on features with a root mean square of 1
+# Of the blind loss, left on the training rows: solved weights tell these rows apart so surely that hardly a gradient
+# remains for what lies below (measured: docs/benchmarks.md, "What a start leaves to learn"). So training begins from
+# the same answers, less sure: from a share of the solved weights.
+LEFT: Final = 1 / 2
 WARM_ROWS: Final = 10_000  # training rows that a start is solved on at most; a probe takes all
 HELD_ROWS: Final = 2_000  # validation rows that choose a start at most
 BUDGET: Final = 3  # a third of the free memory may be taken by features
@@ -135,6 +139,7 @@ class Start:
         probe: nothing but this layer would train.
         seconds: that features and solution took.
         strain: see `STRAIN`.
+        share: of its weights that training begins from; see `LEFT`.
     """
 
     layer: nn.Linear
@@ -143,27 +148,41 @@ class Start:
     probe: bool
     seconds: float
     strain: float
+    share: float = 1.0
 
-    def put(self) -> None:
-        """Give the live layer the solved values."""
+    def put(self, share: float = 1.0) -> None:
+        """Give the live layer the solved values, or a share of them."""
         found = self.choice.layer
         with torch.no_grad():
-            self.layer.weight.copy_(found.weight)
+            self.layer.weight.copy_(share * found.weight)
             bias: Tensor | None = self.layer.bias
             if bias is not None:
-                bias.copy_(found.bias)
+                bias.copy_(share * found.bias)
 
 
 @final
 class AtStart(TrainerCallback):
-    """Measures the start of a run."""
+    """Measures the solved head as one of the weights that may prove best, and lets training begin from a share of it.
 
-    def __init__(self, measure: Callable[[], Any]) -> None:
-        self._measure = measure
+    Args:
+        start: in place already.
+        measure: None where nothing is evaluated.
+    """
+
+    def __init__(self, start: Start, measure: Callable[[], Any] | None) -> None:
+        self._start, self._measure = start, measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
-        self._measure()
+        if self._measure is not None:
+            self._measure()
+        if self._start.share < 1:
+            self._start.put(self._start.share)
+
+
+def at_start(start: Start | None, measure: Callable[[], Any] | None) -> list[TrainerCallback]:
+    """What is done with a solved head when the steps begin; nothing with a probe's, which has none."""
+    return [] if start is None or start.probe else [AtStart(start, measure)]
 
 
 def new_layer(adapted: Adapted, rows: Rows) -> nn.Linear | None:
@@ -258,6 +277,7 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         "gain": gain,
         "penalty": choice.layer.penalty,
         "strain": start.strain,
+        "share": start.share,
         "warm": float(gain >= GAIN and start.strain <= STRAIN),
     }
     if wanted is None and not (gain >= GAIN and start.strain <= STRAIN):
@@ -269,8 +289,9 @@ def begun(adapted: Adapted, rows: Rows, *, probe: bool, wanted: bool | None) -> 
         return None, said
     start.put()
     logger.info(
-        "the head starts solved: %s on %s (L2 penalty %g, %.0f %% of the blind loss taken away, %.1f s)",
+        "the head starts solved: %s on %s (L2 penalty %g, %.0f %% of the blind loss taken away, %.1f s)%s",
         *(_score(choice, best), on, choice.layer.penalty, 100 * gain, start.seconds),
+        f"; training begins from {start.share:.2f} of its weights" if start.share < 1 else "",
     )
     return start, said
 
@@ -300,7 +321,7 @@ def _told(made: tuple[Start | None, str] | None, layer: nn.Linear) -> tuple[Star
     solution = solve.Solved(weight, bias, facts["penalty"])
     choice = solve.Choice(**{**facts["choice"], "layer": solution, "tried": tried})
     places = tuple(Reading(**one) for one in facts["readings"])
-    return Start(layer, choice, places, facts["probe"], facts["seconds"], facts["strain"]), remark
+    return Start(layer, choice, places, *(facts[name] for name in ("probe", "seconds", "strain", "share"))), remark
 
 
 def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> tuple[Start | None, str]:
@@ -370,8 +391,12 @@ def solved(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Readi
     # Rows that choose leave nothing to the seed, which divides the training rows where there are none.
     terms = [task, layer.out_features, bias, how, None if held is not None else rows.seed]
     choice = rows.known.choice(of, terms, solving)
-    strain = _strain(choice.layer, train[:, choice.place])
-    return Start(layer, choice, readings, alone, time.monotonic() - began, strain), remark
+    own = train[:, choice.place]
+    share = 1.0
+    if choice.counted and not alone:
+        share = solve.softened(choice.layer, own, labels, loss, task.items(labels), LEFT * choice.blind)
+    spent = time.monotonic() - began
+    return Start(layer, choice, readings, alone, spent, _strain(choice.layer, own), share), remark
 
 
 def _read_apart(adapted: Adapted, rows: Rows, layer: nn.Linear, readings: tuple[Reading, ...]) -> None:

@@ -17,8 +17,8 @@ OWN = {
     "early_stopping_patience": "evaluations without improvement before training stops; None trains to the end",
     "frozen_dropout": "keep dropout on in the frozen part: below the lowest trained module, and in blocks of which "
     "nothing but adapters trains",
-    "fused": "each adapted matmul as one function while training, and the blocks' products in bfloat16 on hardware that "
-    "has it: true, false for neither, or 'float32' for the first alone (bf16=False in a dict of args is the same)",
+    "fused": "each adapted matmul as one function while training, and the blocks' products in bfloat16 on hardware "
+    "that has it: true, false for neither, or 'float32' for the first alone (bf16=False in a dict of args is the same)",
     "prefix_cache": "keep what the frozen part below the lowest trained module computes: true, false, or 'bfloat16'",
     "prefix_cache_gb": "GB on disk that what is kept of all runs may take; 0 for memory only; null for the smaller of "
     "10 and a tenth of what is free",

@@ -348,6 +348,28 @@ def chosen(
     )
 
 
+def softened(layer: Solved, features: Tensor, labels: Tensor, loss: Loss, items: int, goal: float) -> float:
+    """The factor, at most 1, on a layer's weights and bias with which its loss on these rows is `goal`.
+
+    The answers stay the same, for the logits of a row keep their order; they are only less sure. 1 where the loss is
+    not below `goal` to begin with.
+
+    Args:
+        layer: solved.
+        features: shape (items, width).
+        labels, loss, items: as `probes` takes them.
+        goal: below the loss of equal logits.
+    """
+    logits = layer.logits(features)
+    low, high = 0.0, 1.0
+    if float(loss(logits, labels, items)) >= goal:
+        return high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(loss(logits * middle, labels, items)) > goal else (low, middle)
+    return high
+
+
 def _screened(
     places: Sequence[int],
     part: tuple[Tensor, Tensor, Tensor, Tensor],

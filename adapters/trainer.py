@@ -231,7 +231,10 @@ class Trainer(ObjectiveTrainer):
                 self._witness = witness.Witness(self.journal, self._throughput)
                 stack.callback(self.remove_callback, self._witness)
                 self.add_callback(self._witness)
-            for callback in (contract, self._course, self.stops):  # the last says whether a step is saved
+            evaluates = self.eval_dataset is not None and self._evaluates
+            measure = (lambda: self._determine_best_metric(self.evaluate(), None)) if evaluates else None
+            first = headstart.at_start(start, measure)  # the contract's first values are those of the first step
+            for callback in (*first, contract, self._course, self.stops):  # the last says whether a step is saved
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
             stack.enter_context(self.stops.watched())
@@ -242,10 +245,6 @@ class Trainer(ObjectiveTrainer):
                 result = self._solve(start)
                 exchange.in_all(contract.solved)
             else:
-                if start is not None and self.eval_dataset is not None and self._evaluates:
-                    first = headstart.AtStart(lambda: self._determine_best_metric(self.evaluate(), None))
-                    stack.callback(self.remove_callback, first)
-                    self.add_callback(first)
                 self._prefix = self._kept_prefix()
                 randomness.spread(self.args.seed)
                 try:
@@ -295,6 +294,9 @@ class Trainer(ObjectiveTrainer):
             remedy = nearest(name.removeprefix("eval_"), known)
             raise RequestError(message("no such metric", where=f"metric_for_best_model {name!r}", remedy=remedy))
         better: bool = super()._determine_best_metric(metrics, trial)
+        # Of equals the later: rows that choose are few, equals are many, and its learning rate was the smaller one.
+        value = metrics.get(f"eval_{name.removeprefix('eval_')}")
+        better = better or (value is not None and value == self.state.best_metric)
         if better:
             self.state.best_global_step = self.state.global_step
             self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}

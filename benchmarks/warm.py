@@ -1,5 +1,7 @@
 """Warm heads beside cold ones: LoRA from a solved output layer, and from a random one, all else the same.
 
+A warm run begins from a share of the solved weights, which leaves something to learn; "whole" from all of them.
+
 Each cell is a set of rows, a seed and a start; the cells of a set take turns, in one process. What is measured is the
 test metric after so many epochs, and how much of the blind loss the solved layer takes away on the validation rows: by
 that the library decides.
@@ -21,13 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest import mock
 
 from benchmarks import harness
 from benchmarks.harness import CACHE, ROOT, positive, say, spread
 
 SHARED = ROOT.parent / "shared"
 EMBEDDED = "support"
-STARTS = {"cold": False, "warm": True}
+COLD, WHOLE, WARM = "cold", "whole", "warm"
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def shuffled(rows: Any, most: int) -> Any:
 def measure(cell: Cell) -> Result:
     """LoRA at its defaults but for the number of epochs."""
     import adapters
+    from adapters import headstart
     from adapters.quickstart import backbone
 
     train, validation, test, labels = draw(cell)
@@ -141,13 +145,14 @@ def measure(cell: Cell) -> Result:
             "num_train_epochs": size.epochs,
             "per_device_train_batch_size": 16,
             "seed": cell.seed,
-            "warm_head": STARTS[cell.start],
+            "warm_head": cell.start != COLD,
             "save_strategy": "no",
             "disable_tqdm": True,
             "report_to": "none",
         }
         trainer = adapters.Trainer(adapted, settings, train, validation)
-        trainer.train()
+        with mock.patch.object(headstart, "LEFT", 0.0 if cell.start == WHOLE else headstart.LEFT):
+            trainer.train()
         metric = adapted.task.best_metric[0]
         found = trainer.evaluate(test, metric_key_prefix="test")
     return Result(
@@ -166,26 +171,29 @@ def measure(cell: Cell) -> Result:
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """A row a set: test metric cold and warm, and what the library would have done."""
+    """A row a set: test metric from each start, and what the library would have done."""
     heads = (
         "set",
         "metric",
         "seeds",
         "blind loss taken away, %",
         "solved",
-        "cold",
-        "warm",
+        "share",
+        COLD,
+        WHOLE,
+        WARM,
         "warm minus cold",
+        "warm minus whole",
         "default",
     )
     yield "| " + " | ".join(heads) + " |"
     yield "|---|---|" + "---:|" * (len(heads) - 3) + "---|"
     for name in SETS:
         known = {(one.cell.seed, one.cell.start): one for one in results if one.cell.name == name}
-        seeds = sorted(seed for seed, start in known if start == "cold" and (seed, "warm") in known)
+        seeds = [seed for seed in range(100) if all((seed, start) in known for start in (COLD, WHOLE, WARM))]
         if not seeds:
             continue
-        cold, warm = ([known[seed, start] for seed in seeds] for start in STARTS)
+        cold, whole, warm = ([known[seed, start] for seed in seeds] for start in (COLD, WHOLE, WARM))
         gains = [100 * one.start["gain"] for one in warm]
         cells = [
             f"{name}, {warm[0].cell.rows.train} rows, {warm[0].cell.rows.epochs} epochs",
@@ -193,9 +201,12 @@ def table(results: Sequence[Result]) -> Iterator[str]:
             str(len(seeds)),
             spread(gains, 0),
             spread([100 * one.start["score"] for one in warm], 1),
-            spread([100 * one.test for one in cold], 1),
-            spread([100 * one.test for one in warm], 1),
-            f"{100 * mean(a.test - b.test for a, b in zip(warm, cold, strict=True)):+.1f}",
+            spread([one.start["share"] for one in warm], 2),
+            *(spread([100 * one.test for one in side], 1) for side in (cold, whole, warm)),
+            *(
+                f"{100 * mean(a.test - b.test for a, b in zip(warm, other, strict=True)):+.1f}"
+                for other in (cold, whole)
+            ),
             "warm" if min(one.start["warm"] for one in warm) else "cold",
         ]
         yield "| " + " | ".join(cells) + " |"
@@ -220,7 +231,7 @@ def main() -> None:
     if missing := sorted(set(names) - set(there)):
         say(f"not beside the checkout, and left out: {', '.join(missing)}")
     seeds = range(asked.seeds or (3 if asked.full else 1))
-    cells = [Cell(name, SETS[name], seed, start) for seed in seeds for name in there for start in STARTS]
+    cells = [Cell(name, SETS[name], seed, start) for seed in seeds for name in there for start in (WHOLE, WARM, COLD)]
     os.environ["HF_HUB_OFFLINE"] = "1"
     for number, cell in enumerate([] if asked.table else cells, 1):
         if any(one.cell == cell for one in known):
