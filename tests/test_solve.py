@@ -198,6 +198,22 @@ def test_what_hangs_on_features_alone_is_made_once_and_changes_nothing(monkeypat
     assert other_rows.tried == alone.tried
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_softened_layer_gives_the_same_answers_at_the_loss_that_is_asked_for(classes: int) -> None:
+    found, labels = data(classes)
+    loss = Classes(tuple("abcdefgh"[:classes])).loss
+    layer = solve.probes([found], labels, loss, classes, [1e-3])[0][0]
+    logits = layer.logits(found)
+    least, blind = float(loss(logits, labels, len(labels))), float(torch.tensor(classes).log())
+    for goal in (least + 0.1 * (blind - least), 0.5 * blind, 0.99 * blind):
+        share = solve.softened(layer, found, labels, loss, len(labels), goal)
+        assert 0 < share < 1
+        assert float(loss(logits * share, labels, len(labels))) == pytest.approx(goal, rel=1e-3)
+        assert torch.equal((logits * share).argmax(-1), logits.argmax(-1))
+    for goal in (0.0, least):  # it is there already
+        assert solve.softened(layer, found, labels, loss, len(labels), goal) == 1
+
+
 def test_without_other_rows_parts_choose_and_all_are_fitted() -> None:
     train, labels = data(3, 120, 6)
     task = Classes(("a", "b", "c"))

@@ -14,12 +14,13 @@ from transformers import TrainerCallback
 from transformers.models.bert.modeling_bert import BertLayer
 
 import adapters
-from adapters import features
+from adapters import features, headstart
 from adapters.checks import frozen
 from adapters.errors import RequestError
 
 QUIET = {"disable_tqdm": True, "report_to": "none"}
 TEXTS = {"labels": list(tiny.LABELS)}
+LEFT = 0.97  # of the blind loss, where a share is asked for: features of random weights tell rows apart by little
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,74 @@ def test_training_starts_from_the_solved_head_or_not(base: str, tmp_path: Path, 
         found[wanted] = run.state.log_history
     measured = [[entry["step"] for entry in found[wanted] if "eval_accuracy" in entry] for wanted in (True, False)]
     assert measured == [[0, 1], [1]]  # a solved start is measured too: it may stay the best
+
+
+def test_training_begins_from_a_share_of_the_solved_weights_which_may_prove_best_themselves(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The solved head is measured whole, and kept whole where no epoch is as good."""
+    monkeypatch.setattr("adapters.headstart.LEFT", LEFT)
+    found = {}
+    for score in (1.0, 0.0):  # of every epoch, beside the start's 0.5
+        script = iter([0.5, score, score])
+        adapted = adapters.adapt(base, "lora", **TEXTS)
+        begun = Begun(adapted)
+        run = adapters.Trainer(
+            adapted,
+            {
+                **QUIET,
+                "output_dir": str(tmp_path / str(score)),
+                "warm_head": True,
+                "metric_for_best_model": "score",
+                "greater_is_better": True,
+                "num_train_epochs": 2,
+            },
+            tiny.rows(48),
+            tiny.rows(24, seed=3),
+            compute_metrics=lambda _, script=script: {"score": next(script)},
+            callbacks=[begun],
+        )
+        with caplog.at_level(logging.INFO, "adapters"):
+            run.train()
+        found[score] = (begun.weights[0], head(adapted), run.state, adapted.record.metrics["start"])
+    (began, _, state, start), (_, kept, other, _) = found[1.0], found[0.0]
+    assert 0 < start["share"] < 1
+    assert f"training begins from {start['share']:.2f} of its weights" in caplog.text
+    assert (state.best_global_step, other.best_global_step) == (state.max_steps, 0)  # of equals the later
+    torch.testing.assert_close(began, start["share"] * kept)
+    measured = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+    assert measured == pytest.approx(start["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["bitfit", "freeze"])
+def test_without_validation_rows_training_begins_from_a_share_too(base: str, tmp_path: Path, strategy: str) -> None:
+    adapted = adapters.adapt(base, strategy, **TEXTS)
+    begun = Begun(adapted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapters.headstart.LEFT", LEFT)
+        run = adapters.Trainer(
+            adapted,
+            {**QUIET, "output_dir": str(tmp_path), "warm_head": True, "max_steps": 1},
+            tiny.rows(48),
+            callbacks=[begun],
+        )
+        solved: list[torch.Tensor] = []
+        put = headstart.Start.put
+        patch.setattr(headstart.Start, "put", lambda self, *share: (put(self, *share), solved.append(head(adapted)))[0])
+        run.train()
+    share = adapted.record.metrics["start"]["share"]
+    assert 0 < share < 1
+    torch.testing.assert_close(begun.weights[0], share * solved[0])
+
+
+def test_numbers_have_no_share(base: str, tmp_path: Path) -> None:
+    """Smaller weights would give other numbers, not less sure ones."""
+    rows = [{"text": row["text"], "label": float(len(row["text"]))} for row in tiny.rows(60)]
+    adapted = adapters.adapt(base, "lora", task="text-classification", problem="regression")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapters.headstart.LEFT", 100.0)
+        trainer(adapted, tmp_path, rows[:40], rows[40:], warm_head=True, max_steps=1).train()
+    assert adapted.record.metrics["start"]["share"] == 1
 
 
 def test_a_start_that_is_never_reached_again_stops_no_run_that_gets_better(base: str, tmp_path: Path) -> None:
