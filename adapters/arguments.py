@@ -137,6 +137,9 @@ def settings(
     merged: dict[str, Any] = {**HOUSE, "seed": adapted.record.seed}
     for name, value in adapted.strategy.defaults.items():
         merged[name] = value(adapted.model) if callable(value) else value
+    warm = merged.pop("warm_learning_rate", None)
+    if warm is not None and "learning_rate" not in literal:
+        own.setdefault("warm_learning_rate", warm)
     merged["dataloader_pin_memory"] = torch.cuda.is_available()
     if streamed:
         merged |= STREAMED

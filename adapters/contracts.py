@@ -31,7 +31,7 @@ class Strategy(Protocol):
 
     @property
     def defaults(self) -> Mapping[str, object]:
-        """The training settings that work without a knob; a value may be a function of the model."""
+        """The training settings, or our own, that work without a knob; a value may be a function of the model."""
         ...
 
     def resolve(self, model: PreTrainedModel, head: frozenset[str]) -> Self:

@@ -35,6 +35,7 @@ class DividedTrainer(transformers.Trainer):
     _own: dict[str, Any]  # our own settings beside transformers'
     _zero: zero.Zero | None = None  # DeepSpeed's engine, while the run goes on
     _stepped_on: bool = False  # DeepSpeed has
+    _haste: float = 1.0  # times the learning rate
     _undivided: bool  # each process holds the whole model: then a pass forward through it is its own affair
     _apart: bool  # and so is the one back
 

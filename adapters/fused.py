@@ -349,7 +349,7 @@ class Narrowed(torch.autograd.Function):
         of_inputs, of_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(rows if of_weight else None, narrow if of_inputs else None)
         # A trained weight's gradient is made in the layout that the weight has in memory.
-        ctx.shape, ctx.wide, ctx.transposed = inputs.shape, inputs.dtype, not weight.is_contiguous()
+        ctx.how = inputs.shape, inputs.dtype, dtype, not weight.is_contiguous()
         result = nn.functional.linear(rows, narrow, None if bias is None else bias.to(dtype))
         return result.to(inputs.dtype).view(*inputs.shape[:-1], result.shape[-1])
 
@@ -358,14 +358,16 @@ class Narrowed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, the weight and the bias, of those that are asked for."""
         rows, narrow = ctx.saved_tensors
+        shape, wide, dtype, transposed = ctx.how
         of_inputs, of_weight, of_bias = ctx.needs_input_grad[:3]
-        wide = grad.reshape(-1, grad.shape[-1])
-        back = of_input = None
-        if of_inputs or of_weight:
-            back = wide.to((rows if narrow is None else narrow).dtype)
-        if of_inputs:
-            of_input = (back @ narrow).to(ctx.wide).view(ctx.shape)
+        flat = grad.reshape(-1, grad.shape[-1])
+        pulls = flat.to(dtype)
         own: Tensor | None = None
         if of_weight:
-            own = (rows.t() @ back).to(ctx.wide).t() if ctx.transposed else (back.t() @ rows).to(ctx.wide)
-        return of_input, own, wide.sum(0) if of_bias else None, None
+            own = (rows.t() @ pulls).to(wide).t() if transposed else (pulls.t() @ rows).to(wide)
+        return (
+            (pulls @ narrow).to(wide).view(shape) if of_inputs else None,
+            own,
+            flat.sum(0) if of_bias else None,
+            None,
+        )

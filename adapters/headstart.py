@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -180,9 +180,14 @@ class AtStart(TrainerCallback):
             self._start.put(self._start.share)
 
 
+def is_start(start: Start | None) -> TypeGuard[Start]:
+    """Whether steps begin from a solved head: a probe has none."""
+    return start is not None and not start.probe
+
+
 def at_start(start: Start | None, measure: Callable[[], Any] | None) -> list[TrainerCallback]:
-    """What is done with a solved head when the steps begin; nothing with a probe's, which has none."""
-    return [] if start is None or start.probe else [AtStart(start, measure)]
+    """What is done with a solved head when the steps begin."""
+    return [AtStart(start, measure)] if is_start(start) else []
 
 
 def new_layer(adapted: Adapted, rows: Rows) -> nn.Linear | None:

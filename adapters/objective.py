@@ -285,7 +285,7 @@ class ObjectiveTrainer(DividedTrainer):
             pace.let_join(self.adapted.model, self._paces, float("inf"))  # an earlier run may have broken off
         optimizer = super().create_optimizer(model)
         if fresh:
-            pace.set_rates(optimizer, self.adapted.model, self._paces)
+            pace.set_rates(optimizer, self.adapted.model, self._paces, self._haste)
         return optimizer
 
     # ------------------------------------------------------------------ steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -137,12 +140,41 @@ def check_run(paces: Mapping[str, Pace], args: TrainingArguments, *, own_optimiz
         )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, paces: Mapping[str, Pace]) -> None:
+def haste(
+    settings: dict[str, Any], args: TrainingArguments, own: Mapping[str, Any], solved: bool, before: float | None
+) -> float:
+    """How many times its learning rate a run learns at: `warm_learning_rate`, where the head starts solved.
+
+    Args:
+        settings: of the record, which get the rate.
+        args, own: the run's settings.
+        solved: the head starts so.
+        before: what it was when the checkpoint was written from which the run goes on; None where it begins.
+    """
+    rate = own.get("warm_learning_rate")
+    found = before if before is not None else rate / args.learning_rate if solved and rate is not None else 1.0
+    if found != 1:
+        settings["learning_rate"] = found * args.learning_rate
+        logger.info("below a head that starts solved learning_rate is %g", found * args.learning_rate)
+    return float(found)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, model: nn.Module, paces: Mapping[str, Pace], times: float = 1.0
+) -> None:
     """Divide the optimizer's groups, so that each parameter learns at its own rate; the fastest group comes first.
+
+    Args:
+        optimizer: before the first step, without a schedule.
+        model: whose parameters it holds.
+        paces: of parameters by name.
+        times: the learning rate is taken so many times.
 
     Raises:
         RequestError: the optimizer does not hold a parameter that has a rate of its own.
     """
+    for group in optimizer.param_groups if times != 1 else ():
+        group["lr"] *= times
     parameters = dict(model.named_parameters())
     factors = {id(parameters[name]): entry.factor for name, entry in paces.items() if entry.factor != 1}
     if not factors:

@@ -37,6 +37,7 @@ _FIXED = ("backbone", "strategy", "task", "quantization", "optim", "optimizers",
 _DIVISION = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 _SCHEDULE = {
     "learning_rate",
+    "warm_learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
@@ -83,6 +84,8 @@ def terms(
     }
     if own.get("warm_head") is not None:
         found["warm_head"] = own["warm_head"]
+    if own.get("warm_learning_rate") is not None:
+        found["warm_learning_rate"] = own["warm_learning_rate"]
     if data["data"]["rows"] is None:  # workers divide a stream
         found["dataloader_num_workers"] = args.dataloader_num_workers
         found["shuffle_buffer"] = own.get("shuffle_buffer")

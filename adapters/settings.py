@@ -24,6 +24,8 @@ OWN = {
     "10 and a tenth of what is free",
     "warm_head": "a new output layer starts solved on the features of the frozen backbone: true, false; null where "
     "the validation rows say that it helps",
+    "warm_learning_rate": "learning_rate of a run whose new output layer starts solved; where learning_rate is set and "
+    "this is not, the same",
     "shuffle_buffer": "raw rows of a stream that each reader mixes; 0 leaves them in its order; null for 1000, or 0 "
     "where the stream holds model inputs",
     "chunked_loss": "a language model's loss without all of a batch's logits: true, false; null where they are large",
@@ -175,7 +177,7 @@ def _value_faults(name: str, value: Any, *, literal: bool) -> list[str]:
         expected = f"of what is installed: {', '.join([*filter(_reports, REPORTERS), 'none'])}"
     elif name in COUNTS:
         fine, expected = number and isinstance(value, int) and value > 0, "a whole number > 0"
-    elif name == "learning_rate":
+    elif name in ("learning_rate", "warm_learning_rate"):
         fine, expected = number and 0 < value < math.inf, "a number > 0: with 0 nothing would train"
     else:
         setting = installed.settings()[name]

@@ -33,6 +33,7 @@ from adapters import (
     manifest,
     memory,
     onward,
+    pace,
     progress,
     randomness,
     ranks,
@@ -222,6 +223,9 @@ class Trainer(ObjectiveTrainer):
             asked = (resume_from_checkpoint, run, self._terms(), self._override, self.adapted.fingerprint)
             folder = restarts.place(*asked, runs.needed(self.accelerator))
             start = self._head_start() if folder is None else None
+            before = None if folder is None else checkpoints.read(folder)["progress"].get("haste", 1.0)
+            known = self.adapted.record.settings
+            self._haste = pace.haste(known, self.args, self._own, headstart.is_start(start), before)
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
@@ -231,8 +235,8 @@ class Trainer(ObjectiveTrainer):
                 self._witness = witness.Witness(self.journal, self._throughput)
                 stack.callback(self.remove_callback, self._witness)
                 self.add_callback(self._witness)
-            evaluates = self.eval_dataset is not None and self._evaluates
-            measure = (lambda: self._determine_best_metric(self.evaluate(), None)) if evaluates else None
+            measured = self.eval_dataset is not None and self._evaluates
+            measure = (lambda: self._determine_best_metric(self.evaluate(), None)) if measured else None
             first = headstart.at_start(start, measure)  # the contract's first values are those of the first step
             for callback in (*first, contract, self._course, self.stops):  # the last says whether a step is saved
                 stack.callback(self.remove_callback, callback)
@@ -288,16 +292,14 @@ class Trainer(ObjectiveTrainer):
         return TrainOutput(0, start.choice.train_loss, metrics)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        name = str(self.args.metric_for_best_model)
-        known = [found.removeprefix("eval_") for found in metrics]
-        if self.args.metric_for_best_model is not None and name.removeprefix("eval_") not in known:
-            remedy = nearest(name.removeprefix("eval_"), known)
-            raise RequestError(message("no such metric", where=f"metric_for_best_model {name!r}", remedy=remedy))
+        asked = self.args.metric_for_best_model
+        name, known = str(asked).removeprefix("eval_"), [found.removeprefix("eval_") for found in metrics]
+        if asked is not None and name not in known:
+            remedy = nearest(name, known)
+            raise RequestError(message("no such metric", where=f"metric_for_best_model {asked!r}", remedy=remedy))
         better: bool = super()._determine_best_metric(metrics, trial)
         # Of equals the later: rows that choose are few, equals are many, and its learning rate was the smaller one.
-        value = metrics.get(f"eval_{name.removeprefix('eval_')}")
-        better = better or (value is not None and value == self.state.best_metric)
-        if better:
+        if better := better or (asked is not None and metrics[f"eval_{name}"] == self.state.best_metric):
             self.state.best_global_step = self.state.global_step
             self._best = {name: tensor.clone() for name, tensor in self.adapted.state().items()}
         return better
@@ -371,6 +373,7 @@ class Trainer(ObjectiveTrainer):
             "lanes": onward.position(self.train_dataset),
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
+            "haste": self._haste,
         }
         said = {"run": self._run, **restarts.written(), "terms": self._terms(), "progress": place_in}
         step = self.state.best_global_step

@@ -252,6 +252,27 @@ def test_without_validation_rows_training_begins_from_a_share_too(base: str, tmp
     torch.testing.assert_close(begun.weights[0], share * solved[0])
 
 
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({"warm_head": True}, 1.17e-3),
+        ({"warm_head": False}, 4e-4),
+        ({"warm_head": True, "learning_rate": 5e-5}, 5e-5),
+        ({"warm_head": True, "learning_rate": 5e-5, "warm_learning_rate": 2e-4}, 2e-4),
+        ({"warm_head": False, "warm_learning_rate": 2e-4}, 4e-4),
+    ],
+)
+def test_a_warm_start_has_a_rate_of_its_own_unless_one_is_set(
+    base: str, tmp_path: Path, given: dict[str, Any], rate: float
+) -> None:
+    adapted = adapters.adapt(base, "lora", **TEXTS)
+    run = trainer(adapted, tmp_path, max_steps=4, warmup_steps=0, logging_steps=1, eval_strategy="no", **given)
+    run.train()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([rate * (1 - step / 4) for step in range(4)])
+    assert adapted.record.settings.get("learning_rate", 5e-5) == pytest.approx(rate)  # what differs from transformers'
+
+
 def test_numbers_have_no_share(base: str, tmp_path: Path) -> None:
     """Smaller weights would give other numbers, not less sure ones."""
     rows = [{"text": row["text"], "label": float(len(row["text"]))} for row in tiny.rows(60)]
@@ -344,6 +365,7 @@ def test_a_resumed_run_keeps_what_it_learnt(base: str, tmp_path: Path) -> None:
                 run.add_callback(Stop())
             run.train(resume_from_checkpoint=steps != stops[0])
         states.append(adapted.state())
+        assert adapted.record.settings["learning_rate"] == pytest.approx(1.17e-3)  # a warm start's
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
 

@@ -41,12 +41,13 @@ REFUSED = {
 
 
 def learning_rate(model: PreTrainedModel) -> float:
-    """A learning rate by the model's width: 4e-4 up to 3070, 3.2e-4 at 4096.
+    """By the model's width: 4e-4 (Hu et al., 2021, for RoBERTa) up to 3070, 3.2e-4 at 4096."""
+    return min(4e-4, warm_learning_rate(model))
 
-    Factor and exponent are those that Schulman et al. (LoRA Without Regret, 2025) fitted over Llama and Qwen sizes.
-    Their 1.2e-3 at 768 is at the edge of what encoders bear; 4e-4 is what Hu et al. (2021) take for RoBERTa.
-    """
-    return float(min(4e-4, 1.17e-3 * (768 / model.config.get_text_config().hidden_size) ** 0.775))
+
+def warm_learning_rate(model: PreTrainedModel) -> float:
+    """The same below a head that starts solved: 1.2e-3 up to 768; beyond, the fit of Schulman et al. (2025)."""
+    return float(1.17e-3 * min(1.0, (768 / model.config.get_text_config().hidden_size) ** 0.775))
 
 
 @final
@@ -84,10 +85,10 @@ class Lora:
     name: ClassVar[str] = "lora"
     defaults: ClassVar[Mapping[str, object]] = {
         "learning_rate": learning_rate,
-        # Adam's memory of squared gradients is 20 steps, not 1000. When a run begins to learn, its gradients grow
-        # threefold, single ones twentyfold and more: a long memory makes steps too long meanwhile, and a tenth of that
-        # for hundreds of steps after. At 1.2e-3 two of three runs over 2,000 rows of sst2 then gave every text one
-        # answer; with 0.95 none did, and 4e-4 costs nothing on few steps (docs/benchmarks.md, "LoRA's learning rate").
+        "warm_learning_rate": warm_learning_rate,
+        # Adam's memory of squared gradients is 20 steps, not 1000. When a run begins to learn, gradients grow up to
+        # twentyfold: a long memory makes steps too long meanwhile, and a tenth of that for hundreds of steps after, and
+        # a run may come apart (docs/benchmarks.md, "LoRA's learning rate").
         "adam_beta2": 0.95,
         "num_train_epochs": 6,
     }
