@@ -49,7 +49,7 @@ from adapters.arguments import PATIENCE, changed
 from adapters.contracts import Adapted
 from adapters.errors import NumbersError, RequestError, message, nearest
 from adapters.journal import Journal
-from adapters.modes import evaluating
+from adapters.modes import evaluating, stepping
 from adapters.objective import ObjectiveTrainer
 from adapters.predict import is_prepared
 from adapters.stops import EarlyStopping, Stops
@@ -241,8 +241,8 @@ class Trainer(ObjectiveTrainer):
             for callback in (*first, contract, self._course, self.stops):  # the last says whether a step is saved
                 stack.callback(self.remove_callback, callback)
                 self.add_callback(callback)
-            stack.enter_context(self.stops.watched())
-            stack.enter_context(self._matmuls())
+            for context in (self.stops.watched(), self._matmuls(), stepping(self.adapted.model)):
+                stack.enter_context(context)
             if folder is not None and runs.finished(folder, self._override):
                 result = self._nothing_left(folder)
             elif start is not None and start.probe:
