@@ -134,7 +134,7 @@ def _maps(model: nn.Module) -> Iterator[Any]:
     inside = {id(part) for layer in _layers(model) for part in layer.modules()}
     for path in linear_maps(model):
         module: Any = model.get_submodule(path)
-        own = type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
+        own = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)  # a subclass may make its weight
         if own and path.startswith(reached) and id(module) not in inside and _is_large(module):
             yield module
 

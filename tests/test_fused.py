@@ -309,6 +309,14 @@ def test_a_trained_weight_is_never_an_old_one() -> None:
     assert bool((product(inputs) == 3).all())
 
 
+def test_a_map_that_makes_its_weight_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "LARGE", 1)
+    model = adapted_on(strategy="full").model
+    before = list(fused._maps(model))
+    torch.nn.utils.parametrizations.weight_norm(before[0])
+    assert list(fused._maps(model)) == before[1:]
+
+
 def test_it_lets_autocast_and_other_dtypes_alone() -> None:
     module = torch.nn.Linear(4, 6).train()
     product = fused.Product(module, torch.bfloat16, keep=True)
