@@ -140,19 +140,16 @@ def check_run(paces: Mapping[str, Pace], args: TrainingArguments, *, own_optimiz
         )
 
 
-def haste(
-    settings: dict[str, Any], args: TrainingArguments, own: Mapping[str, Any], solved: bool, before: float | None
-) -> float:
+def haste(settings: dict[str, Any], args: TrainingArguments, own: Mapping[str, Any], *, solved: bool) -> float:
     """How many times its learning rate a run learns at: `warm_learning_rate`, where the head starts solved.
 
     Args:
         settings: of the record, which get the rate.
         args, own: the run's settings.
-        solved: the head starts so.
-        before: what it was when the checkpoint was written from which the run goes on; None where it begins.
+        solved: the head starts so, or did so before the checkpoint from which the run goes on.
     """
     rate = own.get("warm_learning_rate")
-    found = before if before is not None else rate / args.learning_rate if solved and rate is not None else 1.0
+    found = rate / args.learning_rate if solved and rate is not None else 1.0
     if found != 1:
         settings["learning_rate"] = found * args.learning_rate
         logger.info("below a head that starts solved learning_rate is %g", found * args.learning_rate)

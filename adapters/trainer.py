@@ -223,9 +223,8 @@ class Trainer(ObjectiveTrainer):
             asked = (resume_from_checkpoint, run, self._terms(), self._override, self.adapted.fingerprint)
             folder = restarts.place(*asked, runs.needed(self.accelerator))
             start = self._head_start() if folder is None else None
-            before = None if folder is None else checkpoints.read(folder)["progress"].get("haste", 1.0)
-            known = self.adapted.record.settings
-            self._haste = pace.haste(known, self.args, self._own, headstart.is_start(start), before)
+            warm = headstart.is_start(start) if folder is None else checkpoints.read(folder)["progress"].get("warm")
+            self._haste = pace.haste(self.adapted.record.settings, self.args, self._own, solved=bool(warm))
             contract = checks.Contract(
                 self.adapted, self._loss_now, lambda: self.accelerator.optimizer_step_was_skipped, self._say
             )
@@ -373,7 +372,7 @@ class Trainer(ObjectiveTrainer):
             "lanes": onward.position(self.train_dataset),
             "throughput": self._throughput.place(),
             "prefix": self._prefix.digest() if self._prefix is not None else "",
-            "haste": self._haste,
+            "warm": self._haste != 1,
         }
         said = {"run": self._run, **restarts.written(), "terms": self._terms(), "progress": place_in}
         step = self.state.best_global_step

@@ -370,6 +370,20 @@ def test_a_resumed_run_keeps_what_it_learnt(base: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+def test_a_resumed_run_takes_the_rate_that_is_set_then(base: str, tmp_path: Path) -> None:
+    """And not as many times of it as the warm start had of the default."""
+    given: dict[str, Any] = {"warm_head": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    given |= {"eval_strategy": "no", "warmup_steps": 0, "logging_steps": 1}
+    first = trainer(adapters.adapt(base, "lora", **TEXTS), tmp_path, **given)
+    first.add_callback(Stop())
+    first.train()
+    adapted = adapters.adapt(base, "lora", **TEXTS)
+    run = trainer(adapted, tmp_path, **given, learning_rate=1e-5)
+    run.train(resume_from_checkpoint=True, override=("learning_rate", "warm_learning_rate"))
+    rates = [entry["learning_rate"] for entry in run.state.log_history if entry.get("loss") and entry["step"] > 2]
+    assert rates == pytest.approx([1e-5 * 2 / 4, 1e-5 * 1 / 4])
+
+
 class Stop(TrainerCallback):
     """Ends a run after its second step."""
 
